@@ -1,0 +1,8 @@
+"""hyperfast: fused kernels for hypernetworks, networks that generate the weights of other networks."""
+
+from hyperfast import nn, ops, optim, reference
+from hyperfast.factored import factored_, invalidate
+from hyperfast.optim import param_groups
+
+__version__ = "0.1.0"
+__all__ = ["factored_", "invalidate", "nn", "ops", "optim", "param_groups", "reference"]

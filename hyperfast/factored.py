@@ -1,0 +1,102 @@
+"""Factored gradients: which weights have them, and the guards around them.
+
+The gradient of a linear generator's weight is dw outer z, rank one. In factored mode nobody forms it: dw arrives as the
+gradient of the generator's bias, `weight.grad` stays None, and hyperfast's optimizers and `clip_grad_norm_` use the factors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from hyperfast.nn.generator import Generator
+
+
+class Factors(NamedTuple):
+    """The gradient of `weight` [N, K] is `bias.grad` [N] outer `z` [K].
+
+    `bias` carries dw; `bias_is_trained` is False where it stands in for a generator without bias. `z_is_parameter`: z is a
+    parameter of the step, so that next weights can be made from its new value.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    z: Tensor
+    z_is_parameter: bool
+    bias_is_trained: bool
+
+
+_generators: WeakIdKeyDictionary = WeakIdKeyDictionary()  # factored weight -> weak reference to its generator
+
+
+def register(weights: Iterable[Tensor], generator: Generator | None) -> None:
+    """Marks `weights` as factored, made by `generator`; None takes the mark away."""
+    for weight in weights:
+        if generator is None:
+            _generators.pop(weight, None)
+        else:
+            _generators[weight] = weakref.ref(generator)
+
+
+def generator_of(weight: Tensor) -> Generator | None:
+    """The generator whose factored weight this is, None for any other tensor."""
+    found = _generators.get(weight)
+    return None if found is None else found()
+
+
+def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
+    """(name, generator) of every generator in `module`, each once."""
+    from hyperfast.nn.generator import Generator
+
+    return ((name, m) for name, m in module.named_modules() if isinstance(m, Generator))
+
+
+def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
+    """Switches every generator in `module` to factored gradients (or back), in place; returns `module`.
+
+    In factored mode train with an optimizer of `hyperfast.optim` and clip with `hyperfast.optim.clip_grad_norm_`; a stock
+    optimizer that would step a factored weight raises. Distributed data parallel is told to leave the weights alone: dw
+    travels as the gradient of the bias, N numbers instead of N K, so start all ranks from equal weights. Call it before
+    wrapping in DDP and on the module that is wrapped.
+    """
+    for _, generator in generators(module):
+        generator.set_factored(enabled)
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, generator in generators(module):
+        names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
+        ignored = ignored | names if enabled else ignored - names
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
+    return module
+
+
+def invalidate(module: nn.Module) -> None:
+    """Forgets the next weights of every generator in `module`.
+
+    Needed only after edits that autograd's version counters do not see: through `.data`, through another library's view of
+    the memory, or between replays of a CUDA graph.
+    """
+    for _, generator in generators(module):
+        generator.drop_next_weights()
+
+
+def _refuse_stock_optimizers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if not _generators or getattr(optimizer, "takes_factored_gradients", False):
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if generator_of(p) is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} cannot step a generator in factored mode: its weight of shape "
+                    f"{list(p.shape)} has no dense gradient. Use hyperfast.optim.AdamW, or "
+                    "hyperfast.factored_(model, False) for dense gradients"
+                )
+
+
+register_optimizer_step_pre_hook(_refuse_stock_optimizers)

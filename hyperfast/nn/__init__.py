@@ -1,0 +1,29 @@
+"""Generators, layers with generated weights, and their initialisation."""
+
+from hyperfast.nn import init
+from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+from hyperfast.nn.layers import (
+    HyperConv2d,
+    HyperLayer,
+    HyperLinear,
+    generate_layers,
+    hyper_layers,
+    named_generators,
+    parameter_counts,
+    plain_state_dict,
+)
+
+__all__ = [
+    "Generator",
+    "HyperConv2d",
+    "HyperLayer",
+    "HyperLinear",
+    "LinearGenerator",
+    "generate_layers",
+    "generate_together",
+    "hyper_layers",
+    "init",
+    "named_generators",
+    "parameter_counts",
+    "plain_state_dict",
+]

@@ -1,0 +1,214 @@
+"""Generators: modules that make the weights of a main network from embeddings.
+
+The protocol is `Generator`; models, optimizers, conversion and distribution know nothing else of a generator.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hyperfast import factored, ops
+from hyperfast.factored import Factors
+from hyperfast.nn import init as initialisations
+from hyperfast.ops._library import check_backend
+from hyperfast.ops.next_weights import record
+
+
+class Generator(nn.Module):
+    """What every generator does.
+
+    shapes: shapes of the weights it makes, in order. backend: "auto" (fused kernels) or "reference" (plain PyTorch).
+    factored: whether `weight.grad` stays None and the optimizer works on `factors()`.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    backend: str
+    factored: bool
+
+    @abstractmethod
+    def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The weights, one tensor for each of `shapes`; from `z` instead of the generator's own embedding if given."""
+
+    @abstractmethod
+    def factors(self) -> list[Factors]:
+        """The factors of every factored gradient: triples (weight, bias, z) with the z last used."""
+
+    @abstractmethod
+    def next_weights(self) -> list[Tensor]:
+        """For each of `factors()`, the buffer [N] into which the optimizer writes the weights of the next forward."""
+
+    @abstractmethod
+    def next_weights_written(self) -> None:
+        """Called by the optimizer after it filled `next_weights()`."""
+
+    @abstractmethod
+    def drop_next_weights(self) -> None:
+        """Forgets the next weights; the next forward generates."""
+
+    @abstractmethod
+    def set_factored(self, enabled: bool) -> None:
+        """Switches factored gradients; `hyperfast.factored_` calls it."""
+
+    @abstractmethod
+    def ddp_ignored_names(self) -> list[str]:
+        """Own parameters and buffers that distributed data parallel leaves alone in factored mode."""
+
+
+class LinearGenerator(Generator):
+    """w = weight z + bias, reshaped to `shape`: its own embedding and its own generator for one layer.
+
+    Parameters: weight [N, K], bias [N] (None with bias=False), z [K], with N the number of elements of `shape`, K `z_dim`.
+    fan_in: inputs of one output of the main network's layer, for the initialisation; default: product of `shape` but the
+    first. init: a name in `hyperfast.nn.init.INITIALISATIONS`, default `hyperfast.nn.init.DEFAULT`. Raises ValueError for
+    sizes below 1 and unknown names. Ha, Dai, Le, "HyperNetworks" (ICLR 2017), equation 1 without hidden layer.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        z_dim: int = 16,
+        bias: bool = True,
+        *,
+        fan_in: int | None = None,
+        init: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if z_dim < 1 or not shape or min(shape) < 1:
+            raise ValueError(f"shape and z_dim must be at least 1, got shape {tuple(shape)}, z_dim {z_dim}")
+        self.shapes = (torch.Size(shape),)
+        self.z_dim = z_dim
+        self.backend = check_backend(backend)
+        self.factored = False
+        self.init = initialisations.check(init)
+        self.fan_in = fan_in or max(1, math.prod(shape[1:]))
+        n = math.prod(shape)
+        self.weight = nn.Parameter(torch.empty(n, z_dim, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(n, device=device, dtype=dtype)) if bias else None
+        )
+        self.z = nn.Parameter(torch.empty(z_dim, device=device, dtype=dtype))
+        self.register_buffer("next_weight", None, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.drop_next_weights()
+        initialisations.initialise_(self.weight, self.bias, self.z, self.fan_in, self.init)
+
+    def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The weight, [*shape]. z [K]: another embedding than the generator's own; refused in factored mode."""
+        if z is None:
+            return generate_together([self])[0]
+        if z.numel() != self.z_dim:
+            raise ValueError(f"z must have {self.z_dim} elements, got shape {list(z.shape)}")
+        if self.factored:
+            raise ValueError(
+                "a LinearGenerator in factored mode generates from its own z only: the gradient of another embedding is not "
+                "the rank-one gradient the optimizer knows; hyperfast.factored_(module, False) for dense gradients"
+            )
+        (w,) = ops.generate([self.weight], [self.bias], [z.reshape(-1)], backend=self.backend)
+        return (w.view(self.shapes[0]),)
+
+    @property
+    def gradient_bias(self) -> nn.Parameter | None:
+        """The parameter whose gradient is dw: the bias, or what stands in for it in factored mode."""
+        return self._parameters.get("carrier") if self.bias is None else self.bias
+
+    def factors(self) -> list[Factors]:
+        if not self.factored:
+            return []
+        return [Factors(self.weight, self.gradient_bias, self.z, True, self.bias is not None)]
+
+    def next_weights(self) -> list[Tensor]:
+        if self.next_weight is None:
+            self.next_weight = self.weight.new_empty(self.weight.shape[0])
+        return [self.next_weight]
+
+    def next_weights_written(self) -> None:
+        record(self.next_weight, self.weight, self.gradient_bias, self.z)
+
+    def drop_next_weights(self) -> None:
+        self.next_weight = None
+
+    def set_factored(self, enabled: bool) -> None:
+        if enabled and self.bias is not None and self.weight.requires_grad and not self.bias.requires_grad:
+            raise ValueError(
+                "factored mode carries dw in bias.grad: a generator with a frozen bias trains dense"
+            )
+        self.factored = enabled
+        self.drop_next_weights()
+        if self.bias is None and enabled and "carrier" not in self._parameters:
+            # stands in for the missing bias: always zero, never saved, its gradient is dw
+            self.register_parameter("carrier", nn.Parameter(self.weight.new_zeros(self.weight.shape[0])))
+        elif not enabled:
+            self._parameters.pop("carrier", None)
+        self._register()
+
+    def ddp_ignored_names(self) -> list[str]:
+        return ["weight", "next_weight"]
+
+    def _register(self) -> None:
+        factored.register([self.weight], self if self.factored else None)
+
+    # Whatever replaces or copies parameters drops the next weights and marks the new ones.
+    def _apply(self, fn, recurse=True):
+        self.drop_next_weights()
+        super()._apply(fn, recurse)
+        self._register()
+        return self
+
+    def _load_from_state_dict(self, *args):
+        self.drop_next_weights()
+        super()._load_from_state_dict(*args)
+        self._register()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "carrier", None)
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state["_buffers"] = {**state["_buffers"], "next_weight": None}
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._register()
+
+    def extra_repr(self) -> str:
+        n, k = self.weight.shape
+        return f"{tuple(self.shapes[0])}, N={n}, z_dim={k}, bias={self.bias is not None}, factored={self.factored}"
+
+
+def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:
+    """The weights of several generators, in their order; linear ones of one kind in one launch, each made once."""
+    generators = list(generators)
+    made: dict[int, tuple[Tensor, ...]] = {}
+    batches: dict[tuple, list[LinearGenerator]] = {}
+    for g in generators:
+        if id(g) in made:
+            continue
+        made[id(g)] = ()
+        if isinstance(g, LinearGenerator):
+            batches.setdefault((g.factored, g.backend, g.weight.dtype, g.weight.device), []).append(g)
+        else:
+            made[id(g)] = g()
+    for (is_factored, backend, *_), batch in batches.items():
+        weights = ops.generate(
+            [g.weight for g in batch],
+            [g.gradient_bias for g in batch],
+            [g.z for g in batch],
+            next_weights=[g.next_weight for g in batch],
+            factored=is_factored,
+            backend=backend,
+        )
+        for g, w in zip(batch, weights, strict=True):
+            made[id(g)] = (w.view(g.shapes[0]),)
+    return [made[id(g)] for g in generators]

@@ -1,0 +1,175 @@
+"""Layers of a main network whose weights are generated: drop-in for `nn.Linear` and `nn.Conv2d`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+
+
+class HyperLayer(nn.Module):
+    """A layer with a generated weight and an ordinary bias.
+
+    `forward(x)` generates the weight itself; `forward(x, weight)` takes one made elsewhere (`generate_layers`: all layers of a
+    network in one launch).
+    """
+
+    generator: Generator
+
+    def __init__(
+        self, shape: tuple[int, ...], bias: bool, z_dim: int, init, generator, backend, device, dtype
+    ):
+        super().__init__()
+        if min(shape) < 1:
+            raise ValueError(f"all sizes must be at least 1, got a weight of shape {shape}")
+        if generator is None:
+            generator = LinearGenerator(shape, z_dim, init=init, backend=backend, device=device, dtype=dtype)
+        elif generator.shapes != (torch.Size(shape),):
+            raise ValueError(
+                f"this layer needs a generator of one weight {shape}, got shapes {generator.shapes}"
+            )
+        self.generator = generator
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
+        )
+
+    def generated_weight(self) -> Tensor:
+        return self.generator()[0]
+
+
+class HyperLinear(HyperLayer):
+    """`nn.Linear` with a generated weight [out_features, in_features]: x [..., in] -> [..., out].
+
+    z_dim, init, backend: see `LinearGenerator`; generator: use this one instead (several layers may share it).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        z_dim: int = 16,
+        init: str | None = None,
+        generator: Generator | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__((out_features, in_features), bias, z_dim, init, generator, backend, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.generated_weight() if weight is None else weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class HyperConv2d(HyperLayer):
+    """`nn.Conv2d` with a generated weight [out, in / groups, R, S]: x [B, in, H, W] -> [B, out, H', W'].
+
+    kernel_size, stride, dilation: int or pair; padding: int, pair, "same" or "valid". z_dim, init, backend: see
+    `LinearGenerator`; generator: use this one instead (several layers may share it). Raises ValueError where channels are not
+    divisible by groups.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        z_dim: int = 16,
+        init: str | None = None,
+        generator: Generator | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"channels must be divisible by groups: in {in_channels}, out {out_channels}, groups {groups}"
+            )
+        kernel_size = _pair(kernel_size)
+        shape = (out_channels, in_channels // groups, *kernel_size)
+        super().__init__(shape, bias, z_dim, init, generator, backend, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.stride, self.dilation, self.groups = _pair(stride), _pair(dilation), groups
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.generated_weight() if weight is None else weight
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:
+    """(name, layer) of every layer of `model` whose weight is generated."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, HyperLayer))
+
+
+def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
+    """(name of its layer, generator) of every `HyperLayer` of `model`; a shared generator comes with its first layer."""
+    seen: set[int] = set()
+    for name, layer in hyper_layers(model):
+        if id(layer.generator) not in seen:
+            seen.add(id(layer.generator))
+            yield name, layer.generator
+
+
+def generate_layers(model: nn.Module) -> dict[str, Tensor]:
+    """The generated weights of all layers of `model` by layer name, in one launch; empty for a plain network."""
+    layers = dict(hyper_layers(model))
+    made = generate_together(layer.generator for layer in layers.values())
+    return {name: weights[0] for name, weights in zip(layers, made, strict=True)}
+
+
+@torch.no_grad()
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the plain twin of `model`: every generator replaced by the weight it makes.
+
+    `conv1.generator.{weight,bias,z}` becomes `conv1.weight`; everything else keeps its name. Contiguous copies that share no
+    memory with `model`.
+    """
+    layers = dict(hyper_layers(model))
+    prefixes = tuple(f"{name}.generator." if name else "generator." for name in layers)
+    state = {f"{name}.weight" if name else "weight": w for name, w in generate_layers(model).items()}
+    state |= {name: t for name, t in model.state_dict().items() if not name.startswith(prefixes)}
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and `generated`, the
+    weights the generators make, which are no parameters."""
+    counts = {
+        "total": sum(p.numel() for p in model.parameters()),
+        "generator": 0,
+        "embedding": 0,
+        "generated": 0,
+    }
+    for _, g in named_generators(model):
+        embeddings = {id(f) for f in (getattr(g, "z", None),) if isinstance(f, nn.Parameter)}
+        for p in g.parameters():
+            counts["embedding" if id(p) in embeddings else "generator"] += p.numel()
+        counts["generated"] += sum(math.prod(shape) for shape in g.shapes)
+    counts["other"] = counts["total"] - counts["generator"] - counts["embedding"]
+    return counts

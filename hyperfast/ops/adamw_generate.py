@@ -1,0 +1,126 @@
+"""`adamw_generate`: AdamW on rank-one generator gradients and the next weights, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hyperfast import reference
+from hyperfast.ops._library import _cpu, check_backend, check_generators, cpu_dtype, library
+from hyperfast.reference import AdamWCoefficients
+
+library.define(
+    "adamw_generate(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] biases, "
+    "Tensor(e!)?[] bias_exp_avgs, Tensor(f!)?[] bias_exp_avg_sqs, Tensor[] dws, Tensor[] zs, Tensor[] new_zs, "
+    "Tensor(g!)[] next_weights, float[] coefficients, float[] bias_coefficients, float grad_scale) -> ()"
+)
+
+
+def _rows(flat: Sequence[float]) -> list[AdamWCoefficients]:
+    return [AdamWCoefficients(*flat[i : i + 6]) for i in range(0, len(flat), 6)]
+
+
+@torch.library.impl(library, "adamw_generate", "CompositeExplicitAutograd")
+def _adamw_reference(*args):
+    *tensors, coefficients, bias_coefficients, grad_scale = args
+    reference.adamw_generate(*tensors, _rows(coefficients), _rows(bias_coefficients), grad_scale)
+
+
+@torch.library.impl(library, "adamw_generate", "CPU")
+def _adamw_cpu(*args):
+    *tensors, coefficients, bias_coefficients, grad_scale = args
+    weights, exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs, dws, zs, new_zs, next_weights = (
+        tensors
+    )
+    dtype = cpu_dtype(weights)
+    if dtype is None:
+        return _adamw_reference(*args)
+    dws, zs, new_zs = ([t.contiguous() for t in ts] for ts in (dws, zs, new_zs))
+    columns = (
+        weights, exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs, dws, zs, new_zs, next_weights
+    )  # fmt: skip
+    segments = [
+        (*(0 if t is None else t.data_ptr() for t in row), *row[0].shape)
+        for row in zip(*columns, strict=True)
+    ]
+    both = [(*w, *b) for w, b in zip(_rows(coefficients), _rows(bias_coefficients), strict=True)]
+    _cpu.adamw_generate(segments, both, grad_scale, dtype, torch.get_num_threads())
+
+
+@torch.library.register_fake("hyperfast::adamw_generate", lib=library)
+def _adamw_fake(*args):
+    return None
+
+
+def adamw_generate(
+    weights: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bias_exp_avgs: Sequence[Tensor | None],
+    bias_exp_avg_sqs: Sequence[Tensor | None],
+    dws: Sequence[Tensor],
+    zs: Sequence[Tensor],
+    new_zs: Sequence[Tensor],
+    next_weights: Sequence[Tensor],
+    coefficients: Sequence[AdamWCoefficients],
+    bias_coefficients: Sequence[AdamWCoefficients],
+    grad_scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> None:
+    """One AdamW step of every generator from its factored gradient, and the weights of the next forward, in one pass.
+
+    For each layer: weight, exp_avg, exp_avg_sq [N, K] with the gradient grad_scale dw outer z; bias [N] and its moments [N]
+    (None: not trained) with grad_scale dw; next_weights [N] = weight new_z + bias, bit for bit what `generate` would return.
+    zs and new_zs [K] are the embeddings before and after their own update. Arguments written to must be contiguous and share
+    no memory. Raises ValueError or TypeError otherwise, before anything is changed.
+    """
+    check_backend(backend)
+    lists = (
+        list(weights), list(exp_avgs), list(exp_avg_sqs), list(biases), list(bias_exp_avgs), list(bias_exp_avg_sqs),
+        list(dws), list(zs), list(new_zs), list(next_weights),
+    )  # fmt: skip
+    if not lists[0]:
+        return
+    _check(lists, coefficients, bias_coefficients)
+    with torch.no_grad():
+        if backend == "reference":
+            reference.adamw_generate(*lists, coefficients, bias_coefficients, grad_scale)
+            return
+        flat = ([float(x) for row in rows for x in row] for rows in (coefficients, bias_coefficients))
+        torch.ops.hyperfast.adamw_generate(*lists, *flat, grad_scale)
+        # raw kernels do not: autograd must notice that saved tensors were overwritten
+        written = [t for column in (*lists[:6], lists[9]) for t in column if t is not None]
+        torch.autograd.graph.increment_version(written)
+
+
+def _check(lists, coefficients, bias_coefficients) -> None:
+    weights, exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs, dws, zs, new_zs, next_weights = (
+        lists
+    )
+    vectors = {
+        "bias": (biases, "N"), "bias_exp_avg": (bias_exp_avgs, "N"), "bias_exp_avg_sq": (bias_exp_avg_sqs, "N"),
+        "dw": (dws, "N"), "z": (zs, "K"), "new_z": (new_zs, "K"), "next_weight": (next_weights, "N"),
+    }  # fmt: skip
+    check_generators(weights, **vectors)
+    for name, moments in (("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs)):
+        for i, (weight, moment) in enumerate(zip(weights, moments, strict=True)):
+            if moment.shape != weight.shape or moment.dtype != weight.dtype or moment.device != weight.device:
+                raise ValueError(
+                    f"{name} {i} must be {list(weight.shape)} {weight.dtype} on {weight.device} like its weight, "
+                    f"got {list(moment.shape)} {moment.dtype} on {moment.device}"
+                )
+    for name, rows in (("coefficients", coefficients), ("bias_coefficients", bias_coefficients)):
+        if len(rows) != len(weights):
+            raise ValueError(f"{len(weights)} weights but {len(rows)} of {name}")
+    if len({weight.dtype for weight in weights}) > 1:
+        raise TypeError(f"all weights must have one dtype, got {sorted({str(w.dtype) for w in weights})}")
+    for column in (*lists[:6], next_weights):
+        for tensor in column:
+            if tensor is not None and not tensor.is_contiguous():
+                raise ValueError(
+                    f"tensors updated in place must be contiguous, got strides {tensor.stride()}"
+                )

@@ -1,0 +1,167 @@
+"""`generate`: the weights of all layers from their embeddings, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hyperfast import reference
+from hyperfast.ops._library import _cpu, check_backend, check_generators, cpu_dtype, library
+from hyperfast.ops.generate_backward import backward_op
+from hyperfast.ops.next_weights import is_current
+
+library.define(
+    "generate(Tensor[] weights, Tensor?[] biases, Tensor[] zs, Tensor?[] next_weights) -> Tensor[]"
+)
+
+
+def _generate(weights, biases, zs, next_weights, kernel) -> list[Tensor]:
+    """Copies of next weights where they are current; `kernel(indices of the others, out)` writes those into out."""
+    out = [
+        w.clone() if is_current(w, *p) else None
+        for w, *p in zip(next_weights, weights, biases, zs, strict=True)
+    ]
+    missing = [i for i, w in enumerate(out) if w is None]
+    if missing:
+        kernel(missing, out)
+    return out
+
+
+@torch.library.impl(library, "generate", "CompositeExplicitAutograd")
+def _generate_reference(weights, biases, zs, next_weights):
+    def kernel(missing, out):
+        made = reference.generate(*([tensors[i] for i in missing] for tensors in (weights, biases, zs)))
+        for i, w in zip(missing, made, strict=True):
+            out[i] = w
+
+    return _generate(weights, biases, zs, next_weights, kernel)
+
+
+@torch.library.impl(library, "generate", "CPU")
+def _generate_cpu(weights, biases, zs, next_weights):
+    dtype = cpu_dtype(weights)
+    if dtype is None:
+        return _generate_reference(weights, biases, zs, next_weights)
+
+    def kernel(missing, out):
+        keep, segments = [], []
+        for i in missing:
+            weight, z = weights[i].contiguous(), zs[i].contiguous()
+            bias = None if biases[i] is None else biases[i].contiguous()
+            out[i] = weight.new_empty(weight.shape[0])
+            keep.append((weight, bias, z))
+            addresses = (
+                weight.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                z.data_ptr(),
+                out[i].data_ptr(),
+            )
+            segments.append((*addresses, *weight.shape))
+        _cpu.generate(segments, dtype, torch.get_num_threads())
+
+    return _generate(weights, biases, zs, next_weights, kernel)
+
+
+@torch.library.register_fake("hyperfast::generate", lib=library)
+def _generate_fake(weights, biases, zs, next_weights):
+    return [weight.new_empty(weight.shape[0]) for weight in weights]
+
+
+class Generate(torch.autograd.Function):
+    """tensors: L weights, L biases (or None), L zs, L next weights (or None), in this order."""
+
+    @staticmethod
+    def forward(factored: bool, backend: str, *tensors):
+        L = len(tensors) // 4
+        weights, biases, zs, next_weights = (list(tensors[i * L : (i + 1) * L]) for i in range(4))
+        if backend == "reference":
+            return tuple(reference.generate(weights, biases, zs))
+        return tuple(torch.ops.hyperfast.generate(weights, biases, zs, next_weights))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        factored, backend, *tensors = inputs
+        ctx.factored, ctx.backend, ctx.L = factored, backend, len(tensors) // 4
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[: ctx.L], *tensors[2 * ctx.L : 3 * ctx.L])
+
+    @staticmethod
+    def backward(ctx, *dws):
+        L = ctx.L
+        weights, zs = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
+        need_weight, need_bias, need_z = (ctx.needs_input_grad[2 + i * L : 2 + (i + 1) * L] for i in range(3))
+        used = [i for i in range(L) if dws[i] is not None]
+        # create_graph and torch.func want a backward that can be differentiated again, and dense weight gradients
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        dz: list[Tensor | None] = [None] * L
+        with_dz = [i for i in used if need_z[i]]
+        if with_dz:
+            op = reference.generate_backward if again or ctx.backend == "reference" else backward_op
+            made, _ = op([weights[i] for i in with_dz], [dws[i] for i in with_dz])
+            for i, gradient in zip(with_dz, made, strict=True):
+                dz[i] = gradient
+        dense = again or not ctx.factored
+        dweight = [
+            torch.outer(dws[i], zs[i]) if i in used and need_weight[i] and dense else None for i in range(L)
+        ]
+        dbias = [dws[i] if need_bias[i] else None for i in range(L)]
+        return (None, None, *dweight, *dbias, *dz, *([None] * L))
+
+    @staticmethod
+    def vmap(info, in_dims, factored, backend, *tensors):
+        L = len(tensors) // 4
+
+        def batched(tensor, dim):
+            return tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
+
+        tensors = [batched(t, dim) for t, dim in zip(tensors, in_dims[2:], strict=True)]
+        out = []
+        for i in range(L):
+            weight, bias, z = tensors[i], tensors[L + i], tensors[2 * L + i]
+            w = (weight @ z.unsqueeze(-1)).squeeze(-1)
+            w = w if bias is None else w + bias
+            out.append(w.expand(info.batch_size, w.shape[-1]) if w.dim() == 1 else w)
+        return tuple(out), tuple(0 for _ in out)
+
+
+def generate(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    zs: Sequence[Tensor],
+    *,
+    next_weights: Sequence[Tensor | None] | None = None,
+    factored: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """w[n] = sum_k weight[n, k] z[k] + bias[n] for every layer, in one launch.
+
+    weights: L tensors [N, K]; biases: L tensors [N] or None; zs: L tensors [K]; N and K may differ between layers. float32,
+    float64 and bfloat16 have CPU kernels (K up to 512), other dtypes and devices run `hyperfast.reference`.
+    next_weights: what `adamw_generate` left, [N] each or None; used where weight, bias and z are unchanged since.
+    factored: no gradient of weight is formed; it is dw outer z, and dw is the gradient of bias.
+    Returns L tensors [N] that alias nothing, in autocast's dtype under autocast. Raises ValueError or TypeError for wrong
+    shapes, dtypes or devices. Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3, with a linear generator.
+    """
+    check_backend(backend)
+    weights, biases, zs = list(weights), list(biases), list(zs)
+    if not weights:
+        return ()
+    check_generators(weights, bias=(biases, "N"), z=(zs, "K"))
+    next_weights = [None] * len(weights) if next_weights is None else list(next_weights)
+    check_generators(weights, next_weight=(next_weights, "N"))
+    if len({weight.dtype for weight in weights}) > 1:
+        raise TypeError(f"all weights must have one dtype, got {sorted({str(w.dtype) for w in weights})}")
+    # a tensor given twice: compiled autograd Functions return half its gradient (torch 2.11), a view of it does not
+    seen: set[int] = set()
+    for tensors in (weights, biases, zs):
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and id(tensor) in seen:
+                tensors[i] = tensor.view_as(tensor)
+            seen.add(id(tensor))
+    out = Generate.apply(factored, backend, *weights, *biases, *zs, *next_weights)
+    device = weights[0].device.type
+    if torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
+        return tuple(w.to(torch.get_autocast_dtype(device)) for w in out)
+    return out

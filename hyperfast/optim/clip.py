@@ -1,0 +1,91 @@
+"""Gradient norms of models with factored gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from hyperfast.factored import Factors, generator_of
+
+
+def parameters_of(source: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The parameters of a module, or the given ones as a list."""
+    if isinstance(source, nn.Module):
+        return list(source.parameters())
+    return [source] if isinstance(source, Tensor) else list(source)
+
+
+def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
+    """The factors of every factored weight among `parameters`.
+
+    Raises ValueError if a weight is there without its bias or z, RuntimeError if it has a dense gradient as well.
+    """
+    parameters = list(parameters)
+    present = {id(p) for p in parameters}
+    found = []
+    for p in parameters:
+        generator = generator_of(p)
+        if generator is None or not p.requires_grad:
+            continue
+        factors = next(f for f in generator.factors() if f.weight is p)
+        for name, part in (("bias", factors.bias), ("z", factors.z if factors.z_is_parameter else None)):
+            if part is not None and id(part) not in present and (part.requires_grad or name == "bias"):
+                raise ValueError(
+                    f"the factored weight of shape {list(p.shape)} comes without its {name} of shape {list(part.shape)}: weight, "
+                    "bias and z belong into one optimizer and one norm (pass the model, or hyperfast.param_groups(model))"
+                )
+        if not factors.bias.requires_grad:
+            raise ValueError(
+                f"the factored weight of shape {list(p.shape)} needs a bias that requires grad: it carries dw"
+            )
+        if p.grad is not None:
+            raise RuntimeError(
+                f"the factored weight of shape {list(p.shape)} has a dense gradient too (create_graph=True makes one); set it "
+                "to None, or train dense with hyperfast.factored_(model, False)"
+            )
+        found.append(factors)
+    return found
+
+
+@torch.no_grad()
+def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float = 2.0) -> Tensor:
+    """Norm of all gradients as one vector, the factored ones included without forming them: a p-norm of dw outer z is the
+    product of the p-norms of dw and z."""
+    not_trained = {id(f.bias) for f in factors if not f.bias_is_trained}
+    grads = [p.grad for p in parameters if p.grad is not None and id(p) not in not_trained]
+    # one norm for each tensor, as torch.nn.utils.get_total_norm does it
+    norms = [torch.linalg.vector_norm(g, norm_type) for g in grads]
+    for f in factors:
+        if f.bias.grad is not None:
+            dw = torch.linalg.vector_norm(f.bias.grad, norm_type)
+            norms.append(dw * torch.linalg.vector_norm(f.z, norm_type))
+    if not norms:
+        return torch.tensor(0.0)
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: nn.Module | Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for models that may hold factored gradients; takes the model or its parameters.
+
+    Scaling dw scales the factored gradient, so only the gradients at hand are written. Returns the norm before clipping.
+    Raises RuntimeError for a non-finite norm if `error_if_nonfinite`, ValueError for a factored weight without its bias or z.
+    """
+    parameters = parameters_of(parameters)
+    norm = grad_norm(parameters, factors_of(parameters), norm_type)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(
+            f"the total norm of order {norm_type} of the gradients is non-finite, so it cannot be clipped"
+        )
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(scale.to(p.grad.device))
+    return norm
