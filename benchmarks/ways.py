@@ -1,0 +1,164 @@
+"""The ways to do the same step, each run in a process of its own (`benchmarks.workers`).
+
+whole   a training step of `full`: forward, backward, clipping at norm 1, AdamW; batch 64, float32
+part    what the generators cost in it: generate, backward from given dw, clipping, AdamW
+
+eager                as users write it: PlainHyperNet, default AdamW
+channels_last        the same in channels_last with fused AdamW and an allocator that keeps freed memory
+compiled             channels_last under torch.compile (whole: the model; part: generation)
+factored_reference   hyperfast.reference in factored form under torch.compile: what the compiler makes of our mathematics
+hyperfast            factored gradients and fused kernels, same memory format and allocator as channels_last
+hyperfast_compiled   the same under torch.compile (whole only)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hyperfast
+from benchmarks.plain import SHAPES, PlainHyperNet
+from train.models import build_model
+
+RECIPE = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+BATCH = 64
+WHOLE = ("eager", "channels_last", "compiled", "hyperfast", "hyperfast_compiled")
+PART = ("eager", "channels_last", "compiled", "factored_reference", "hyperfast")
+# glibc keeps what is freed instead of giving it back to the system and faulting it in again at every step
+TUNED_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+
+
+def environment(way: str) -> dict[str, str]:
+    """Environment of the process that runs `way`."""
+    return dict(os.environ) | ({} if way == "eager" else TUNED_ALLOCATOR)
+
+
+def _plain() -> PlainHyperNet:
+    torch.manual_seed(0)
+    return PlainHyperNet()
+
+
+def _fused() -> nn.Module:
+    model = build_model("full", fused=True)
+    model.load_state_dict(_plain().state_dict())
+    return model
+
+
+def _stock_adamw(model: nn.Module, way: str) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **RECIPE, fused=None if way == "eager" else True)
+
+
+def whole(way: str) -> Callable[[], Tensor]:
+    """A function that does one training step and returns the loss."""
+    fused = way.startswith("hyperfast")
+    model = _fused() if fused else _plain()
+    torch.manual_seed(1)
+    x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(100, (BATCH,))
+    if way != "eager":
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    optimizer = (
+        hyperfast.optim.AdamW(model, **RECIPE, max_grad_norm=1.0) if fused else _stock_adamw(model, way)
+    )
+    forward = torch.compile(model) if "compiled" in way else model
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(forward(x), y)
+        loss.backward()
+        if not fused:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _given_dws() -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(math.prod(shape)) * 1e-3 for shape in SHAPES.values()]
+
+
+def part(way: str) -> Callable[[], Tensor]:
+    """A function that does the generators' share of a step and returns the sum of the generated weights."""
+    if way == "factored_reference":
+        return _part_factored_reference()
+    dws = _given_dws()
+    if way == "hyperfast":
+        layers = [layer for _, layer in hyperfast.nn.hyper_layers(_fused())]
+        generators = nn.ModuleList(layer.generator for layer in layers)
+        optimizer = hyperfast.optim.AdamW(generators, **RECIPE, max_grad_norm=1.0)
+
+        def generate() -> list[Tensor]:
+            return [w.view(-1) for (w,) in hyperfast.nn.generate_together(generators)]
+    else:
+        model = _plain()
+        generators = nn.ParameterList(
+            p for n, p in model.named_parameters() if n.startswith(("z_signal", "hyper"))
+        )
+        optimizer = _stock_adamw(generators, way)
+
+        def generate() -> list[Tensor]:
+            return [model.generate(name).view(-1) for name in SHAPES]
+
+        if way == "compiled":
+            generate = torch.compile(generate)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        ws = generate()
+        torch.autograd.backward(ws, dws)
+        if way != "hyperfast":
+            nn.utils.clip_grad_norm_(generators.parameters(), 1.0)
+        optimizer.step()
+        return sum(w.detach().sum() for w in ws)
+
+    return step
+
+
+def _part_factored_reference() -> Callable[[], Tensor]:
+    """dz, norm in closed form, AdamW on dw outer z and next weights, from hyperfast.reference through torch.compile."""
+    dws = _given_dws()
+    generators = [g for _, g in hyperfast.nn.named_generators(_fused())]
+    weights, biases, zs = ([getattr(g, name).data for g in generators] for name in ("weight", "bias", "z"))
+    moments = [
+        [torch.zeros_like(t) for t in tensors] for tensors in (weights, weights, biases, biases, zs, zs)
+    ]
+    next_weights = hyperfast.reference.generate(weights, biases, zs)
+    backward = torch.compile(hyperfast.reference.generate_backward)
+    update = torch.compile(hyperfast.reference.adamw_generate)
+    step_tensor = torch.tensor(0.0)
+    rows = hyperfast.ops.AdamWCoefficients
+
+    def step() -> Tensor:
+        ws = [w.clone() for w in next_weights]
+        dzs, squared = backward(weights, dws)
+        z_squared = torch.stack([z.square().sum() for z in zs])
+        norm = float(
+            (squared * (1 + z_squared) + torch.stack([dz.square().sum() for dz in dzs])).sum().sqrt()
+        )
+        scale = min(1.0, 1.0 / (norm + 1e-6))
+        step_tensor.add_(1)
+        t = float(step_tensor)
+        # the coefficients change every step: as tensors, so that the compiler does not specialise on them
+        c = rows(
+            *(
+                torch.tensor(v)
+                for v in (1 - 1e-3 * 1e-4, 1e-3 / (1 - 0.9**t), 0.9, 0.999, math.sqrt(1 - 0.999**t), 1e-8)
+            )
+        )
+        new_zs = [z.clone() for z in zs]
+        for z, m, v, dz in zip(new_zs, moments[4], moments[5], dzs, strict=True):
+            hyperfast.reference.adamw_(z, m, v, dz * scale, rows(*(float(x) for x in c)))
+        coefficients = [c] * len(weights)
+        update(weights, moments[0], moments[1], biases, moments[2], moments[3], dws, zs, new_zs, next_weights,
+               coefficients, coefficients, torch.tensor(scale))  # fmt: skip
+        for z, new in zip(zs, new_zs, strict=True):
+            z.copy_(new)
+        return sum(w.sum() for w in ws)
+
+    return step

@@ -1,0 +1,96 @@
+"""One process for each way, taking turns: allocator settings and peak memory are each way's own, and drifts of a shared machine
+meet all of them alike.
+
+`python -m benchmarks.workers KIND WAY` is the process: a line on stdin makes it do that many steps and answer with JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+from benchmarks import ways
+
+
+class Worker:
+    """A process that does steps of one way on demand."""
+
+    def __init__(self, kind: str, way: str):
+        self.way = way
+        command = [sys.executable, "-m", "benchmarks.workers", kind, way]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ways.environment(way)
+        )
+
+    def steps(self, count: int) -> dict:
+        """Does `count` steps; seconds of each, value of each, peak memory of the process so far in MiB."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of {self.way!r} ended with exit status {self.process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+@dataclass
+class Comparison:
+    """Several ways, run in turns. seconds: way -> one per step; values: way -> what the first steps returned."""
+
+    kind: str
+    names: tuple[str, ...]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+
+    def __enter__(self) -> Comparison:
+        self.workers = [Worker(self.kind, name) for name in self.names]
+        for worker in self.workers:  # one at a time: compilers and first touches disturb nobody's timing
+            self.values[worker.way] = worker.steps(3)["values"]
+            self.seconds[worker.way] = []
+        return self
+
+    def __exit__(self, *_) -> None:
+        for worker in self.workers:
+            worker.close()
+
+    def round(self) -> None:
+        """One step of every way."""
+        for worker in self.workers:
+            answer = worker.steps(1)
+            self.seconds[worker.way] += answer["seconds"]
+            self.peak_mib[worker.way] = answer["peak_mib"]
+
+    def median(self, way: str) -> float:
+        return statistics.median(self.seconds[way])
+
+    def ratio(self, way: str, base: str = "hyperfast") -> float:
+        """How many times longer `way` takes than `base`: median over rounds of the paired ratios."""
+        return statistics.median(a / b for a, b in zip(self.seconds[way], self.seconds[base], strict=True))
+
+
+def main(kind: str, way: str) -> None:
+    step = {"whole": ways.whole, "part": ways.part}[kind](way)
+    for line in sys.stdin:
+        seconds, values = [], []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            value = step()
+            seconds.append(time.perf_counter() - start)
+            values.append(float(value))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "values": values, "peak_mib": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
