@@ -1,6 +1,8 @@
-"""`full` as users write it today: one nn.Linear for each layer, generated in the forward, nothing of hyperfast.
+"""`full` as users write it today: one nn.Linear for each layer, generated in the forward, nothing of
+hyperfast.
 
-Parameter names are those of published checkpoints, so `train.models` loads its state dict and both compute the same.
+Parameter names are those of published checkpoints, so `train.models` loads its state dict and both compute
+the same.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ part    what the generators cost in it: generate, backward from given dw, clippi
 eager                as users write it: PlainHyperNet, default AdamW
 channels_last        the same in channels_last with fused AdamW and an allocator that keeps freed memory
 compiled             channels_last under torch.compile (whole: the model; part: generation)
-factored_reference   hyperfast.reference in factored form under torch.compile: what the compiler makes of our mathematics
+factored_reference   hyperfast.reference, factored, under torch.compile: what the compiler makes of our mathematics
 hyperfast            factored gradients and fused kernels, same memory format and allocator as channels_last
 hyperfast_compiled   the same under torch.compile (whole only)
 """
@@ -121,7 +121,7 @@ def part(way: str) -> Callable[[], Tensor]:
 
 
 def _part_factored_reference() -> Callable[[], Tensor]:
-    """dz, norm in closed form, AdamW on dw outer z and next weights, from hyperfast.reference through torch.compile."""
+    """dz, norm in closed form, AdamW on dw outer z and next weights: hyperfast.reference compiled."""
     dws = _given_dws()
     generators = [g for _, g in hyperfast.nn.named_generators(_fused())]
     weights, biases, zs = ([getattr(g, name).data for g in generators] for name in ("weight", "bias", "z"))

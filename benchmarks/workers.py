@@ -1,7 +1,8 @@
-"""One process for each way, taking turns: allocator settings and peak memory are each way's own, and drifts of a shared machine
-meet all of them alike.
+"""One process for each way, taking turns: allocator settings and peak memory are each way's own, and drifts
+of a shared machine meet all of them alike.
 
-`python -m benchmarks.workers KIND WAY` is the process: a line on stdin makes it do that many steps and answer with JSON.
+`python -m benchmarks.workers KIND WAY` is the process: a line on stdin makes it do that many steps and answer
+with JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Worker:
 
 @dataclass
 class Comparison:
-    """Several ways, run in turns. seconds: way -> one per step; values: way -> what the first steps returned."""
+    """Several ways, run in turns. seconds: way -> one per step; values: way -> what the first steps
+    returned."""
 
     kind: str
     names: tuple[str, ...]

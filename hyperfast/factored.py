@@ -1,7 +1,8 @@
 """Factored gradients: which weights have them, and the guards around them.
 
-The gradient of a linear generator's weight is dw outer z, rank one. In factored mode nobody forms it: dw arrives as the
-gradient of the generator's bias, `weight.grad` stays None, and hyperfast's optimizers and `clip_grad_norm_` use the factors.
+The gradient of a linear generator's weight is dw outer z, rank one. In factored mode nobody forms it: dw
+arrives as the gradient of the generator's bias, `weight.grad` stays None, and hyperfast's optimizers and
+`clip_grad_norm_` use the factors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class Factors(NamedTuple):
     """The gradient of `weight` [N, K] is `bias.grad` [N] outer `z` [K].
 
-    `bias` carries dw; `bias_is_trained` is False where it stands in for a generator without bias. `z_is_parameter`: z is a
-    parameter of the step, so that next weights can be made from its new value.
+    `bias` carries dw; `bias_is_trained` is False where it stands in for a generator without bias.
+    `z_is_parameter`: z is a parameter of the step, so that next weights can be made from its new value.
     """
 
     weight: Tensor
@@ -61,10 +62,11 @@ def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
 def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
     """Switches every generator in `module` to factored gradients (or back), in place; returns `module`.
 
-    In factored mode train with an optimizer of `hyperfast.optim` and clip with `hyperfast.optim.clip_grad_norm_`; a stock
-    optimizer that would step a factored weight raises. Distributed data parallel is told to leave the weights alone: dw
-    travels as the gradient of the bias, N numbers instead of N K, so start all ranks from equal weights. Call it before
-    wrapping in DDP and on the module that is wrapped.
+    In factored mode train with an optimizer of `hyperfast.optim` and clip with
+    `hyperfast.optim.clip_grad_norm_`; a stock optimizer that would step a factored weight raises. Distributed
+    data parallel is told to leave the weights alone: dw travels as the gradient of the bias, N numbers
+    instead of N K, so start all ranks from equal weights. Call it before wrapping in DDP and on the module
+    that is wrapped.
     """
     for _, generator in generators(module):
         generator.set_factored(enabled)
@@ -76,11 +78,17 @@ def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
     return module
 
 
+def trained_parameters(module: nn.Module) -> list[Tensor]:
+    """The parameters of `module` without those that only stand in for a generator's missing bias."""
+    stand_ins = {id(f.bias) for _, g in generators(module) for f in g.factors() if not f.bias_is_trained}
+    return [p for p in module.parameters() if id(p) not in stand_ins]
+
+
 def invalidate(module: nn.Module) -> None:
     """Forgets the next weights of every generator in `module`.
 
-    Needed only after edits that autograd's version counters do not see: through `.data`, through another library's view of
-    the memory, or between replays of a CUDA graph.
+    Needed only after edits that autograd's version counters do not see: through `.data`, through another
+    library's view of the memory, or between replays of a CUDA graph.
     """
     for _, generator in generators(module):
         generator.drop_next_weights()
@@ -93,8 +101,8 @@ def _refuse_stock_optimizers(optimizer: torch.optim.Optimizer, args: tuple, kwar
         for p in group["params"]:
             if generator_of(p) is not None:
                 raise RuntimeError(
-                    f"{type(optimizer).__name__} cannot step a generator in factored mode: its weight of shape "
-                    f"{list(p.shape)} has no dense gradient. Use hyperfast.optim.AdamW, or "
+                    f"{type(optimizer).__name__} cannot step a generator in factored mode: its weight of "
+                    f"shape {list(p.shape)} has no dense gradient. Use hyperfast.optim.AdamW, or "
                     "hyperfast.factored_(model, False) for dense gradients"
                 )
 

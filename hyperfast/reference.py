@@ -1,7 +1,8 @@
 """Every op in plain PyTorch, with the names and arguments of `hyperfast.ops`: the specification.
 
-Letters: L generated layers, N weights of a layer, K embedding size. Lists have one entry for each layer, layers may differ in
-N and K. Nothing here is fast; everything here is differentiable where the mathematics is.
+Letters: L generated layers, N weights of a layer, K embedding size. Lists have one entry for each layer,
+layers may differ in N and K. Nothing here is fast; everything here is differentiable where the mathematics
+is.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 
 class AdamWCoefficients(NamedTuple):
-    """One AdamW step (Loshchilov and Hutter, 2019): `decay` = 1 - lr weight_decay, `step_size` = lr / (1 - beta1^t),
-    `bias_correction2_sqrt` = sqrt(1 - beta2^t)."""
+    """One AdamW step (Loshchilov and Hutter, 2019): `decay` = 1 - lr weight_decay, `step_size` = lr / (1 -
+    beta1^t), `bias_correction2_sqrt` = sqrt(1 - beta2^t)."""
 
     decay: float
     step_size: float
@@ -36,7 +37,8 @@ def generate(
 def generate_backward(weights: Sequence[Tensor], dws: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """dz = weight^T dw [K] for each layer, and |dw|^2 as float64 [L].
 
-    With them every gradient of `generate` is known: d bias = dw, d weight = dw outer z, |d weight|^2 = |dw|^2 |z|^2.
+    With them every gradient of `generate` is known: d bias = dw, d weight = dw outer z, |d weight|^2 = |dw|^2
+    |z|^2.
     """
     dzs = [weight.t() @ dw for weight, dw in zip(weights, dws, strict=True)]
     return dzs, torch.stack([dw.double().square().sum() for dw in dws])
@@ -66,11 +68,12 @@ def adamw_generate(
     bias_coefficients: Sequence[AdamWCoefficients],
     grad_scale: float = 1.0,
 ) -> None:
-    """AdamW on weight [N, K] with the gradient dw outer z and on bias [N] with dw, then the next weights [N] from `new_zs`.
+    """AdamW on weight [N, K] with the gradient dw outer z and on bias [N] with dw, then the next weights [N]
+    from `new_zs`.
 
-    In place: weights, biases, their moments, `next_weights`. A bias whose moments are None is added but not trained. `zs` [K]
-    are the embeddings the gradient was taken at, `new_zs` [K] those after their own update. Every dw is first multiplied by
-    `grad_scale`.
+    In place: weights, biases, their moments, `next_weights`. A bias whose moments are None is added but not
+    trained. `zs` [K] are the embeddings the gradient was taken at, `new_zs` [K] those after their own update.
+    Every dw is first multiplied by `grad_scale`.
     """
     for i, (weight, bias, dw) in enumerate(zip(weights, biases, dws, strict=True)):
         g = dw * grad_scale

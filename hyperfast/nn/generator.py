@@ -22,8 +22,8 @@ from hyperfast.ops.next_weights import record
 class Generator(nn.Module):
     """What every generator does.
 
-    shapes: shapes of the weights it makes, in order. backend: "auto" (fused kernels) or "reference" (plain PyTorch).
-    factored: whether `weight.grad` stays None and the optimizer works on `factors()`.
+    shapes: shapes of the weights it makes, in order. backend: "auto" (fused kernels) or "reference" (plain
+    PyTorch). factored: whether `weight.grad` stays None and the optimizer works on `factors()`.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -32,7 +32,8 @@ class Generator(nn.Module):
 
     @abstractmethod
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights, one tensor for each of `shapes`; from `z` instead of the generator's own embedding if given."""
+        """The weights, one tensor for each of `shapes`; from `z` instead of the generator's own embedding if
+        given."""
 
     @abstractmethod
     def factors(self) -> list[Factors]:
@@ -40,7 +41,8 @@ class Generator(nn.Module):
 
     @abstractmethod
     def next_weights(self) -> list[Tensor]:
-        """For each of `factors()`, the buffer [N] into which the optimizer writes the weights of the next forward."""
+        """For each of `factors()`, the buffer [N] into which the optimizer writes the weights of the next
+        forward."""
 
     @abstractmethod
     def next_weights_written(self) -> None:
@@ -62,10 +64,11 @@ class Generator(nn.Module):
 class LinearGenerator(Generator):
     """w = weight z + bias, reshaped to `shape`: its own embedding and its own generator for one layer.
 
-    Parameters: weight [N, K], bias [N] (None with bias=False), z [K], with N the number of elements of `shape`, K `z_dim`.
-    fan_in: inputs of one output of the main network's layer, for the initialisation; default: product of `shape` but the
-    first. init: a name in `hyperfast.nn.init.INITIALISATIONS`, default `hyperfast.nn.init.DEFAULT`. Raises ValueError for
-    sizes below 1 and unknown names. Ha, Dai, Le, "HyperNetworks" (ICLR 2017), equation 1 without hidden layer.
+    Parameters: weight [N, K], bias [N] (None with bias=False), z [K], with N the number of elements of
+    `shape`, K `z_dim`. fan_in: inputs of one output of the main network's layer, for the initialisation;
+    default: product of `shape` but the first. init: a name in `hyperfast.nn.init.INITIALISATIONS`, default
+    `hyperfast.nn.init.DEFAULT`. Raises ValueError for sizes below 1 and unknown names. Ha, Dai, Le,
+    "HyperNetworks" (ICLR 2017), equation 1 without hidden layer.
     """
 
     def __init__(
@@ -103,15 +106,17 @@ class LinearGenerator(Generator):
         initialisations.initialise_(self.weight, self.bias, self.z, self.fan_in, self.init)
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weight, [*shape]. z [K]: another embedding than the generator's own; refused in factored mode."""
+        """The weight, [*shape]. z [K]: another embedding than the generator's own; refused in factored
+        mode."""
         if z is None:
             return generate_together([self])[0]
         if z.numel() != self.z_dim:
             raise ValueError(f"z must have {self.z_dim} elements, got shape {list(z.shape)}")
         if self.factored:
             raise ValueError(
-                "a LinearGenerator in factored mode generates from its own z only: the gradient of another embedding is not "
-                "the rank-one gradient the optimizer knows; hyperfast.factored_(module, False) for dense gradients"
+                "a LinearGenerator in factored mode generates from its own z only: the gradient of another "
+                "embedding is not the rank-one gradient the optimizer knows; "
+                "hyperfast.factored_(module, False) for dense gradients"
             )
         (w,) = ops.generate([self.weight], [self.bias], [z.reshape(-1)], backend=self.backend)
         return (w.view(self.shapes[0]),)
@@ -184,11 +189,13 @@ class LinearGenerator(Generator):
 
     def extra_repr(self) -> str:
         n, k = self.weight.shape
-        return f"{tuple(self.shapes[0])}, N={n}, z_dim={k}, bias={self.bias is not None}, factored={self.factored}"
+        shape, bias = tuple(self.shapes[0]), self.bias is not None
+        return f"{shape}, N={n}, z_dim={k}, bias={bias}, factored={self.factored}"
 
 
 def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:
-    """The weights of several generators, in their order; linear ones of one kind in one launch, each made once."""
+    """The weights of several generators, in their order; linear ones of one kind in one launch, each made
+    once."""
     generators = list(generators)
     made: dict[int, tuple[Tensor, ...]] = {}
     batches: dict[tuple, list[LinearGenerator]] = {}

@@ -1,8 +1,8 @@
 """Initialisations of linear generators, by name.
 
 With AdamW every entry of weight, bias and z moves by about lr a step, so the generated weight moves by about
-lr (1 + sum|z|): the scale of z sets the main network's learning rate. Unit-normal z (sum|z| about 13 at K = 16) diverges at
-lr 1e-3.
+lr (1 + sum|z|): the scale of z sets the main network's learning rate. Unit-normal z (sum|z| about 13 at K =
+16) diverges at lr 1e-3.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from torch import Tensor, nn
 
 
 def report_(weight: Tensor, bias: Tensor | None, z: Tensor, fan_in: int) -> None:
-    """Weight and z normal with std 0.01, bias 0: generated weights start at std 1e-4 sqrt(K) whatever the layer."""
+    """Weight and z normal with std 0.01, bias 0: generated weights start at std 1e-4 sqrt(K) whatever the
+    layer."""
     nn.init.normal_(weight, std=0.01)
     nn.init.normal_(z, std=0.01)
 
 
 def hyperfan_(weight: Tensor, bias: Tensor | None, z: Tensor, fan_in: int) -> None:
-    """Hyperfan-in (Chang, Flokas, Lipson, "Principled weight initialization for hypernetworks", ICLR 2020): z normal with
-    Var z = 1/K, Var weight = 2 / (fan_in K Var z), bias 0; generated weights have He's variance 2 / fan_in."""
+    """Hyperfan-in (Chang, Flokas, Lipson, "Principled weight initialization for hypernetworks", ICLR 2020): z
+    normal with Var z = 1/K, Var weight = 2 / (fan_in K Var z), bias 0; generated weights have He's variance 2
+    / fan_in."""
     nn.init.normal_(z, std=1 / math.sqrt(z.numel()))
     nn.init.normal_(weight, std=math.sqrt(2 / fan_in))
 
 
 def he_bias_(weight: Tensor, bias: Tensor | None, z: Tensor, fan_in: int) -> None:
-    """He's initialisation of the main network (normal, variance 2 / fan_in), carried by the generator's bias; weight and z
-    normal with std 0.01. A generator without bias gets hyperfan's."""
+    """He's initialisation of the main network (normal, variance 2 / fan_in), carried by the generator's bias;
+    weight and z normal with std 0.01. A generator without bias gets hyperfan's."""
     if bias is None:
         return hyperfan_(weight, bias, z, fan_in)
     report_(weight, bias, z, fan_in)

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
 
 
 class HyperLayer(nn.Module):
     """A layer with a generated weight and an ordinary bias.
 
-    `forward(x)` generates the weight itself; `forward(x, weight)` takes one made elsewhere (`generate_layers`: all layers of a
-    network in one launch).
+    `forward(x)` generates the weight itself; `forward(x, weight)` takes one made elsewhere
+    (`generate_layers`: all layers of a network in one launch).
     """
 
     generator: Generator
@@ -46,7 +47,8 @@ class HyperLayer(nn.Module):
 class HyperLinear(HyperLayer):
     """`nn.Linear` with a generated weight [out_features, in_features]: x [..., in] -> [..., out].
 
-    z_dim, init, backend: see `LinearGenerator`; generator: use this one instead (several layers may share it).
+    z_dim, init, backend: see `LinearGenerator`; generator: use this one instead (several layers may share
+    it).
     """
 
     def __init__(
@@ -75,9 +77,9 @@ class HyperLinear(HyperLayer):
 class HyperConv2d(HyperLayer):
     """`nn.Conv2d` with a generated weight [out, in / groups, R, S]: x [B, in, H, W] -> [B, out, H', W'].
 
-    kernel_size, stride, dilation: int or pair; padding: int, pair, "same" or "valid". z_dim, init, backend: see
-    `LinearGenerator`; generator: use this one instead (several layers may share it). Raises ValueError where channels are not
-    divisible by groups.
+    kernel_size, stride, dilation: int or pair; padding: int, pair, "same" or "valid". z_dim, init, backend:
+    see `LinearGenerator`; generator: use this one instead (several layers may share it). Raises ValueError
+    where channels are not divisible by groups.
     """
 
     def __init__(
@@ -115,8 +117,9 @@ class HyperConv2d(HyperLayer):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"bias={self.bias is not None}"
         )
 
 
@@ -126,7 +129,8 @@ def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:
 
 
 def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
-    """(name of its layer, generator) of every `HyperLayer` of `model`; a shared generator comes with its first layer."""
+    """(name of its layer, generator) of every `HyperLayer` of `model`; a shared generator comes with its
+    first layer."""
     seen: set[int] = set()
     for name, layer in hyper_layers(model):
         if id(layer.generator) not in seen:
@@ -135,7 +139,8 @@ def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
 
 
 def generate_layers(model: nn.Module) -> dict[str, Tensor]:
-    """The generated weights of all layers of `model` by layer name, in one launch; empty for a plain network."""
+    """The generated weights of all layers of `model` by layer name, in one launch; empty for a plain
+    network."""
     layers = dict(hyper_layers(model))
     made = generate_together(layer.generator for layer in layers.values())
     return {name: weights[0] for name, weights in zip(layers, made, strict=True)}
@@ -145,8 +150,8 @@ def generate_layers(model: nn.Module) -> dict[str, Tensor]:
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """State dict of the plain twin of `model`: every generator replaced by the weight it makes.
 
-    `conv1.generator.{weight,bias,z}` becomes `conv1.weight`; everything else keeps its name. Contiguous copies that share no
-    memory with `model`.
+    `conv1.generator.{weight,bias,z}` becomes `conv1.weight`; everything else keeps its name. Contiguous
+    copies that share no memory with `model`.
     """
     layers = dict(hyper_layers(model))
     prefixes = tuple(f"{name}.generator." if name else "generator." for name in layers)
@@ -158,8 +163,8 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and `generated`, the
-    weights the generators make, which are no parameters."""
+    """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and
+    `generated`, the weights the generators make, which are no parameters."""
     counts = {
         "total": sum(p.numel() for p in model.parameters()),
         "generator": 0,
@@ -169,7 +174,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     for _, g in named_generators(model):
         embeddings = {id(f) for f in (getattr(g, "z", None),) if isinstance(f, nn.Parameter)}
         for p in g.parameters():
-            counts["embedding" if id(p) in embeddings else "generator"] += p.numel()
+            counts["embedding" if id(p) in embeddings else "generator"] += trained.get(id(p), 0)
         counts["generated"] += sum(math.prod(shape) for shape in g.shapes)
     counts["other"] = counts["total"] - counts["generator"] - counts["embedding"]
     return counts

@@ -25,14 +25,16 @@ _CPU_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat1
 
 
 def check_backend(backend: str) -> str:
-    """Returns `backend`; ValueError unless it is "auto" (kernels where there are any) or "reference" (plain PyTorch)."""
+    """Returns `backend`; ValueError unless it is "auto" (kernels where there are any) or "reference" (plain
+    PyTorch)."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend
 
 
 def cpu_dtype(weights: Sequence[Tensor]) -> str | None:
-    """The dtype for the CPU kernels, None where they do not serve these generators (float16, K over 512, K = 0)."""
+    """The dtype for the CPU kernels, None where they do not serve these generators (float16, K over 512, K =
+    0)."""
     dtype = _CPU_DTYPES.get(weights[0].dtype)
     if all(weight.dtype == weights[0].dtype and 1 <= weight.shape[1] <= _cpu.MAX_K for weight in weights):
         return dtype
@@ -40,10 +42,11 @@ def cpu_dtype(weights: Sequence[Tensor]) -> str | None:
 
 
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:
-    """Checks generators before native code sees them: weight [N, K] floating point, and every named vector [N] or [K].
+    """Checks generators before native code sees them: weight [N, K] floating point, and every named vector
+    [N] or [K].
 
-    vectors: name -> (one tensor or None for each layer, "N" or "K"). Raises ValueError or TypeError naming the argument,
-    what it is and what it should be.
+    vectors: name -> (one tensor or None for each layer, "N" or "K"). Raises ValueError or TypeError naming
+    the argument, what it is and what it should be.
     """
     for i, weight in enumerate(weights):
         if weight.dim() != 2:
@@ -59,8 +62,8 @@ def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor
                 continue
             if tensor.shape != (size[letter],):
                 raise ValueError(
-                    f"{name} {i} must be [{letter}] = [{size[letter]}] for a weight of shape {list(weight.shape)}, "
-                    f"got {list(tensor.shape)}"
+                    f"{name} {i} must be [{letter}] = [{size[letter]}] for a weight of shape "
+                    f"{list(weight.shape)}, got {list(tensor.shape)}"
                 )
             if tensor.dtype != weight.dtype:
                 raise TypeError(f"{name} {i} must be {weight.dtype} like its weight, got {tensor.dtype}")

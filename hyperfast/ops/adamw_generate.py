@@ -12,9 +12,9 @@ from hyperfast.ops._library import _cpu, check_backend, check_generators, cpu_dt
 from hyperfast.reference import AdamWCoefficients
 
 library.define(
-    "adamw_generate(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] biases, "
-    "Tensor(e!)?[] bias_exp_avgs, Tensor(f!)?[] bias_exp_avg_sqs, Tensor[] dws, Tensor[] zs, Tensor[] new_zs, "
-    "Tensor(g!)[] next_weights, float[] coefficients, float[] bias_coefficients, float grad_scale) -> ()"
+    "adamw_generate(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] biases, Tensor(e!)?[] bias_exp_avgs, Tensor(f!)?[] bias_exp_avg_sqs, Tensor[] dws, "
+    "Tensor[] zs, Tensor[] new_zs, Tensor(g!)[] next_weights, float[] coefficients, float[] bias_coefficients, float grad_scale) -> ()"
 )
 
 
@@ -71,17 +71,19 @@ def adamw_generate(
     *,
     backend: str = "auto",
 ) -> None:
-    """One AdamW step of every generator from its factored gradient, and the weights of the next forward, in one pass.
+    """One AdamW step of every generator from its factored gradient, and the weights of the next forward, in
+    one pass.
 
-    For each layer: weight, exp_avg, exp_avg_sq [N, K] with the gradient grad_scale dw outer z; bias [N] and its moments [N]
-    (None: not trained) with grad_scale dw; next_weights [N] = weight new_z + bias, bit for bit what `generate` would return.
-    zs and new_zs [K] are the embeddings before and after their own update. Arguments written to must be contiguous and share
-    no memory. Raises ValueError or TypeError otherwise, before anything is changed.
+    For each layer: weight, exp_avg, exp_avg_sq [N, K] with the gradient grad_scale dw outer z; bias [N] and
+    its moments [N] (None: not trained) with grad_scale dw; next_weights [N] = weight new_z + bias, bit for
+    bit what `generate` would return. zs and new_zs [K] are the embeddings before and after their own update.
+    Arguments written to must be contiguous and share no memory. Raises ValueError or TypeError otherwise,
+    before anything is changed.
     """
     check_backend(backend)
     lists = (
-        list(weights), list(exp_avgs), list(exp_avg_sqs), list(biases), list(bias_exp_avgs), list(bias_exp_avg_sqs),
-        list(dws), list(zs), list(new_zs), list(next_weights),
+        list(weights), list(exp_avgs), list(exp_avg_sqs),
+        list(biases), list(bias_exp_avgs), list(bias_exp_avg_sqs), list(dws), list(zs), list(new_zs), list(next_weights),
     )  # fmt: skip
     if not lists[0]:
         return
@@ -102,7 +104,8 @@ def _check(lists, coefficients, bias_coefficients) -> None:
         lists
     )
     vectors = {
-        "bias": (biases, "N"), "bias_exp_avg": (bias_exp_avgs, "N"), "bias_exp_avg_sq": (bias_exp_avg_sqs, "N"),
+        "bias": (biases, "N"),
+        "bias_exp_avg": (bias_exp_avgs, "N"), "bias_exp_avg_sq": (bias_exp_avg_sqs, "N"),
         "dw": (dws, "N"), "z": (zs, "K"), "new_z": (new_zs, "K"), "next_weight": (next_weights, "N"),
     }  # fmt: skip
     check_generators(weights, **vectors)
@@ -110,14 +113,12 @@ def _check(lists, coefficients, bias_coefficients) -> None:
         for i, (weight, moment) in enumerate(zip(weights, moments, strict=True)):
             if moment.shape != weight.shape or moment.dtype != weight.dtype or moment.device != weight.device:
                 raise ValueError(
-                    f"{name} {i} must be {list(weight.shape)} {weight.dtype} on {weight.device} like its weight, "
-                    f"got {list(moment.shape)} {moment.dtype} on {moment.device}"
+                    f"{name} {i} must be {list(weight.shape)} {weight.dtype} on {weight.device} like its "
+                    f"weight, got {list(moment.shape)} {moment.dtype} on {moment.device}"
                 )
     for name, rows in (("coefficients", coefficients), ("bias_coefficients", bias_coefficients)):
         if len(rows) != len(weights):
             raise ValueError(f"{len(weights)} weights but {len(rows)} of {name}")
-    if len({weight.dtype for weight in weights}) > 1:
-        raise TypeError(f"all weights must have one dtype, got {sorted({str(w.dtype) for w in weights})}")
     for column in (*lists[:6], next_weights):
         for tensor in column:
             if tensor is not None and not tensor.is_contiguous():

@@ -18,7 +18,8 @@ library.define(
 
 
 def _generate(weights, biases, zs, next_weights, kernel) -> list[Tensor]:
-    """Copies of next weights where they are current; `kernel(indices of the others, out)` writes those into out."""
+    """Copies of next weights where they are current; `kernel(indices of the others, out)` writes those into
+    out."""
     out = [
         w.clone() if is_current(w, *p) else None
         for w, *p in zip(next_weights, weights, biases, zs, strict=True)
@@ -93,7 +94,7 @@ class Generate(torch.autograd.Function):
         weights, zs = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
         need_weight, need_bias, need_z = (ctx.needs_input_grad[2 + i * L : 2 + (i + 1) * L] for i in range(3))
         used = [i for i in range(L) if dws[i] is not None]
-        # create_graph and torch.func want a backward that can be differentiated again, and dense weight gradients
+        # create_graph and torch.func: a backward that can be differentiated again, dense weight gradients
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dz: list[Tensor | None] = [None] * L
         with_dz = [i for i in used if need_z[i]]
@@ -137,12 +138,13 @@ def generate(
 ) -> tuple[Tensor, ...]:
     """w[n] = sum_k weight[n, k] z[k] + bias[n] for every layer, in one launch.
 
-    weights: L tensors [N, K]; biases: L tensors [N] or None; zs: L tensors [K]; N and K may differ between layers. float32,
-    float64 and bfloat16 have CPU kernels (K up to 512), other dtypes and devices run `hyperfast.reference`.
-    next_weights: what `adamw_generate` left, [N] each or None; used where weight, bias and z are unchanged since.
-    factored: no gradient of weight is formed; it is dw outer z, and dw is the gradient of bias.
-    Returns L tensors [N] that alias nothing, in autocast's dtype under autocast. Raises ValueError or TypeError for wrong
-    shapes, dtypes or devices. Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3, with a linear generator.
+    weights: L tensors [N, K]; biases: L tensors [N] or None; zs: L tensors [K]; N and K may differ between
+    layers. float32, float64 and bfloat16 have CPU kernels (K up to 512), other dtypes and devices run
+    `hyperfast.reference`. next_weights: what `adamw_generate` left, [N] each or None; used where weight, bias
+    and z are unchanged since. factored: no gradient of weight is formed; it is dw outer z, and dw is the
+    gradient of bias. Returns L tensors [N] that alias nothing, in autocast's dtype under autocast. Raises
+    ValueError or TypeError for wrong shapes, dtypes or devices. Ha, Dai, Le, "HyperNetworks" (ICLR 2017),
+    section 3, with a linear generator.
     """
     check_backend(backend)
     weights, biases, zs = list(weights), list(biases), list(zs)
@@ -151,9 +153,7 @@ def generate(
     check_generators(weights, bias=(biases, "N"), z=(zs, "K"))
     next_weights = [None] * len(weights) if next_weights is None else list(next_weights)
     check_generators(weights, next_weight=(next_weights, "N"))
-    if len({weight.dtype for weight in weights}) > 1:
-        raise TypeError(f"all weights must have one dtype, got {sorted({str(w.dtype) for w in weights})}")
-    # a tensor given twice: compiled autograd Functions return half its gradient (torch 2.11), a view of it does not
+    # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11): give a view
     seen: set[int] = set()
     for tensors in (weights, biases, zs):
         for i, tensor in enumerate(tensors):

@@ -48,9 +48,10 @@ def backward_op(weights: list[Tensor], dws: list[Tensor]) -> tuple[list[Tensor],
 def generate_backward(weights: Sequence[Tensor], dws: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """dz[k] = sum_n weight[n, k] dw[n] for every layer, and |dw|^2, reading each generator once.
 
-    weights: L tensors [N, K]; dws: L tensors [N], gradients with respect to the generated weights. Returns L tensors [K] and
-    the squared norms, float64 [L]: |d weight|^2 = |dw|^2 |z|^2. The sums are added in an order that depends neither on the
-    number of threads nor on their timing. Raises ValueError or TypeError for wrong shapes, dtypes or devices.
+    weights: L tensors [N, K]; dws: L tensors [N], gradients with respect to the generated weights. Returns L
+    tensors [K] and the squared norms, float64 [L]: |d weight|^2 = |dw|^2 |z|^2. The sums are added in an
+    order that depends neither on the number of threads nor on their timing. Raises ValueError or TypeError
+    for wrong shapes, dtypes or devices.
     """
     weights, dws = list(weights), list(dws)
     if not weights:

@@ -1,9 +1,9 @@
 """Knowing whether next weights still are what their generator would make.
 
-`adamw_generate` leaves the weights of the next forward in a buffer. They hold as long as weight, bias and z are the very
-tensors they were made from, unchanged. `record` notes address and version of each; `is_current` compares. Addresses alone
-could be reused after a free, so the tensors are also watched by weak references. Edits through `.data` do not change a
-version and go unseen: `hyperfast.invalidate` is for those.
+`adamw_generate` leaves the weights of the next forward in a buffer. They hold as long as weight, bias and z
+are the very tensors they were made from, unchanged. `record` notes address and version of each; `is_current`
+compares. Addresses alone could be reused after a free, so the tensors are also watched by weak references.
+Edits through `.data` do not change a version and go unseen: `hyperfast.invalidate` is for those.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def param_groups(
 ) -> list[dict]:
     """Parameter groups of `model`: generator weights, generator biases, embeddings, everything else.
 
-    weight, bias, z: options of those groups (`z={"lr": 1e-2, "weight_decay": 0.0}`); common: options of all four. Groups
-    without parameters are left out.
+    weight, bias, z: options of those groups (`z={"lr": 1e-2, "weight_decay": 0.0}`); common: options of all
+    four. Groups without parameters are left out.
     """
     roles = {"weight": weight or {}, "bias": bias or {}, "z": z or {}, "other": {}}
     role_of = {}
@@ -48,18 +48,19 @@ def param_groups(
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, ICLR 2019) for models with factored gradients: the results of `torch.optim.AdamW`.
+    """AdamW (Loshchilov and Hutter, ICLR 2019) for models with factored gradients: the results of
+    `torch.optim.AdamW`.
 
-    params: a model, `hyperfast.param_groups(model)`, or parameters and groups as in torch. Each factored weight must come with
-    its bias and z (in any group, so each may have its own lr and decay). max_grad_norm: clip the gradient of everything to
-    this norm inside the step; `.grad` keeps the unclipped values. nonfinite: a non-finite gradient norm raises
-    FloatingPointError ("raise") or leaves everything as it is and counts in `skipped_steps` ("skip"). After a step `grad_norm`
-    is the norm before clipping.
+    params: a model, `hyperfast.param_groups(model)`, or parameters and groups as in torch. Each factored
+    weight must come with its bias and z (in any group, so each may have its own lr and decay). max_grad_norm:
+    clip the gradient of everything to this norm inside the step; `.grad` keeps the unclipped values.
+    nonfinite: a non-finite gradient norm raises FloatingPointError ("raise") or leaves everything as it is
+    and counts in `skipped_steps` ("skip"). After a step `grad_norm` is the norm before clipping.
 
-    Order of a step: norm; embeddings and ordinary parameters; then one pass over each generator that updates weight, bias and
-    their moments and writes the weights of the next forward. State and `state_dict` are those of `torch.optim.AdamW`.
-    Raises ValueError for options out of range, a factored weight without its bias or z, and the state of an amsgrad,
-    maximize or differentiable optimizer.
+    Order of a step: norm; embeddings and ordinary parameters; then one pass over each generator that updates
+    weight, bias and their moments and writes the weights of the next forward. State and `state_dict` are
+    those of `torch.optim.AdamW`. Raises ValueError for options out of range, a factored weight without its
+    bias or z, and the state of an amsgrad, maximize or differentiable optimizer.
     """
 
     takes_factored_gradients = True
@@ -106,7 +107,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; returns closure's loss. Raises FloatingPointError for a non-finite gradient norm if nonfinite="raise"."""
+        """One step; returns closure's loss. Raises FloatingPointError for a non-finite gradient norm if
+        nonfinite="raise"."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,8 +154,8 @@ class AdamW(torch.optim.Optimizer):
         fused = all(p.is_floating_point() and p.device.type == "cpu" for p in params)
         adamw(
             params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-            [s["step"] for s in states], fused=fused, foreach=False if fused else None, amsgrad=False, beta1=beta1,
-            beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            [s["step"] for s in states], fused=fused, foreach=False if fused else None, amsgrad=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
     def _step_factored(self, factors: list[Factors], old_zs: list[Tensor], scale: float) -> None:
@@ -191,7 +193,8 @@ class AdamW(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _without_stand_ins(self) -> Iterator[None]:
-        """Groups without the parameters that only stand in for a missing bias: torch.optim's state knows none."""
+        """Groups without the parameters that only stand in for a missing bias: torch.optim's state knows
+        none."""
         members = [group["params"] for group in self.param_groups]
         stand_ins = {id(f.bias) for f in factors_of(self._parameters()) if not f.bias_is_trained}
         for group, params in zip(self.param_groups, members, strict=True):

@@ -20,7 +20,8 @@ def parameters_of(source: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]
 def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
     """The factors of every factored weight among `parameters`.
 
-    Raises ValueError if a weight is there without its bias or z, RuntimeError if it has a dense gradient as well.
+    Raises ValueError if a weight is there without its bias or z, RuntimeError if it has a dense gradient as
+    well.
     """
     parameters = list(parameters)
     present = {id(p) for p in parameters}
@@ -33,8 +34,9 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
         for name, part in (("bias", factors.bias), ("z", factors.z if factors.z_is_parameter else None)):
             if part is not None and id(part) not in present and (part.requires_grad or name == "bias"):
                 raise ValueError(
-                    f"the factored weight of shape {list(p.shape)} comes without its {name} of shape {list(part.shape)}: weight, "
-                    "bias and z belong into one optimizer and one norm (pass the model, or hyperfast.param_groups(model))"
+                    f"the factored weight of shape {list(p.shape)} comes without its {name} of shape "
+                    f"{list(part.shape)}: weight, bias and z belong into one optimizer and one norm (pass the "
+                    "model, or hyperfast.param_groups(model))"
                 )
         if not factors.bias.requires_grad:
             raise ValueError(
@@ -42,8 +44,8 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
             )
         if p.grad is not None:
             raise RuntimeError(
-                f"the factored weight of shape {list(p.shape)} has a dense gradient too (create_graph=True makes one); set it "
-                "to None, or train dense with hyperfast.factored_(model, False)"
+                f"the factored weight of shape {list(p.shape)} has a dense gradient too (create_graph=True "
+                "makes one); set it to None, or train dense with hyperfast.factored_(model, False)"
             )
         found.append(factors)
     return found
@@ -51,8 +53,8 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
 
 @torch.no_grad()
 def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float = 2.0) -> Tensor:
-    """Norm of all gradients as one vector, the factored ones included without forming them: a p-norm of dw outer z is the
-    product of the p-norms of dw and z."""
+    """Norm of all gradients as one vector, the factored ones included without forming them: a p-norm of dw
+    outer z is the product of the p-norms of dw and z."""
     not_trained = {id(f.bias) for f in factors if not f.bias_is_trained}
     grads = [p.grad for p in parameters if p.grad is not None and id(p) not in not_trained]
     # one norm for each tensor, as torch.nn.utils.get_total_norm does it
@@ -73,10 +75,12 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for models that may hold factored gradients; takes the model or its parameters.
+    """`torch.nn.utils.clip_grad_norm_` for models that may hold factored gradients; takes the model or its
+    parameters.
 
-    Scaling dw scales the factored gradient, so only the gradients at hand are written. Returns the norm before clipping.
-    Raises RuntimeError for a non-finite norm if `error_if_nonfinite`, ValueError for a factored weight without its bias or z.
+    Scaling dw scales the factored gradient, so only the gradients at hand are written. Returns the norm
+    before clipping. Raises RuntimeError for a non-finite norm if `error_if_nonfinite`, ValueError for a
+    factored weight without its bias or z.
     """
     parameters = parameters_of(parameters)
     norm = grad_norm(parameters, factors_of(parameters), norm_type)

@@ -1,7 +1,7 @@
 """The CIFAR network `full` and its plain twin `standard_deep`.
 
-Convs 3-64-128-256-512-512 (3x3), each conv -> batch norm -> ReLU, 2x2 max-pool after the first four, global average pool, fully
-connected 512-1024-512-classes with ReLU and dropout 0.5 after the first two.
+Convs 3-64-128-256-512-512 (3x3), each conv -> batch norm -> ReLU, 2x2 max-pool after the first four, global
+average pool, fully connected 512-1024-512-classes with ReLU and dropout 0.5 after the first two.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ CHANNELS = (3, 64, 128, 256, 512, 512)
 
 
 class FullNet(nn.Module):
-    """images float [B, 3, 32, 32] -> logits [B, num_classes]. hyper: every weight is generated from an embedding of z_dim.
+    """images float [B, 3, 32, 32] -> logits [B, num_classes]. hyper: every weight is generated from an
+    embedding of z_dim.
 
-    `load_state_dict` also takes the names of published checkpoints: z_signal_conv1 [1, K], hyper_conv1.weight,
-    hyper_conv1.bias, conv1_bias and so on.
+    `load_state_dict` also takes the names of published checkpoints: z_signal_conv1 [1, K],
+    hyper_conv1.weight, hyper_conv1.bias, conv1_bias and so on.
     """
 
     def __init__(
