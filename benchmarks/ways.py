@@ -6,7 +6,7 @@ part    what the generators cost in it: generate, backward from given dw, clippi
 eager                as users write it: PlainHyperNet, default AdamW
 channels_last        the same in channels_last with fused AdamW and an allocator that keeps freed memory
 compiled             channels_last under torch.compile (whole: the model; part: generation)
-factored_reference   hyperfast.reference, factored, under torch.compile: what the compiler makes of our mathematics
+factored_reference   hyperfast.reference, factored, under torch.compile: the compiler's version of our kernels
 hyperfast            factored gradients and fused kernels, same memory format and allocator as channels_last
 hyperfast_compiled   the same under torch.compile (whole only)
 """

@@ -89,7 +89,6 @@ std::vector<std::string> isas() {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of hyperfast over plain addresses; use hyperfast.ops.";
-  m.attr("MAX_K") = kMaxK;
   m.def("isa", [] { return std::string(kernels().isa); }, "Instruction set in use.");
   m.def("isas", &isas, "Instruction sets built and supported by this processor, the preferred one last.");
   m.def("generate", &generate, py::arg("segments"), py::arg("dtype"), py::arg("threads"),

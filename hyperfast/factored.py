@@ -8,7 +8,7 @@ arrives as the gradient of the generator's bias, `weight.grad` stays None, and h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -34,22 +34,44 @@ class Factors(NamedTuple):
     bias_is_trained: bool
 
 
-_generators: WeakIdKeyDictionary = WeakIdKeyDictionary()  # factored weight -> weak reference to its generator
+_generators: WeakIdKeyDictionary = WeakIdKeyDictionary()  # factored weight -> WeakSet of its generators
+_stand_ins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that stand in for a missing bias
 
 
-def register(weights: Iterable[Tensor], generator: Generator | None) -> None:
-    """Marks `weights` as factored, made by `generator`; None takes the mark away."""
-    for weight in weights:
-        if generator is None:
-            _generators.pop(weight, None)
-        else:
-            _generators[weight] = weakref.ref(generator)
+def register(weight: Tensor, generator: Generator, stand_in: Tensor | None = None) -> None:
+    """Marks `weight` as factored, made by `generator`; `stand_in` takes the place of its missing bias."""
+    _generators.setdefault(weight, weakref.WeakSet()).add(generator)
+    if stand_in is not None:
+        _stand_ins[stand_in] = True
+
+
+def unregister(weight: Tensor, generator: Generator) -> None:
+    """Takes the mark away."""
+    owners = _generators.get(weight)
+    if owners is not None:
+        owners.discard(generator)
+        if not owners:
+            del _generators[weight]
+
+
+def is_stand_in(parameter: Tensor) -> bool:
+    """Whether this parameter only stands in for a missing bias: always zero, never trained or saved."""
+    return parameter in _stand_ins
 
 
 def generator_of(weight: Tensor) -> Generator | None:
-    """The generator whose factored weight this is, None for any other tensor."""
-    found = _generators.get(weight)
-    return None if found is None else found()
+    """The generator whose factored weight this is, None for any other tensor.
+
+    Raises ValueError if generators with different embeddings share the weight: its gradient is a sum of
+    rank-one terms, which factored mode does not train.
+    """
+    owners = list(_generators.get(weight, ()))
+    if len({id(f.z) for owner in owners for f in owner.factors() if f.weight is weight}) > 1:
+        raise ValueError(
+            f"the factored weight of shape {list(weight.shape)} is shared by generators with different "
+            "embeddings; train them dense: hyperfast.factored_(model, False)"
+        )
+    return owners[0] if owners else None
 
 
 def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
@@ -68,8 +90,14 @@ def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
     instead of N K, so start all ranks from equal weights. Call it before wrapping in DDP and on the module
     that is wrapped.
     """
-    for _, generator in generators(module):
-        generator.set_factored(enabled)
+    before = [(generator, generator.factored) for _, generator in generators(module)]
+    try:
+        for generator, _ in before:
+            generator.set_factored(enabled)
+    except ValueError:
+        for generator, was in before:
+            generator.set_factored(was)
+        raise
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for name, generator in generators(module):
         names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
@@ -80,8 +108,7 @@ def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
 
 def trained_parameters(module: nn.Module) -> list[Tensor]:
     """The parameters of `module` without those that only stand in for a generator's missing bias."""
-    stand_ins = {id(f.bias) for _, g in generators(module) for f in g.factors() if not f.bias_is_trained}
-    return [p for p in module.parameters() if id(p) not in stand_ins]
+    return [p for p in module.parameters() if not is_stand_in(p)]
 
 
 def invalidate(module: nn.Module) -> None:

@@ -98,7 +98,7 @@ class LinearGenerator(Generator):
             "bias", nn.Parameter(torch.empty(n, device=device, dtype=dtype)) if bias else None
         )
         self.z = nn.Parameter(torch.empty(z_dim, device=device, dtype=dtype))
-        self.register_buffer("next_weight", None, persistent=False)
+        self.next_weight: Tensor | None = None  # no buffer: it belongs to no copy of the module
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -150,28 +150,43 @@ class LinearGenerator(Generator):
         self.factored = enabled
         self.drop_next_weights()
         if self.bias is None and enabled and "carrier" not in self._parameters:
-            # stands in for the missing bias: always zero, never saved, its gradient is dw
+            # always zero, never saved, its gradient is dw
             self.register_parameter("carrier", nn.Parameter(self.weight.new_zeros(self.weight.shape[0])))
         elif not enabled:
             self._parameters.pop("carrier", None)
         self._register()
 
     def ddp_ignored_names(self) -> list[str]:
-        return ["weight", "next_weight"]
+        return ["weight"]
 
     def _register(self) -> None:
-        factored.register([self.weight], self if self.factored else None)
+        if self.factored:
+            factored.register(self.weight, self, self._parameters.get("carrier"))
+        else:
+            factored.unregister(self.weight, self)
 
     # Whatever replaces or copies parameters drops the next weights and marks the new ones.
+    def register_parameter(self, name, param):
+        replaced = self._parameters.get(name)
+        super().register_parameter(name, param)
+        if replaced is not None and name in ("weight", "carrier"):
+            factored.unregister(replaced, self)
+            self._register()
+
     def _apply(self, fn, recurse=True):
         self.drop_next_weights()
+        factored.unregister(
+            self.weight, self
+        )  # parameters cannot be swapped while weak references watch them
         super()._apply(fn, recurse)
         self._register()
         return self
 
-    def _load_from_state_dict(self, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         self.drop_next_weights()
-        super()._load_from_state_dict(*args)
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
+        missing_keys += [name for name in missing if name != prefix + "carrier"]
         self._register()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -179,9 +194,7 @@ class LinearGenerator(Generator):
         destination.pop(prefix + "carrier", None)
 
     def __getstate__(self):
-        state = self.__dict__.copy()
-        state["_buffers"] = {**state["_buffers"], "next_weight": None}
-        return state
+        return self.__dict__ | {"next_weight": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)

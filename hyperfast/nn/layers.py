@@ -105,6 +105,10 @@ class HyperConv2d(HyperLayer):
                 f"channels must be divisible by groups: in {in_channels}, out {out_channels}, groups {groups}"
             )
         kernel_size = _pair(kernel_size)
+        if isinstance(padding, str) and padding not in ("same", "valid"):
+            raise ValueError(f'padding must be a size, "same" or "valid", got {padding!r}')
+        if padding == "same" and _pair(stride) != (1, 1):
+            raise ValueError('padding="same" needs stride 1')
         shape = (out_channels, in_channels // groups, *kernel_size)
         super().__init__(shape, bias, z_dim, init, generator, backend, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
@@ -165,12 +169,8 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and
     `generated`, the weights the generators make, which are no parameters."""
-    counts = {
-        "total": sum(p.numel() for p in model.parameters()),
-        "generator": 0,
-        "embedding": 0,
-        "generated": 0,
-    }
+    trained = {id(p): p.numel() for p in trained_parameters(model)}
+    counts = {"total": sum(trained.values()), "generator": 0, "embedding": 0, "generated": 0}
     for _, g in named_generators(model):
         embeddings = {id(f) for f in (getattr(g, "z", None),) if isinstance(f, nn.Parameter)}
         for p in g.parameters():

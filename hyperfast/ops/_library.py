@@ -1,4 +1,4 @@
-"""The torch.library namespace `hyperfast`, the CPU module, and the one place that chooses a backend.
+"""The torch.library namespace `hyperfast`, the native modules, and the one place that chooses a backend.
 
 `import torch` comes first: the kernels share its OpenMP runtime.
 """
@@ -10,18 +10,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hyperfast.info import why_missing
+
 try:
     from hyperfast import _cpu
-except ImportError as error:
-    raise ImportError(
-        f"hyperfast's CPU kernels are not built ({error}); run `pip install -e .` in the project's root, "
-        "`python -m hyperfast.info` says what was built"
-    ) from error
+except ImportError:  # `python -m hyperfast.info` must still work and say why
+    _cpu = None
+try:
+    from hyperfast import _cuda
+except ImportError:
+    _cuda = None
 
 library = torch.library.Library("hyperfast", "DEF")
 
 BACKENDS = ("auto", "reference")
-_CPU_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+MAX_K = 512  # of the kernels
 
 
 def check_backend(backend: str) -> str:
@@ -32,42 +41,53 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def cpu_dtype(weights: Sequence[Tensor]) -> str | None:
-    """The dtype for the CPU kernels, None where they do not serve these generators (float16, K over 512, K =
-    0)."""
-    dtype = _CPU_DTYPES.get(weights[0].dtype)
-    if all(weight.dtype == weights[0].dtype and 1 <= weight.shape[1] <= _cpu.MAX_K for weight in weights):
-        return dtype
-    return None
+def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
+    """The dtype for this device's kernels, None where they do not serve these generators and the reference
+    runs instead: K over 512 or 0, another dtype, float16 on the CPU, no CUDA module. ImportError without CPU
+    kernels."""
+    on_cpu = weights[0].device.type == "cpu"
+    if on_cpu and _cpu is None:
+        raise ImportError(why_missing("cpu"))
+    if not on_cpu and _cuda is None or any(not 1 <= weight.shape[1] <= MAX_K for weight in weights):
+        return None
+    dtype = _DTYPES.get(weights[0].dtype)
+    return None if on_cpu and dtype == "float16" else dtype
+
+
+def no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
+    """Inside an op its dtypes hold: autocast must not change those of the reference expressions it runs."""
+    return torch.autocast(tensors[0].device.type, enabled=False)
 
 
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:
-    """Checks generators before native code sees them: weight [N, K] floating point, and every named vector
-    [N] or [K].
+    """Checks generators before native code sees them: weight [N, K] floating point, of one dtype and device.
 
-    vectors: name -> (one tensor or None for each layer, "N" or "K"). Raises ValueError or TypeError naming
-    the argument, what it is and what it should be.
+    vectors: name -> (one tensor or None for each layer, its shape "N", "K" or "NK"). Raises ValueError or
+    TypeError naming the argument, what it is and what it should be.
     """
+    for name, (tensors, _) in vectors.items():
+        if len(tensors) != len(weights):
+            raise ValueError(f"{len(weights)} weights but {len(tensors)} of {name}")
     for i, weight in enumerate(weights):
         if weight.dim() != 2:
             raise ValueError(f"weight {i} must be [N, K], got shape {list(weight.shape)}")
         if not weight.dtype.is_floating_point:
             raise TypeError(f"weight {i} must be floating point, got {weight.dtype}")
-        size = dict(zip("NK", weight.shape, strict=True))
-        for name, (tensors, letter) in vectors.items():
-            if len(tensors) != len(weights):
-                raise ValueError(f"{len(weights)} weights but {len(tensors)} of {name}")
-            tensor = tensors[i]
-            if tensor is None:
-                continue
-            if tensor.shape != (size[letter],):
-                raise ValueError(
-                    f"{name} {i} must be [{letter}] = [{size[letter]}] for a weight of shape "
-                    f"{list(weight.shape)}, got {list(tensor.shape)}"
-                )
-            if tensor.dtype != weight.dtype:
-                raise TypeError(f"{name} {i} must be {weight.dtype} like its weight, got {tensor.dtype}")
-            if tensor.device != weight.device:
-                raise ValueError(
-                    f"{name} {i} must be on {weight.device} like its weight, got {tensor.device}"
-                )
+        sizes = dict(zip("NK", weight.shape, strict=True))
+        for name, (tensors, letters) in vectors.items():
+            if tensors[i] is not None:
+                check_like(f"{name} {i}", tensors[i], weight, [sizes[letter] for letter in letters])
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        kinds = sorted({f"{weight.dtype} on {weight.device}" for weight in weights})
+        raise TypeError(f"all weights must have one dtype and device, got {', '.join(kinds)}")
+
+
+def check_like(name: str, tensor: Tensor, weight: Tensor, shape: Sequence[int]) -> None:
+    """ValueError or TypeError unless `tensor` has `shape` and the dtype and device of `weight`."""
+    if list(tensor.shape) != list(shape):
+        of = f"for a weight of shape {list(weight.shape)}"
+        raise ValueError(f"{name} must be {list(shape)} {of}, got {list(tensor.shape)}")
+    if tensor.dtype != weight.dtype:
+        raise TypeError(f"{name} must be {weight.dtype} like its weight, got {tensor.dtype}")
+    if tensor.device != weight.device:
+        raise ValueError(f"{name} must be on {weight.device} like its weight, got {tensor.device}")

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.ops._library import _cpu, check_backend, check_generators, cpu_dtype, library
+from hyperfast.ops._library import _cpu, check_backend, check_generators, kernel_dtype, library
 from hyperfast.reference import AdamWCoefficients
 
 library.define(
     "adamw_generate(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] biases, Tensor(e!)?[] bias_exp_avgs, Tensor(f!)?[] bias_exp_avg_sqs, Tensor[] dws, "
-    "Tensor[] zs, Tensor[] new_zs, Tensor(g!)[] next_weights, float[] coefficients, float[] bias_coefficients, float grad_scale) -> ()"
+    "Tensor[] zs, Tensor[] new_zs, Tensor(g!)[] next_weights, float[] coefficients, "
+    "float[] bias_coefficients, float grad_scale) -> ()"
 )
 
 
@@ -34,13 +35,12 @@ def _adamw_cpu(*args):
     weights, exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs, dws, zs, new_zs, next_weights = (
         tensors
     )
-    dtype = cpu_dtype(weights)
+    dtype = kernel_dtype(weights)
     if dtype is None:
         return _adamw_reference(*args)
     dws, zs, new_zs = ([t.contiguous() for t in ts] for ts in (dws, zs, new_zs))
-    columns = (
-        weights, exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs, dws, zs, new_zs, next_weights
-    )  # fmt: skip
+    moments = (exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs)
+    columns = (weights, *moments, dws, zs, new_zs, next_weights)
     segments = [
         (*(0 if t is None else t.data_ptr() for t in row), *row[0].shape)
         for row in zip(*columns, strict=True)
@@ -81,13 +81,25 @@ def adamw_generate(
     before anything is changed.
     """
     check_backend(backend)
-    lists = (
-        list(weights), list(exp_avgs), list(exp_avg_sqs),
-        list(biases), list(bias_exp_avgs), list(bias_exp_avg_sqs), list(dws), list(zs), list(new_zs), list(next_weights),
-    )  # fmt: skip
-    if not lists[0]:
+    written = {
+        "weight": (list(weights), "NK"),
+        "exp_avg": (list(exp_avgs), "NK"),
+        "exp_avg_sq": (list(exp_avg_sqs), "NK"),
+        "bias": (list(biases), "N"),
+        "bias_exp_avg": (list(bias_exp_avgs), "N"),
+        "bias_exp_avg_sq": (list(bias_exp_avg_sqs), "N"),
+        "next_weight": (list(next_weights), "N"),
+    }
+    read = {"dw": (list(dws), "N"), "z": (list(zs), "K"), "new_z": (list(new_zs), "K")}
+    check_generators(written["weight"][0], **written, **read)
+    _check_written(written)
+    for name, rows in (("coefficients", coefficients), ("bias_coefficients", bias_coefficients)):
+        if len(rows) != len(weights):
+            raise ValueError(f"{len(weights)} weights but {len(rows)} of {name}")
+    if not len(weights):
         return
-    _check(lists, coefficients, bias_coefficients)
+    *updated, made = (tensors for tensors, _ in written.values())
+    lists = [*updated, *(tensors for tensors, _ in read.values()), made]
     with torch.no_grad():
         if backend == "reference":
             reference.adamw_generate(*lists, coefficients, bias_coefficients, grad_scale)
@@ -95,33 +107,23 @@ def adamw_generate(
         flat = ([float(x) for row in rows for x in row] for rows in (coefficients, bias_coefficients))
         torch.ops.hyperfast.adamw_generate(*lists, *flat, grad_scale)
         # raw kernels do not: autograd must notice that saved tensors were overwritten
-        written = [t for column in (*lists[:6], lists[9]) for t in column if t is not None]
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version(
+            [t for column in (*updated, made) for t in column if t is not None]
+        )
 
 
-def _check(lists, coefficients, bias_coefficients) -> None:
-    weights, exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs, dws, zs, new_zs, next_weights = (
-        lists
-    )
-    vectors = {
-        "bias": (biases, "N"),
-        "bias_exp_avg": (bias_exp_avgs, "N"), "bias_exp_avg_sq": (bias_exp_avg_sqs, "N"),
-        "dw": (dws, "N"), "z": (zs, "K"), "new_z": (new_zs, "K"), "next_weight": (next_weights, "N"),
-    }  # fmt: skip
-    check_generators(weights, **vectors)
-    for name, moments in (("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs)):
-        for i, (weight, moment) in enumerate(zip(weights, moments, strict=True)):
-            if moment.shape != weight.shape or moment.dtype != weight.dtype or moment.device != weight.device:
+def _check_written(written: dict[str, tuple[list[Tensor | None], str]]) -> None:
+    """ValueError unless the tensors updated in place are there, contiguous and disjoint."""
+    addresses: dict[int, str] = {}
+    for name, (tensors, _) in written.items():
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                other = {"bias_exp_avg": "bias_exp_avg_sq", "bias_exp_avg_sq": "bias_exp_avg"}.get(name)
+                if other is None or written[other][0][i] is not None:
+                    raise ValueError(f"{name} {i} is None{f', {other} {i} is not' if other else ''}")
+            elif not tensor.is_contiguous():
                 raise ValueError(
-                    f"{name} {i} must be {list(weight.shape)} {weight.dtype} on {weight.device} like its "
-                    f"weight, got {list(moment.shape)} {moment.dtype} on {moment.device}"
+                    f"{name} {i} is updated in place: it must be contiguous, got {tensor.stride()}"
                 )
-    for name, rows in (("coefficients", coefficients), ("bias_coefficients", bias_coefficients)):
-        if len(rows) != len(weights):
-            raise ValueError(f"{len(weights)} weights but {len(rows)} of {name}")
-    for column in (*lists[:6], next_weights):
-        for tensor in column:
-            if tensor is not None and not tensor.is_contiguous():
-                raise ValueError(
-                    f"tensors updated in place must be contiguous, got strides {tensor.stride()}"
-                )
+            elif tensor.numel() and addresses.setdefault(tensor.data_ptr(), f"{name} {i}") != f"{name} {i}":
+                raise ValueError(f"{name} {i} is {addresses[tensor.data_ptr()]}: they are updated in place")

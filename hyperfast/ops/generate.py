@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.ops._library import _cpu, check_backend, check_generators, cpu_dtype, library
+from hyperfast.ops._library import (
+    _cpu,
+    _cuda,
+    check_backend,
+    check_generators,
+    kernel_dtype,
+    library,
+    no_autocast,
+)
 from hyperfast.ops.generate_backward import backward_op
 from hyperfast.ops.next_weights import is_current
 
@@ -33,7 +41,8 @@ def _generate(weights, biases, zs, next_weights, kernel) -> list[Tensor]:
 @torch.library.impl(library, "generate", "CompositeExplicitAutograd")
 def _generate_reference(weights, biases, zs, next_weights):
     def kernel(missing, out):
-        made = reference.generate(*([tensors[i] for i in missing] for tensors in (weights, biases, zs)))
+        with no_autocast(weights):
+            made = reference.generate(*([tensors[i] for i in missing] for tensors in (weights, biases, zs)))
         for i, w in zip(missing, made, strict=True):
             out[i] = w
 
@@ -41,8 +50,9 @@ def _generate_reference(weights, biases, zs, next_weights):
 
 
 @torch.library.impl(library, "generate", "CPU")
-def _generate_cpu(weights, biases, zs, next_weights):
-    dtype = cpu_dtype(weights)
+@torch.library.impl(library, "generate", "CUDA")
+def _generate_native(weights, biases, zs, next_weights):
+    dtype = kernel_dtype(weights)
     if dtype is None:
         return _generate_reference(weights, biases, zs, next_weights)
 
@@ -53,14 +63,14 @@ def _generate_cpu(weights, biases, zs, next_weights):
             bias = None if biases[i] is None else biases[i].contiguous()
             out[i] = weight.new_empty(weight.shape[0])
             keep.append((weight, bias, z))
-            addresses = (
-                weight.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                z.data_ptr(),
-                out[i].data_ptr(),
-            )
+            bias_address = 0 if bias is None else bias.data_ptr()
+            addresses = (weight.data_ptr(), bias_address, z.data_ptr(), out[i].data_ptr())
             segments.append((*addresses, *weight.shape))
-        _cpu.generate(segments, dtype, torch.get_num_threads())
+        if weights[0].is_cuda:
+            with torch.cuda.device(weights[0].device):
+                _cuda.generate(segments, dtype, torch.cuda.current_stream().cuda_stream)
+        else:
+            _cpu.generate(segments, dtype, torch.get_num_threads())
 
     return _generate(weights, biases, zs, next_weights, kernel)
 
@@ -78,7 +88,8 @@ class Generate(torch.autograd.Function):
         L = len(tensors) // 4
         weights, biases, zs, next_weights = (list(tensors[i * L : (i + 1) * L]) for i in range(4))
         if backend == "reference":
-            return tuple(reference.generate(weights, biases, zs))
+            with no_autocast(weights):
+                return tuple(reference.generate(weights, biases, zs))
         return tuple(torch.ops.hyperfast.generate(weights, biases, zs, next_weights))
 
     @staticmethod
@@ -90,8 +101,8 @@ class Generate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dws):
-        L = ctx.L
-        weights, zs = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
+        L, saved = ctx.L, ctx.saved_tensors
+        weights, zs = saved[:L], saved[L:]
         need_weight, need_bias, need_z = (ctx.needs_input_grad[2 + i * L : 2 + (i + 1) * L] for i in range(3))
         used = [i for i in range(L) if dws[i] is not None]
         # create_graph and torch.func: a backward that can be differentiated again, dense weight gradients
@@ -148,11 +159,12 @@ def generate(
     """
     check_backend(backend)
     weights, biases, zs = list(weights), list(biases), list(zs)
+    next_weights = [None] * len(weights) if next_weights is None else list(next_weights)
+    check_generators(weights, bias=(biases, "N"), z=(zs, "K"), next_weight=(next_weights, "N"))
     if not weights:
         return ()
-    check_generators(weights, bias=(biases, "N"), z=(zs, "K"))
-    next_weights = [None] * len(weights) if next_weights is None else list(next_weights)
-    check_generators(weights, next_weight=(next_weights, "N"))
+    if backend == "reference" and not factored:
+        return tuple(reference.generate(weights, biases, zs))
     # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11): give a view
     seen: set[int] = set()
     for tensors in (weights, biases, zs):

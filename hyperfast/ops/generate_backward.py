@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.ops._library import _cpu, check_generators, cpu_dtype, library
+from hyperfast.ops._library import _cpu, check_generators, kernel_dtype, library, no_autocast
 
 library.define("generate_backward(Tensor[] weights, Tensor[] dws) -> (Tensor[], Tensor)")
 
 
 @torch.library.impl(library, "generate_backward", "CompositeExplicitAutograd")
 def _backward_reference(weights, dws):
-    return reference.generate_backward(weights, dws)
+    with no_autocast(weights):
+        return reference.generate_backward(weights, dws)
 
 
 @torch.library.impl(library, "generate_backward", "CPU")
 def _backward_cpu(weights, dws):
-    dtype = cpu_dtype(weights)
+    dtype = kernel_dtype(weights)
     if dtype is None:
-        return reference.generate_backward(weights, dws)
+        return _backward_reference(weights, dws)
     weights, dws = [w.contiguous() for w in weights], [dw.contiguous() for dw in dws]
     dzs = [weight.new_empty(weight.shape[1]) for weight in weights]
     squared_norms = torch.empty(len(weights), dtype=torch.float64)
@@ -50,11 +51,12 @@ def generate_backward(weights: Sequence[Tensor], dws: Sequence[Tensor]) -> tuple
 
     weights: L tensors [N, K]; dws: L tensors [N], gradients with respect to the generated weights. Returns L
     tensors [K] and the squared norms, float64 [L]: |d weight|^2 = |dw|^2 |z|^2. The sums are added in an
-    order that depends neither on the number of threads nor on their timing. Raises ValueError or TypeError
-    for wrong shapes, dtypes or devices.
+    order that depends neither on the number of threads nor on their timing. Not differentiable. Raises
+    ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     weights, dws = list(weights), list(dws)
+    check_generators(weights, dw=(dws, "N"))
     if not weights:
         return [], torch.empty(0, dtype=torch.float64)
-    check_generators(weights, dw=(dws, "N"))
-    return backward_op(weights, dws)
+    with torch.no_grad():
+        return backward_op(weights, dws)

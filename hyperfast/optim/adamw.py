@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from hyperfast import ops
-from hyperfast.factored import Factors, generator_of, generators
+from hyperfast.factored import Factors, generator_of, generators, is_stand_in
 from hyperfast.ops import AdamWCoefficients
 from hyperfast.ops._library import check_backend
 from hyperfast.optim.clip import factors_of, grad_norm
@@ -125,10 +125,16 @@ class AdamW(torch.optim.Optimizer):
         scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6)) if clipped else 1.0
         factors = [f for f in factors if f.bias.grad is not None]
         old_zs = [f.z.detach().reshape(-1).clone() for f in factors]
-        by_factors = {id(t) for f in factors for t in (f.weight, f.bias)}
+        by_factors = {id(f.bias) for f in factors}
         for group in self.param_groups:
             self._step_ordinary(
-                group, [p for p in group["params"] if p.grad is not None and id(p) not in by_factors], scale
+                group,
+                [
+                    p
+                    for p in group["params"]
+                    if p.grad is not None and not (id(p) in by_factors or is_stand_in(p))
+                ],
+                scale,
             )
         self._step_factored(factors, old_zs, scale)
         return loss
@@ -155,7 +161,8 @@ class AdamW(torch.optim.Optimizer):
         adamw(
             params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
             [s["step"] for s in states], fused=fused, foreach=False if fused else None, amsgrad=False,
-            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=False,
         )  # fmt: skip
 
     def _step_factored(self, factors: list[Factors], old_zs: list[Tensor], scale: float) -> None:
@@ -196,14 +203,17 @@ class AdamW(torch.optim.Optimizer):
         """Groups without the parameters that only stand in for a missing bias: torch.optim's state knows
         none."""
         members = [group["params"] for group in self.param_groups]
-        stand_ins = {id(f.bias) for f in factors_of(self._parameters()) if not f.bias_is_trained}
         for group, params in zip(self.param_groups, members, strict=True):
-            group["params"] = [p for p in params if id(p) not in stand_ins]
+            group["params"] = [p for p in params if not is_stand_in(p)]
         try:
             yield
         finally:
             for group, params in zip(self.param_groups, members, strict=True):
                 group["params"] = params
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_grad_norm", "nonfinite", "backend", "grad_norm", "skipped_steps")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def state_dict(self) -> dict[str, Any]:
         with self._without_stand_ins():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hyperfast.factored import Factors, generator_of
+from hyperfast.factored import Factors, generator_of, is_stand_in
 
 
 def parameters_of(source: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -31,12 +31,15 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
         if generator is None or not p.requires_grad:
             continue
         factors = next(f for f in generator.factors() if f.weight is p)
+        for name, part in (("weight", p), ("bias", factors.bias)):
+            if not part.is_contiguous():
+                raise ValueError(f"a factored {name} must be contiguous, got strides {part.stride()}")
         for name, part in (("bias", factors.bias), ("z", factors.z if factors.z_is_parameter else None)):
             if part is not None and id(part) not in present and (part.requires_grad or name == "bias"):
                 raise ValueError(
                     f"the factored weight of shape {list(p.shape)} comes without its {name} of shape "
-                    f"{list(part.shape)}: weight, bias and z belong into one optimizer and one norm (pass the "
-                    "model, or hyperfast.param_groups(model))"
+                    f"{list(part.shape)}: weight, bias and z belong together in one optimizer and "
+                    "one norm (pass the model, or hyperfast.param_groups(model))"
                 )
         if not factors.bias.requires_grad:
             raise ValueError(
@@ -55,8 +58,7 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
 def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float = 2.0) -> Tensor:
     """Norm of all gradients as one vector, the factored ones included without forming them: a p-norm of dw
     outer z is the product of the p-norms of dw and z."""
-    not_trained = {id(f.bias) for f in factors if not f.bias_is_trained}
-    grads = [p.grad for p in parameters if p.grad is not None and id(p) not in not_trained]
+    grads = [p.grad for p in parameters if p.grad is not None and not is_stand_in(p)]
     # one norm for each tensor, as torch.nn.utils.get_total_norm does it
     norms = [torch.linalg.vector_norm(g, norm_type) for g in grads]
     for f in factors:
