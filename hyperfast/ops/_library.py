@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyperfast.info import why_missing
-
 try:
     from hyperfast import _cpu
 except ImportError:  # `python -m hyperfast.info` must still work and say why
@@ -47,6 +45,8 @@ def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
     kernels."""
     on_cpu = weights[0].device.type == "cpu"
     if on_cpu and _cpu is None:
+        from hyperfast.info import why_missing  # not at the top: `python -m hyperfast.info` runs that module
+
         raise ImportError(why_missing("cpu"))
     if not on_cpu and _cuda is None or any(not 1 <= weight.shape[1] <= MAX_K for weight in weights):
         return None

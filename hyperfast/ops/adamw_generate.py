@@ -13,7 +13,7 @@ from hyperfast.reference import AdamWCoefficients
 
 library.define(
     "adamw_generate(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] biases, Tensor(e!)?[] bias_exp_avgs, Tensor(f!)?[] bias_exp_avg_sqs, Tensor[] dws, "
+    "Tensor(d!)[] biases, Tensor(e!)[] bias_exp_avgs, Tensor(f!)[] bias_exp_avg_sqs, Tensor[] dws, "
     "Tensor[] zs, Tensor[] new_zs, Tensor(g!)[] next_weights, float[] coefficients, "
     "float[] bias_coefficients, float grad_scale) -> ()"
 )
@@ -26,6 +26,8 @@ def _rows(flat: Sequence[float]) -> list[AdamWCoefficients]:
 @torch.library.impl(library, "adamw_generate", "CompositeExplicitAutograd")
 def _adamw_reference(*args):
     *tensors, coefficients, bias_coefficients, grad_scale = args
+    for column in (4, 5):  # an empty moment means none: torch cannot functionalise lists of optional tensors
+        tensors[column] = [None if t.numel() == 0 else t for t in tensors[column]]
     reference.adamw_generate(*tensors, _rows(coefficients), _rows(bias_coefficients), grad_scale)
 
 
@@ -42,7 +44,7 @@ def _adamw_cpu(*args):
     moments = (exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs)
     columns = (weights, *moments, dws, zs, new_zs, next_weights)
     segments = [
-        (*(0 if t is None else t.data_ptr() for t in row), *row[0].shape)
+        (*(t.data_ptr() if t.numel() else 0 for t in row), *row[0].shape)
         for row in zip(*columns, strict=True)
     ]
     both = [(*w, *b) for w, b in zip(_rows(coefficients), _rows(bias_coefficients), strict=True)]
@@ -105,7 +107,8 @@ def adamw_generate(
             reference.adamw_generate(*lists, coefficients, bias_coefficients, grad_scale)
             return
         flat = ([float(x) for row in rows for x in row] for rows in (coefficients, bias_coefficients))
-        torch.ops.hyperfast.adamw_generate(*lists, *flat, grad_scale)
+        filled = [[weights[0].new_empty(0) if t is None else t for t in column] for column in lists]
+        torch.ops.hyperfast.adamw_generate(*filled, *flat, grad_scale)
         # raw kernels do not: autograd must notice that saved tensors were overwritten
         torch.autograd.graph.increment_version(
             [t for column in (*updated, made) for t in column if t is not None]

@@ -114,7 +114,8 @@ class Generate(torch.autograd.Function):
             made, _ = op([weights[i] for i in with_dz], [dws[i] for i in with_dz])
             for i, gradient in zip(with_dz, made, strict=True):
                 dz[i] = gradient
-        dense = again or not ctx.factored
+        ctx.factored = ctx.factored and not again  # stays dense in the second backward through this node
+        dense = not ctx.factored
         dweight = [
             torch.outer(dws[i], zs[i]) if i in used and need_weight[i] and dense else None for i in range(L)
         ]
