@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 
-from benchmarks import ways
+from benchmarks import machine, ways
 
 
 class Worker:
@@ -74,11 +73,11 @@ class Comparison:
             self.peak_mib[worker.way] = answer["peak_mib"]
 
     def median(self, way: str) -> float:
-        return statistics.median(self.seconds[way])
+        return machine.median(self.seconds[way])
 
     def ratio(self, way: str, base: str = "hyperfast") -> float:
         """How many times longer `way` takes than `base`: median over rounds of the paired ratios."""
-        return statistics.median(a / b for a, b in zip(self.seconds[way], self.seconds[base], strict=True))
+        return machine.paired_ratio(self.seconds[way], self.seconds[base])
 
 
 def main(kind: str, way: str) -> None:

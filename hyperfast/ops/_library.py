@@ -62,21 +62,26 @@ def no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:
     """Checks generators before native code sees them: weight [N, K] floating point, of one dtype and device.
 
-    vectors: name -> (one tensor or None for each layer, its shape "N", "K" or "NK"). Raises ValueError or
+    vectors: name -> (one tensor for each layer, its shape "N", "K" or "NK"; "?" behind it admits None). Raises ValueError or
     TypeError naming the argument, what it is and what it should be.
     """
     for name, (tensors, _) in vectors.items():
         if len(tensors) != len(weights):
             raise ValueError(f"{len(weights)} weights but {len(tensors)} of {name}")
     for i, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight {i} must be a tensor, got {type(weight).__name__}")
         if weight.dim() != 2:
             raise ValueError(f"weight {i} must be [N, K], got shape {list(weight.shape)}")
         if not weight.dtype.is_floating_point:
             raise TypeError(f"weight {i} must be floating point, got {weight.dtype}")
         sizes = dict(zip("NK", weight.shape, strict=True))
         for name, (tensors, letters) in vectors.items():
-            if tensors[i] is not None:
-                check_like(f"{name} {i}", tensors[i], weight, [sizes[letter] for letter in letters])
+            if tensors[i] is None and letters.endswith("?"):
+                continue
+            if not isinstance(tensors[i], Tensor):
+                raise TypeError(f"{name} {i} must be a tensor, got {type(tensors[i]).__name__}")
+            check_like(f"{name} {i}", tensors[i], weight, [sizes[letter] for letter in letters.rstrip("?")])
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:
         kinds = sorted({f"{weight.dtype} on {weight.device}" for weight in weights})
         raise TypeError(f"all weights must have one dtype and device, got {', '.join(kinds)}")

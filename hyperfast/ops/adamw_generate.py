@@ -88,13 +88,13 @@ def adamw_generate(
         "exp_avg": (list(exp_avgs), "NK"),
         "exp_avg_sq": (list(exp_avg_sqs), "NK"),
         "bias": (list(biases), "N"),
-        "bias_exp_avg": (list(bias_exp_avgs), "N"),
-        "bias_exp_avg_sq": (list(bias_exp_avg_sqs), "N"),
+        "bias_exp_avg": (list(bias_exp_avgs), "N?"),
+        "bias_exp_avg_sq": (list(bias_exp_avg_sqs), "N?"),
         "next_weight": (list(next_weights), "N"),
     }
     read = {"dw": (list(dws), "N"), "z": (list(zs), "K"), "new_z": (list(new_zs), "K")}
     check_generators(written["weight"][0], **written, **read)
-    _check_written(written)
+    _check_written(written, read)
     for name, rows in (("coefficients", coefficients), ("bias_coefficients", bias_coefficients)):
         if len(rows) != len(weights):
             raise ValueError(f"{len(weights)} weights but {len(rows)} of {name}")
@@ -115,18 +115,31 @@ def adamw_generate(
         )
 
 
-def _check_written(written: dict[str, tuple[list[Tensor | None], str]]) -> None:
-    """ValueError unless the tensors updated in place are there, contiguous and disjoint."""
-    addresses: dict[int, str] = {}
-    for name, (tensors, _) in written.items():
-        for i, tensor in enumerate(tensors):
-            if tensor is None:
-                other = {"bias_exp_avg": "bias_exp_avg_sq", "bias_exp_avg_sq": "bias_exp_avg"}.get(name)
-                if other is None or written[other][0][i] is not None:
-                    raise ValueError(f"{name} {i} is None{f', {other} {i} is not' if other else ''}")
-            elif not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} {i} is updated in place: it must be contiguous, got {tensor.stride()}"
-                )
-            elif tensor.numel() and addresses.setdefault(tensor.data_ptr(), f"{name} {i}") != f"{name} {i}":
-                raise ValueError(f"{name} {i} is {addresses[tensor.data_ptr()]}: they are updated in place")
+Columns = dict[str, tuple[list[Tensor | None], str]]
+
+
+def _check_written(written: Columns, read: Columns) -> None:
+    """ValueError unless moments come in pairs and what is updated in place is contiguous and overlaps nothing."""
+    for i, moments in enumerate(zip(written["bias_exp_avg"][0], written["bias_exp_avg_sq"][0], strict=True)):
+        if (moments[0] is None) != (moments[1] is None):
+            raise ValueError(f"bias_exp_avg {i} and bias_exp_avg_sq {i} must both be tensors or both None")
+    spans = []  # first byte, end, name, whether it is written
+    for columns in (written, read):
+        for name, (tensors, _) in columns.items():
+            for i, tensor in enumerate(tensors):
+                if tensor is None or tensor.numel() == 0:
+                    continue
+                if columns is written and not tensor.is_contiguous():
+                    raise ValueError(
+                        f"{name} {i} is updated in place: it must be contiguous, got strides {tensor.stride()}"
+                    )
+                last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                start = tensor.data_ptr()
+                spans.append((start, start + (last + 1) * tensor.itemsize, f"{name} {i}", columns is written))
+    spans.sort()
+    reach = {True: (0, ""), False: (0, "")}  # how far written and read tensors reach so far
+    for start, end, name, is_written in spans:
+        for other_written, (other_end, other) in reach.items():
+            if start < other_end and (is_written or other_written):
+                raise ValueError(f"{name} shares memory with {other}: one of them is updated in place")
+        reach[is_written] = max(reach[is_written], (end, name))

@@ -161,7 +161,7 @@ def generate(
     check_backend(backend)
     weights, biases, zs = list(weights), list(biases), list(zs)
     next_weights = [None] * len(weights) if next_weights is None else list(next_weights)
-    check_generators(weights, bias=(biases, "N"), z=(zs, "K"), next_weight=(next_weights, "N"))
+    check_generators(weights, bias=(biases, "N?"), z=(zs, "K"), next_weight=(next_weights, "N?"))
     if not weights:
         return ()
     if backend == "reference" and not factored:
