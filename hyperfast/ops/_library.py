@@ -62,8 +62,8 @@ def no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:
     """Checks generators before native code sees them: weight [N, K] floating point, of one dtype and device.
 
-    vectors: name -> (one tensor for each layer, its shape "N", "K" or "NK"; "?" behind it admits None). Raises ValueError or
-    TypeError naming the argument, what it is and what it should be.
+    vectors: name -> (one tensor for each layer, its shape "N", "K" or "NK"; "N?" admits None). Raises
+    ValueError or TypeError naming the argument, what it is and what it should be.
     """
     for name, (tensors, _) in vectors.items():
         if len(tensors) != len(weights):

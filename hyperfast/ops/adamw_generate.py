@@ -119,7 +119,8 @@ Columns = dict[str, tuple[list[Tensor | None], str]]
 
 
 def _check_written(written: Columns, read: Columns) -> None:
-    """ValueError unless moments come in pairs and what is updated in place is contiguous and overlaps nothing."""
+    """ValueError unless moments come in pairs and what is updated in place is contiguous and overlaps
+    nothing."""
     for i, moments in enumerate(zip(written["bias_exp_avg"][0], written["bias_exp_avg_sq"][0], strict=True)):
         if (moments[0] is None) != (moments[1] is None):
             raise ValueError(f"bias_exp_avg {i} and bias_exp_avg_sq {i} must both be tensors or both None")
@@ -131,7 +132,8 @@ def _check_written(written: Columns, read: Columns) -> None:
                     continue
                 if columns is written and not tensor.is_contiguous():
                     raise ValueError(
-                        f"{name} {i} is updated in place: it must be contiguous, got strides {tensor.stride()}"
+                        f"{name} {i} is updated in place and must be contiguous, got strides "
+                        f"{tensor.stride()}"
                     )
                 last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 start = tensor.data_ptr()

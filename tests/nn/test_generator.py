@@ -1,0 +1,262 @@
+"""LinearGenerator: what it makes, and when the next weights the optimizer left are used or dropped."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hyperfast
+from hyperfast.nn import HyperLinear, LinearGenerator
+from hyperfast.optim import AdamW
+
+MARK = 7.0  # next weights are overwritten with it behind autograd's back: their use shows
+
+
+def expected(g: LinearGenerator) -> torch.Tensor:
+    return F.linear(g.z, g.weight, g.bias).view(g.shapes[0]).detach()
+
+
+def stepped(dtype=torch.float32, bias=True) -> tuple[HyperLinear, AdamW]:
+    """A layer in factored mode after a step, its next weights marked."""
+    layer = HyperLinear(4, 3, generator=LinearGenerator((3, 4), 5, bias, dtype=dtype), dtype=dtype)
+    hyperfast.factored_(layer)
+    optimizer = AdamW(layer, lr=0.1)
+    layer(torch.randn(2, 4, dtype=dtype)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    layer.generator.next_weight.data.fill_(MARK)
+    return layer, optimizer
+
+
+def uses_next_weights(layer: HyperLinear) -> bool:
+    made = layer.generator()[0].detach()
+    if bool((made == MARK).all()):
+        return True
+    torch.testing.assert_close(made, expected(layer.generator))
+    return False
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_forward(bias, backend):
+    g = LinearGenerator((3, 2, 5), 4, bias, backend=backend)
+    (made,) = g()
+    assert made.shape == (3, 2, 5) and [p.shape for p in g.parameters()][0] == (30, 4)
+    torch.testing.assert_close(made, expected(g))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4)])
+def test_another_embedding(shape):
+    g, z = LinearGenerator((3, 2), 4), torch.randn(shape, requires_grad=True)
+    (made,) = g(z)
+    torch.testing.assert_close(made, F.linear(z.reshape(-1), g.weight, g.bias).view(3, 2))
+    made.sum().backward()
+    assert g.z.grad is None and z.grad.shape == shape
+    with pytest.raises(ValueError, match=r"z must have 4 elements.*\[5\]"):
+        g(torch.randn(5))
+    with pytest.raises(ValueError, match="factored mode generates from its own z"):
+        hyperfast.factored_(g)(z)
+
+
+def test_bad_sizes():
+    for shape, K in (((), 4), ((3, 0), 4), ((3, 2), 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            LinearGenerator(shape, K)
+
+
+def test_wrong_parameters_meet_a_clear_error():
+    layer = HyperLinear(4, 3, z_dim=5)
+    layer.generator.z = nn.Parameter(torch.randn(6))
+    with pytest.raises(ValueError, match=r"z 0 must be .*\[5\].*\[6\]"):
+        layer(torch.randn(2, 4))
+    layer.generator.z = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    with pytest.raises(TypeError, match="z 0 must be torch.float32"):
+        layer(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_next_weights_are_what_generate_makes(dtype, bias):
+    layer, _ = stepped(dtype, bias)
+    optimizer = AdamW(layer, lr=0.1)
+    layer(torch.randn(2, 4, dtype=dtype)).sum().backward()
+    optimizer.step()
+    left = layer.generator()[0].detach().clone()
+    hyperfast.invalidate(layer)
+    assert torch.equal(layer.generator()[0], left)
+    assert not (left == MARK).any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_next_weights_are_used(bias):
+    layer, _ = stepped(bias=bias)
+    assert uses_next_weights(layer)
+    with torch.no_grad():
+        assert uses_next_weights(layer)
+    with torch.inference_mode():
+        assert uses_next_weights(layer)
+    layer.eval()
+    assert uses_next_weights(layer)
+
+
+def test_next_weights_carry_gradients():
+    layer, _ = stepped()
+    x, seed = torch.randn(2, 4), torch.randn(2, 3)
+    layer(x).backward(seed)
+    g, dw = layer.generator, (seed.t() @ x).reshape(-1)
+    torch.testing.assert_close(g.bias.grad, dw)
+    torch.testing.assert_close(g.z.grad, g.weight.detach().t() @ dw)
+
+
+@torch.no_grad()
+def half(t):
+    t.mul_(0.5)
+
+
+def replaced(layer, name):
+    old = getattr(layer.generator, name)
+    setattr(layer.generator, name, nn.Parameter(old.detach().clone() + 1))
+
+
+def replaced_at_its_address(layer):
+    """A new parameter over the memory of the old one, which dies."""
+    memory = layer.generator.z.detach().numpy()
+    layer.generator.z = nn.Parameter(torch.from_numpy(memory))
+    memory += 1
+
+
+DROPS = {
+    "weight in place": lambda layer: half(layer.generator.weight),
+    "bias in place": lambda layer: half(layer.generator.bias),
+    "z in place": lambda layer: half(layer.generator.z),
+    "z through a view": lambda layer: half(layer.generator.z.view(1, 5)[:, 2:]),
+    "a new weight": lambda layer: replaced(layer, "weight"),
+    "a new bias": lambda layer: replaced(layer, "bias"),
+    "a new z": lambda layer: replaced(layer, "z"),
+    "a new z at its address": replaced_at_its_address,
+    "a swapped z": lambda layer: torch.utils.swap_tensors(layer.generator.z, nn.Parameter(torch.randn(5))),
+    "z.data set": lambda layer: setattr(layer.generator.z, "data", torch.randn(5)),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+    "load_state_dict, assign": lambda layer: layer.load_state_dict(
+        {k: v + 1 for k, v in layer.state_dict().items()}, assign=True
+    ),
+    "load_state_dict of a part": lambda layer: layer.load_state_dict(
+        {"generator.z": torch.randn(5)}, strict=False
+    ),
+    "double": lambda layer: layer.double(),
+    "bfloat16 and back": lambda layer: layer.bfloat16().float(),
+    "invalidate": hyperfast.invalidate,
+    "invalidate after a .data edit": lambda layer: (
+        layer.generator.z.data.add_(1), hyperfast.invalidate(layer)
+    ),
+    "reset_parameters": lambda layer: layer.generator.reset_parameters(),
+    "factored off": lambda layer: hyperfast.factored_(layer, False),
+    "factored off and on": lambda layer: hyperfast.factored_(hyperfast.factored_(layer, False)),
+    "another optimizer": lambda layer: torch.optim.SGD([layer.generator.z], lr=1.0).step(
+        lambda: layer(torch.ones(1, 4)).sum().backward()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DROPS)
+def test_next_weights_are_not_used_after(how):
+    layer, _ = stepped()
+    DROPS[how](layer)
+    assert not uses_next_weights(layer)
+
+
+def test_copies_do_not_take_next_weights():
+    layer, _ = stepped()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    copies = [
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+        copy.copy(layer.generator),
+    ]
+    for copied in copies:
+        g = copied if isinstance(copied, LinearGenerator) else copied.generator
+        assert g.next_weight is None
+        torch.testing.assert_close(g()[0].detach(), expected(layer.generator))
+    assert uses_next_weights(layer)  # the original still does
+
+
+def test_next_weights_are_not_saved():
+    layer, _ = stepped()
+    names = {"generator.weight", "generator.bias", "generator.z", "bias"}
+    assert set(layer.state_dict()) == names == {n for n, _ in layer.named_parameters()}
+    assert list(layer.buffers()) == []
+
+
+def test_functional_call_with_other_parameters():
+    layer, _ = stepped()
+    x = torch.randn(2, 4)
+    others = {name: p.detach().clone() + 1 for name, p in layer.named_parameters()}
+    got = torch.func.functional_call(layer, others, (x,))
+    weight = F.linear(others["generator.z"], others["generator.weight"], others["generator.bias"]).view(3, 4)
+    torch.testing.assert_close(got, F.linear(x, weight, others["bias"]))
+    assert uses_next_weights(layer)
+    only_z = torch.func.functional_call(layer, {"generator.z": others["generator.z"]}, (x,))
+    g = layer.generator
+    weight = F.linear(others["generator.z"], g.weight, g.bias).view(3, 4)
+    torch.testing.assert_close(only_z, F.linear(x, weight, layer.bias))
+
+
+def test_func_grad_and_ensembles():
+    """grad through functional_call, and vmap over stacked models."""
+    layers = [HyperLinear(4, 3, z_dim=5, dtype=torch.float64) for _ in range(3)]
+    x = torch.randn(2, 4, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layers[0], parameters, (x,)).square().sum()
+
+    parameters, _ = torch.func.stack_module_state(layers)
+    grads = torch.func.vmap(torch.func.grad(loss), (0, None))(parameters, x)
+    for i, layer in enumerate(layers):
+        layer(x).square().sum().backward()
+        for name, p in layer.named_parameters():
+            torch.testing.assert_close(grads[name][i], p.grad)
+
+
+def test_func_grad_of_a_factored_layer_after_a_step():
+    layer, _ = stepped(torch.float64)
+    hyperfast.invalidate(layer)
+    dense, x = hyperfast.factored_(copy.deepcopy(layer), False), torch.randn(2, 4, dtype=torch.float64)
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)({name: p.detach() for name, p in layer.named_parameters()})
+    dense(x).square().sum().backward()
+    for name, p in dense.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    layer, _ = stepped(torch.float64)
+    hyperfast.invalidate(layer)
+    plain = copy.deepcopy(layer)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert layer.generator.weight.grad is None
+    for p, q in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
+
+
+def test_nothing_keeps_a_dead_model_alive():
+    layer, optimizer = stepped()
+    alive = weakref.ref(layer.generator)
+    del layer, optimizer
+    gc.collect()
+    assert alive() is None

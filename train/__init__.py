@@ -1,0 +1,1 @@
+"""Training commands: data, augmentation, models, loop, checkpoints and reports."""

@@ -1,0 +1,438 @@
+"""The training loop of all commands: epochs, evaluation, records, checkpoints, resume.
+
+Epoch e of a run with seed s draws its dropout, its data order and its augmentation from generators seeded
+by (s, e) alone, so the state at the end of an epoch is the parameters, the optimizer and the history: what
+`last.pt` holds. A run that was killed at any moment and resumed ends with the parameters of one that was
+not (CPU, same threads).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from hyperfast.nn import named_generators
+from train import checkpoint
+from train.data import batches
+
+EVAL_BATCH = 256
+Row = dict[
+    str, Any
+]  # one epoch: plain ints and floats by column name; accuracies in percent, times in seconds
+
+
+class RunError(ValueError):
+    """The run cannot start or go on: one line for the user."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a whole step; `last.pt` holds the last epoch's end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@dataclass
+class ImageData:
+    """uint8 images [n, C, H, W] and int64 labels [n] of the three parts, and what turns images into input."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    augment: Callable[[Tensor, torch.Generator], Tensor]  # uint8 [B, C, H, W] -> float32, training
+    normalize: Callable[[Tensor], Tensor]  # the same without chance, evaluation
+
+    def to(self, device: torch.device) -> ImageData:
+        """The same data on `device`."""
+        parts = [(x.to(device), y.to(device)) for x, y in (self.train, self.validation, self.test)]
+        return ImageData(*parts, self.augment, self.normalize)
+
+
+@dataclass
+class Config:
+    """What the loop needs to know of a recipe. `max_steps` counts from the run's beginning."""
+
+    epochs: int
+    batch_size: int
+    seed: int = 42
+    patience: int | None = None  # epochs without a better validation accuracy
+    precision: str = "fp32"  # "bf16": autocast
+    device: str = "cpu"
+    max_steps: int | None = None
+    eval_batches: int | None = None
+    save_every: int = 1  # epochs between two last.pt
+
+
+class Trainer:
+    """Trains `model` on `data` and keeps `out`: last.pt, best.pt, metrics.csv and TensorBoard files.
+
+    `step()` clips, updates the parameters and returns the gradient norm before clipping; it may raise
+    FloatingPointError. `schedule(epoch, step)` gives the learning rate of the step to come, both counted
+    from 0. `recipe` (plain values) must be equal on resume; `circumstances` may differ, which is said.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        optimizer: torch.optim.Optimizer,
+        step: Callable[[], Tensor | float],
+        schedule: Callable[[int, int], float],
+        config: Config,
+        out: Path,
+        recipe: dict[str, Any],
+        circumstances: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.step, self.schedule = model, optimizer, step, schedule
+        self.config, self.out = config, out
+        self.recipe, self.circumstances = recipe, circumstances or {}
+        self.device = torch.device(config.device)
+        self.data = data.to(self.device)
+        self.steps_per_epoch = len(data.train[1]) // config.batch_size
+        if self.steps_per_epoch == 0:
+            n = len(data.train[1])
+            raise RunError(f"batch size {config.batch_size} is larger than the {n} training images")
+        self.history: list[Row] = []
+        self.best: Row | None = None
+        self.steps = 0
+        self.initial_z = z_statistics(model)
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def fit(self) -> str:
+        """Train until the end and return why it ended; raises Interrupted, RunError, CheckpointError."""
+        with _Signals() as self._signals:
+            if not self.history:
+                self._save_last()
+            with SummaryWriter(self.out / "tensorboard", purge_step=len(self.history) + 1) as board:
+                while (reason := self._ended()) is None:
+                    self._run_epoch(board)
+        return reason
+
+    def _ended(self) -> str | None:
+        config, epoch = self.config, len(self.history)
+        if epoch >= config.epochs:
+            return f"all {config.epochs} epochs done"
+        if self.best and config.patience and epoch - self.best["epoch"] >= config.patience:
+            return f"no better validation accuracy in {config.patience} epochs"
+        if config.max_steps is not None and self.steps >= config.max_steps:
+            return f"{config.max_steps} steps done"
+        return None
+
+    def _run_epoch(self, board: SummaryWriter) -> None:
+        """One epoch with evaluation; the records and checkpoints are written last."""
+        epoch = len(self.history) + 1
+        row: Row = {"epoch": epoch, **self._train(epoch - 1)}
+        start = time.perf_counter()
+        for part in ("validation", "test"):
+            loss, accuracy = self.evaluate(part)
+            row |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
+            if not math.isfinite(loss):
+                raise RunError(f"epoch {epoch}: {part} loss is {loss}")
+        row["evaluation_seconds"] = time.perf_counter() - start
+        row |= z_statistics(self.model)
+        self.history.append(row)
+        if self.best is None or row["validation_accuracy"] > self.best["validation_accuracy"]:
+            self.best = row
+            self._save_best()
+        if self._last_is_due(row):
+            self._save_last()
+        write_csv(self.out / "metrics.csv", self.history)
+        for name, value in row.items():
+            if name != "epoch":
+                board.add_scalar(name, value, epoch)
+        print(summary(row, self.config.epochs), flush=True)
+
+    def _last_is_due(self, row: Row) -> bool:
+        """At every `save_every`-th epoch's end and the last; never where `max_steps` cut an epoch short."""
+        if row["steps"] < self.steps_per_epoch:
+            return False
+        limit = self.config.max_steps
+        cut_next = limit is not None and self.steps + self.steps_per_epoch > limit
+        return row["epoch"] % self.config.save_every == 0 or cut_next or self._ended() is not None
+
+    def _train(self, epoch: int) -> Row:
+        """The steps of one epoch (counted from 0); fewer where `max_steps` ends it."""
+        config, limit = self.config, self.steps_per_epoch
+        if config.max_steps is not None:
+            limit = min(limit, config.max_steps - self.steps)
+        torch.manual_seed(derive_seed(config.seed, epoch, "model"))
+        self.model.train()
+        meter = _Meter(epoch, window=1 if self.device.type == "cpu" else 20)
+        start, waited = time.perf_counter(), 0.0
+        inputs = self._train_batches(epoch)
+        # tqdm counts images, so its rate is images/s
+        bar = tqdm(
+            total=limit * config.batch_size, unit="img", desc=f"epoch {epoch + 1}", leave=False, disable=None
+        )
+        with bar:
+            for _ in range(limit):
+                self._signals.check()
+                began = time.perf_counter()
+                x, y = next(inputs)
+                waited += time.perf_counter() - began
+                rate = self.schedule(epoch, self.steps)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                meter.add(*self._step(x, y, epoch), y.numel())
+                self.steps += 1
+                bar.update(y.numel())
+                if meter.fresh:
+                    bar.set_postfix(loss=f"{meter.loss:.3f}", acc=f"{meter.accuracy:.1f}%", refresh=False)
+            meter.flush()
+        seconds = time.perf_counter() - start
+        return {
+            "steps": limit,
+            "lr": rate,
+            "train_loss": meter.loss,
+            "train_accuracy": meter.accuracy,
+            "gradient_norm": meter.norm,
+            "seconds": seconds,
+            "input_seconds": waited,
+            "images_per_second": meter.images / seconds,
+        }
+
+    def _step(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Loss [], correct answers [] and gradient norm of one optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.model(x)
+        loss = F.cross_entropy(logits.float(), y)
+        loss.backward()
+        try:
+            norm = self.step()
+        except FloatingPointError as error:
+            raise RunError(f"{_place(epoch, self.steps % self.steps_per_epoch)}: {error}") from error
+        return loss.detach(), (logits.detach().argmax(1) == y).sum(), norm
+
+    @torch.no_grad()
+    def evaluate(self, part: str) -> tuple[float, float]:
+        """Mean loss and accuracy in percent on "validation" or "test"."""
+        images, labels = getattr(self.data, part)
+        self.model.eval()
+        loss, correct, seen = 0.0, 0, 0
+        for i, (x, y) in enumerate(batches(images, labels, EVAL_BATCH, shuffle=None, drop_last=False)):
+            if i == self.config.eval_batches:
+                break
+            self._signals.check()
+            with self._autocast():
+                logits = self.model(self._layout(self.data.normalize(x))).float()
+            loss = loss + F.cross_entropy(logits, y, reduction="sum")
+            correct = correct + (logits.argmax(1) == y).sum()
+            seen += len(y)
+        return float(loss) / seen, 100 * int(correct) / seen
+
+    def _train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        seed = self.config.seed
+        order = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
+        chance = torch.Generator(self.device).manual_seed(derive_seed(seed, epoch, "augment"))
+        size = self.config.batch_size
+        for x, y in batches(*self.data.train, size, shuffle=order, drop_last=True):
+            yield self._layout(self.data.augment(x, chance)), y
+
+    def _layout(self, x: Tensor) -> Tensor:
+        return x.to(memory_format=torch.channels_last)
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _save_last(self) -> None:
+        checkpoint.save(
+            self.out / "last.pt",
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "history": self.history,
+                "initial_z": self.initial_z,
+                "steps": self.steps,
+                "recipe": self.recipe,
+                "circumstances": self.circumstances,
+            },
+        )
+
+    def _save_best(self) -> None:
+        state = {"model": self.model.state_dict(), "row": self.best, "recipe": self.recipe}
+        checkpoint.save(self.out / "best.pt", state)
+
+    def resume(self) -> list[str]:
+        """Continue from `last.pt`; returns what differs from then, in words.
+
+        Raises CheckpointError for a file that is damaged or does not fit, and RunError for another recipe.
+        """
+        path = self.out / "last.pt"
+        state = checkpoint.load(path, ("model", "optimizer", "history", "recipe", "steps"))
+        if differences := _differences(state["recipe"], self.recipe):
+            raise RunError(f"{path}: the run had another recipe: {'; '.join(differences)}")
+        checkpoint.load_model(self.model, state["model"], path)
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"], path)
+        self.history, self.steps, self.initial_z = state["history"], state["steps"], state["initial_z"]
+        if self.history:  # best.pt may be newer than last.pt; its own row says what it is
+            self.best = checkpoint.load(self.out / "best.pt", ("model", "row"))["row"]
+        return _differences(state["circumstances"], self.circumstances)
+
+    def load_best(self) -> None:
+        """Put the weights of `best.pt` into the model."""
+        path = self.out / "best.pt"
+        checkpoint.load_model(self.model, checkpoint.load(path, ("model",))["model"], path)
+
+
+# -- helpers -------------------------------------------------------------------------------------
+
+
+def open_run(out: Path, resume: bool) -> None:
+    """Make the folder `out`, sure that it can be written and holds a run just when `resume` says so."""
+    exists = (out / "last.pt").exists()
+    if resume and not exists:
+        raise RunError(f"--resume: no run in {out} (no last.pt)")
+    if exists and not resume:
+        raise RunError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".probe"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"--out {out}: cannot be written, {error.strerror or error}") from error
+
+
+def derive_seed(seed: int, epoch: int, purpose: str) -> int:
+    """A 63-bit seed, independent for every epoch and purpose."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def cosine(epochs: int, lr: float, min_lr: float) -> Callable[[int, int], float]:
+    """lr of an epoch: from `lr` down to `min_lr` after `epochs` epochs, as in CosineAnnealingLR."""
+    return lambda epoch, step: min_lr + (lr - min_lr) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def z_statistics(model: nn.Module) -> Row:
+    """Smallest, largest, mean, std (population) and norm of every embedding: {"z/conv1/min": ...}."""
+    row: Row = {}
+    for name, generator in named_generators(model):
+        z = generator.z.detach().double()
+        figures = (z.min(), z.max(), z.mean(), z.std(correction=0), z.norm())
+        row |= {
+            f"z/{name}/{k}": float(v)
+            for k, v in zip(("min", "max", "mean", "std", "norm"), figures, strict=True)
+        }
+    return row
+
+
+def write_csv(path: Path, history: list[Row]) -> None:
+    """One line per epoch, written whole and atomically: a resumed run leaves no duplicate."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def summary(row: Row, epochs: int) -> str:
+    """One line for the terminal."""
+    return (
+        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, train {row['train_accuracy']:.2f} %, "
+        f"validation {row['validation_accuracy']:.2f} %, test {row['test_accuracy']:.2f} %, "
+        f"{row['images_per_second']:.0f} images/s, {row['seconds'] + row['evaluation_seconds']:.0f} s"
+    )
+
+
+class _Meter:
+    """Sums of one epoch. Values stay on the device for `window` steps, so a GPU is not stopped at each."""
+
+    def __init__(self, epoch: int, window: int) -> None:
+        self.epoch, self.window, self.pending = epoch, window, []
+        self.steps = self.images = self.correct = 0
+        self.loss_sum = self.norm_sum = 0.0
+
+    def add(self, loss: Tensor, correct: Tensor, norm: Tensor | float, images: int) -> None:
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
+        self.pending.append((torch.stack((loss.float(), correct.float(), norm)), images))
+        if len(self.pending) == self.window:
+            self.flush()
+
+    def flush(self) -> None:
+        """Take the pending values in; raises RunError at the first that is not finite."""
+        if not self.pending:
+            return
+        for (loss, correct, norm), images in zip(
+            torch.stack([values for values, _ in self.pending]).tolist(),
+            [images for _, images in self.pending],
+            strict=True,
+        ):
+            for name, value in (("loss", loss), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    raise RunError(f"{_place(self.epoch, self.steps)}: {name} is {value}")
+            self.steps, self.images, self.correct = (
+                self.steps + 1,
+                self.images + images,
+                self.correct + int(correct),
+            )
+            self.loss_sum, self.norm_sum = self.loss_sum + loss * images, self.norm_sum + norm
+        self.pending.clear()
+
+    @property
+    def fresh(self) -> bool:
+        return not self.pending
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.images
+
+    @property
+    def accuracy(self) -> float:
+        return 100 * self.correct / self.images
+
+    @property
+    def norm(self) -> float:
+        return self.norm_sum / self.steps
+
+
+class _Signals:
+    """SIGINT and SIGTERM are raised as Interrupted at the next `check`; a second one acts at once."""
+
+    def __enter__(self) -> _Signals:
+        self.received = 0
+        self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def check(self) -> None:
+        if self.received:
+            raise Interrupted(self.received)
+
+
+def _place(epoch: int, step: int) -> str:
+    return f"epoch {epoch + 1}, step {step + 1}"
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = [*then, *(name for name in now if name not in then)]
+    return [f"{n} was {then.get(n)}, now {now.get(n)}" for n in names if then.get(n) != now.get(n)]
