@@ -103,26 +103,29 @@ def build_file(nvcc: str | None, cxx: str) -> str:
     )
     text = [f"builddir = {BUILD}", f"cxx = {cxx}", f"nvcc = {nvcc or ''}", RULES]
 
-    def compile(rule: str, source: str, flags: str, isa: str = "") -> str:
+    def add_object(rule: str, source: str, flags: str, isa: str = "") -> str:
         target = f"{BUILD}/{Path(source).name}{isa and '.' + isa}.o"
         text.extend([f"build {target}: {rule} {source}", f"  flags = {flags.replace('$', '$$')}"])
         return target
 
-    def link(name: str, linker: str, objects: list[str], flags: str) -> None:
+    def add_module(name: str, linker: str, objects: list[str], flags: str) -> None:
         text.append(f"build {BUILD}/{name}.so: link {' '.join(objects)}")
         text.extend([f"  linker = {linker}", f"  flags = {flags}"])
 
-    objects = [compile("cxx", "csrc/module_cpu.cpp", module), compile("cxx", "csrc/cpu/dispatch.cpp", common)]
+    objects = [
+        add_object("cxx", "csrc/module_cpu.cpp", module),
+        add_object("cxx", "csrc/cpu/dispatch.cpp", common),
+    ]
     for source in sources("csrc/cpu/*.cpp"):
         if source != "csrc/cpu/dispatch.cpp":
             for isa, flags in ISA_FLAGS.items():
-                objects.append(compile("cxx", source, f"{common} -DHYPERFAST_ISA={isa} {flags}", isa))
-    link("_cpu", "$cxx", objects, "-fopenmp" + sanitize)
+                objects.append(add_object("cxx", source, f"{common} -DHYPERFAST_ISA={isa} {flags}", isa))
+    add_module("_cpu", "$cxx", objects, "-fopenmp" + sanitize)
     if nvcc:
-        objects = [compile("cxx", "csrc/module_cuda.cpp", module)]
-        objects += [compile("nvcc", source, device) for source in sources("csrc/cuda/*.cu")]
+        objects = [add_object("cxx", "csrc/module_cuda.cpp", module)]
+        objects += [add_object("nvcc", source, device) for source in sources("csrc/cuda/*.cu")]
         # The static CUDA runtime's names must not meet those of the shared one that torch loads.
-        link("_cuda", "$nvcc", objects, "-cudart static -Xlinker --exclude-libs=ALL")
+        add_module("_cuda", "$nvcc", objects, "-cudart static -Xlinker --exclude-libs=ALL")
     return "\n".join(text) + "\n"
 
 

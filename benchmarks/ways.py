@@ -66,7 +66,9 @@ def whole(way: str) -> Callable[[], Tensor]:
     )
     forward = model
     if "compiled" in way:
-        torch._inductor.config.fallback_random = True  # the same dropout masks as eager, to compare the losses
+        torch._inductor.config.fallback_random = (
+            True  # the same dropout masks as eager, to compare the losses
+        )
         forward = torch.compile(model)
 
     def step() -> Tensor:

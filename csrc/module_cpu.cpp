@@ -1,4 +1,5 @@
-// hyperfast._cpu: the CPU kernels for Python. Tensors come as addresses; hyperfast/ops checks shapes, dtypes and devices.
+// hyperfast._cpu: the CPU kernels for Python. Tensors come as addresses; hyperfast/ops checks shapes, dtypes
+// and devices.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,7 +19,9 @@ template <size_t Fields>
 using Table = std::vector<std::array<int64_t, Fields>>;
 
 template <class T = void>
-T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::float32;
@@ -29,8 +32,8 @@ DType dtype_of(const std::string& name) {
 
 void check_sizes(int64_t N, int64_t K, int threads) {
   if (N < 0 || K < 1 || K > kMaxK)
-    throw py::value_error("need N >= 0 and 1 <= K <= " + std::to_string(kMaxK) + ", got N " + std::to_string(N) +
-                          ", K " + std::to_string(K));
+    throw py::value_error("need N >= 0 and 1 <= K <= " + std::to_string(kMaxK) + ", got N " +
+                          std::to_string(N) + ", K " + std::to_string(K));
   if (threads < 1) throw py::value_error("threads must be at least 1");
 }
 
@@ -61,15 +64,15 @@ void generate_backward(const Table<6>& table, const std::string& dtype, int thre
 
 AdamWCoefficients adamw_of(const double* c) { return {c[0], c[1], c[2], c[3], c[4], c[5]}; }
 
-void adamw_generate(const Table<12>& table, const std::vector<std::array<double, 12>>& coefficients, double grad_scale,
-                    const std::string& dtype, int threads) {
+void adamw_generate(const Table<12>& table, const std::vector<std::array<double, 12>>& coefficients,
+                    double grad_scale, const std::string& dtype, int threads) {
   if (table.size() != coefficients.size()) throw py::value_error("one row of coefficients for each segment");
   std::vector<AdamWGenerateSegment> segments;
   for (size_t i = 0; i < table.size(); ++i) {
     const auto& [weight, m, v, bias, bias_m, bias_v, dw, z, z_next, w, N, K] = table[i];
     check_sizes(N, K, threads);
-    segments.push_back({pointer(weight), pointer(m), pointer(v), pointer(bias), pointer(bias_m), pointer(bias_v),
-                        pointer(dw), pointer(z), pointer(z_next), pointer(w), N, K,
+    segments.push_back({pointer(weight), pointer(m), pointer(v), pointer(bias), pointer(bias_m),
+                        pointer(bias_v), pointer(dw), pointer(z), pointer(z_next), pointer(w), N, K,
                         adamw_of(coefficients[i].data()), adamw_of(coefficients[i].data() + 6)});
   }
   const DType type = dtype_of(dtype);
@@ -95,8 +98,9 @@ PYBIND11_MODULE(_cpu, m) {
         "segments: (weight, bias or 0, z, w, N, K) each.");
   m.def("generate_backward", &generate_backward, py::arg("segments"), py::arg("dtype"), py::arg("threads"),
         "segments: (weight, dw, dz, squared_norm, N, K) each; squared_norm addresses one float64.");
-  m.def("adamw_generate", &adamw_generate, py::arg("segments"), py::arg("coefficients"), py::arg("grad_scale"),
-        py::arg("dtype"), py::arg("threads"),
-        "segments: (weight, exp_avg, exp_avg_sq, bias, bias_exp_avg, bias_exp_avg_sq, dw, z, z_next, w, N, K) each; "
+  m.def("adamw_generate", &adamw_generate, py::arg("segments"), py::arg("coefficients"),
+        py::arg("grad_scale"), py::arg("dtype"), py::arg("threads"),
+        "segments: (weight, exp_avg, exp_avg_sq, bias, bias_exp_avg, bias_exp_avg_sq, dw, z, z_next, w, N, "
+        "K) each; "
         "coefficients: (decay, step_size, beta1, beta2, sqrt(1 - beta2^t), eps) of weight, then of bias.");
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
@@ -134,4 +134,14 @@ def _refuse_stock_optimizers(optimizer: torch.optim.Optimizer, args: tuple, kwar
                 )
 
 
+def _count_fused_updates(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """torch's fused CPU kernels change parameters without counting up their versions, on which next weights
+    rely."""
+    if _generators:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version(group["params"])
+
+
 register_optimizer_step_pre_hook(_refuse_stock_optimizers)
+register_optimizer_step_post_hook(_count_fused_updates)

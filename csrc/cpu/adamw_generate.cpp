@@ -1,7 +1,7 @@
 // AdamW on the rank-one gradient dw outer z and the next weights, in one pass.
-// Floor: 24 bytes per float32 generator weight (weight, exp_avg, exp_avg_sq read and written); the gradient is formed in
-// registers and the next forward reads no generator. The same loads, sums and roundings as generate: w is bit for bit what
-// generate would return after the update.
+// Floor: 24 bytes per float32 generator weight (weight, exp_avg, exp_avg_sq read and written); the gradient
+// is formed in registers and the next forward reads no generator. The same loads, sums and roundings as
+// generate: w is bit for bit what generate would return after the update.
 #include "blocks.h"
 
 namespace hyperfast {
@@ -11,8 +11,13 @@ template <class C>
 struct AdamW {  // AdamWCoefficients in the compute type
   C decay, step_size, one_minus_beta1, beta2, one_minus_beta2, inverse_correction2, eps;
   explicit AdamW(const AdamWCoefficients& c)
-      : decay(C(c.decay)), step_size(C(c.step_size)), one_minus_beta1(C(1 - c.beta1)), beta2(C(c.beta2)),
-        one_minus_beta2(C(1 - c.beta2)), inverse_correction2(C(1 / c.bias_correction2_sqrt)), eps(C(c.eps)) {}
+      : decay(C(c.decay)),
+        step_size(C(c.step_size)),
+        one_minus_beta1(C(1 - c.beta1)),
+        beta2(C(c.beta2)),
+        one_minus_beta2(C(1 - c.beta2)),
+        inverse_correction2(C(1 / c.bias_correction2_sqrt)),
+        eps(C(c.eps)) {}
 
   template <class S>
   void update(typename S::V& p, typename S::V& m, typename S::V& v, typename S::V g) const {
@@ -43,7 +48,8 @@ struct AdamW {  // AdamWCoefficients in the compute type
 
 template <class T>
 void update_bias(const AdamWGenerateSegment& s, int64_t begin, int64_t end, compute_t<T> scale) {
-  T *p = static_cast<T*>(s.bias), *m = static_cast<T*>(s.bias_exp_avg), *v = static_cast<T*>(s.bias_exp_avg_sq);
+  T *p = static_cast<T*>(s.bias), *m = static_cast<T*>(s.bias_exp_avg),
+    *v = static_cast<T*>(s.bias_exp_avg_sq);
   const T* dw = static_cast<const T*>(s.dw);
   const AdamW<compute_t<T>> adamw(s.bias_adamw);
   with_width<T>(kMaxK, [&](auto simd) {
@@ -51,7 +57,8 @@ void update_bias(const AdamWGenerateSegment& s, int64_t begin, int64_t end, comp
     int64_t n = begin;
     for (; n + S::width <= end; n += S::width)
       adamw.template step<S>(p + n, m + n, v + n, S::load(dw + n) * scale);
-    if (n < end) adamw.template step<S>(p + n, m + n, v + n, S::load(dw + n, int(end - n)) * scale, int(end - n));
+    if (n < end)
+      adamw.template step<S>(p + n, m + n, v + n, S::load(dw + n, int(end - n)) * scale, int(end - n));
   });
 }
 
@@ -70,10 +77,12 @@ void update_rows(Simd<T, W>, const AdamWGenerateSegment& s, int64_t begin, int64
     T* p = static_cast<T*>(s.weight) + n * s.K;
     T* m = static_cast<T*>(s.exp_avg) + n * s.K;
     T* v = static_cast<T*>(s.exp_avg_sq) + n * s.K;
+    for (const T* stream : {p, m, v}) prefetch_ahead<1>(stream, s.K * sizeof(T));
     const C g = widen(dw[n]) * scale;
     typename S::V acc{};
     for (int64_t k = 0; k < whole; k += W)
-      acc += adamw.template step<S>(p + k, m + k, v + k, g * Z::load(z.values + k)) * Z::load(z_next.values + k);
+      acc +=
+          adamw.template step<S>(p + k, m + k, v + k, g * Z::load(z.values + k)) * Z::load(z_next.values + k);
     if (tail)
       acc += adamw.template step<S>(p + whole, m + whole, v + whole, g * Z::load(z.values + whole), tail) *
              Z::load(z_next.values + whole);
@@ -85,14 +94,16 @@ void update_rows(Simd<T, W>, const AdamWGenerateSegment& s, int64_t begin, int64
 
 namespace HYPERFAST_ISA {
 
-void adamw_generate(const AdamWGenerateSegment* segments, int64_t count, DType dtype, double grad_scale, int threads) {
+void adamw_generate(const AdamWGenerateSegment* segments, int64_t count, DType dtype, double grad_scale,
+                    int threads) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const auto scale = compute_t<T>(grad_scale);
-    for_each_block(segments, count, threads, [&](const AdamWGenerateSegment& s, int64_t begin, int64_t end, int64_t) {
-      if (s.bias_exp_avg) update_bias<T>(s, begin, end, scale);
-      with_width<T>(s.K, [&](auto simd) { update_rows(simd, s, begin, end, scale); });
-    });
+    for_each_block(segments, count, threads,
+                   [&](const AdamWGenerateSegment& s, int64_t begin, int64_t end, int64_t) {
+                     if (s.bias_exp_avg) update_bias<T>(s, begin, end, scale);
+                     with_width<T>(s.K, [&](auto simd) { update_rows(simd, s, begin, end, scale); });
+                   });
   });
 }
 

@@ -7,7 +7,8 @@
 
 namespace hyperfast {
 
-#define HYPERFAST_KERNELS(isa) Kernels{#isa, isa::generate, isa::generate_backward, isa::adamw_generate}
+#define HYPERFAST_KERNELS(isa) \
+  Kernels { #isa, isa::generate, isa::generate_backward, isa::adamw_generate }
 
 int supported(const Kernels** out, int capacity) {
   static const Kernels scalar_kernels = HYPERFAST_KERNELS(scalar);
@@ -36,7 +37,8 @@ static const Kernels& choose() {
     if (std::string(wanted) == found[i]->isa) return *found[i];
     names += (i ? ", " : "") + std::string(found[i]->isa);
   }
-  throw std::runtime_error("HYPERFAST_ISA=" + std::string(wanted) + " is not available here; choose one of " + names);
+  throw std::runtime_error("HYPERFAST_ISA=" + std::string(wanted) + " is not available here; choose one of " +
+                           names);
 }
 
 const Kernels& kernels() {

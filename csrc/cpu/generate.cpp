@@ -16,6 +16,7 @@ void generate_rows(Simd<T, W>, const GenerateSegment& s, int64_t begin, int64_t 
   const int tail = int(s.K - whole);
   for (int64_t n = begin; n < end; ++n) {
     const T* row = static_cast<const T*>(s.weight) + n * s.K;
+    prefetch_ahead(row, s.K * sizeof(T));
     typename S::V acc{};
     for (int64_t k = 0; k < whole; k += W) acc += S::load(row + k) * Simd<C, W>::load(z.values + k);
     if (tail) acc += S::load(row + whole, tail) * Simd<C, W>::load(z.values + whole);
@@ -30,9 +31,10 @@ namespace HYPERFAST_ISA {
 void generate(const GenerateSegment* segments, int64_t count, DType dtype, int threads) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_block(segments, count, threads, [](const GenerateSegment& s, int64_t begin, int64_t end, int64_t) {
-      with_width<T>(s.K, [&](auto simd) { generate_rows(simd, s, begin, end); });
-    });
+    for_each_block(segments, count, threads,
+                   [](const GenerateSegment& s, int64_t begin, int64_t end, int64_t) {
+                     with_width<T>(s.K, [&](auto simd) { generate_rows(simd, s, begin, end); });
+                   });
   });
 }
 

@@ -1,6 +1,7 @@
 // dz[k] = sum_n weight[n, k] dw[n] and |dw|^2. The gradient of weight is dw outer z: rank one, never formed.
-// Floor: the N K weights are read once. dz adds N terms: each block of at most 1024 rows sums in the compute type, the blocks
-// are added in double, one after another, so that the result depends neither on thread timing nor on the number of threads.
+// Floor: the N K weights are read once. dz adds N terms: each block of at most 1024 rows sums in the compute
+// type, the blocks are added in double, one after another, so that the result depends neither on thread
+// timing nor on the number of threads.
 #include "blocks.h"
 
 namespace hyperfast {
@@ -8,7 +9,8 @@ namespace {
 
 // partial[k] = sum over the block's rows of weight[n, k] dw[n], four vectors of columns at a time
 template <class T, int W>
-void backward_rows(Simd<T, W>, const GenerateBackwardSegment& s, int64_t begin, int64_t end, double* partial) {
+void backward_rows(Simd<T, W>, const GenerateBackwardSegment& s, int64_t begin, int64_t end,
+                   double* partial) {
   using S = Simd<T, W>;
   using V = typename S::V;
   using C = typename S::C;
@@ -30,7 +32,10 @@ void backward_rows(Simd<T, W>, const GenerateBackwardSegment& s, int64_t begin, 
   }
   for (; k + W <= s.K; k += W) {
     V acc{};
-    for (int64_t n = begin; n < end; ++n) acc += widen(dw[n]) * S::load(weight + n * s.K + k);
+    for (int64_t n = begin; n < end; ++n) {
+      if (k == 0) prefetch_ahead(weight + n * s.K, s.K * sizeof(T));
+      acc += widen(dw[n]) * S::load(weight + n * s.K + k);
+    }
     flush(acc, k);
   }
   if (k < s.K) {
@@ -56,18 +61,21 @@ void sum_blocks(const GenerateBackwardSegment& s, const double* partial) {
 
 namespace HYPERFAST_ISA {
 
-void generate_backward(const GenerateBackwardSegment* segments, int64_t count, DType dtype, double* scratch, int threads) {
+void generate_backward(const GenerateBackwardSegment* segments, int64_t count, DType dtype, double* scratch,
+                       int threads) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const auto partials = [&](const GenerateBackwardSegment& s) {  // where the segment's blocks begin in scratch
-      double* p = scratch;
-      for (const auto* q = segments; q != &s; ++q) p += num_blocks(q->N, q->K) * (q->K + 1);
-      return p;
-    };
-    for_each_block(segments, count, threads, [&](const GenerateBackwardSegment& s, int64_t begin, int64_t end, int64_t) {
-      double* partial = partials(s) + begin / rows_per_block(s.K) * (s.K + 1);
-      with_width<T>(s.K, [&](auto simd) { backward_rows(simd, s, begin, end, partial); });
-    });
+    const auto partials =
+        [&](const GenerateBackwardSegment& s) {  // where the segment's blocks begin in scratch
+          double* p = scratch;
+          for (const auto* q = segments; q != &s; ++q) p += num_blocks(q->N, q->K) * (q->K + 1);
+          return p;
+        };
+    for_each_block(segments, count, threads,
+                   [&](const GenerateBackwardSegment& s, int64_t begin, int64_t end, int64_t) {
+                     double* partial = partials(s) + begin / rows_per_block(s.K) * (s.K + 1);
+                     with_width<T>(s.K, [&](auto simd) { backward_rows(simd, s, begin, end, partial); });
+                   });
     for (int64_t i = 0; i < count; ++i) sum_blocks<T>(segments[i], partials(segments[i]));
   });
 }

@@ -30,18 +30,21 @@ struct GenerateBackwardSegment {
 };
 
 // One AdamW update is  p *= decay;  m += (g - m) (1 - beta1);  v = beta2 v + (1 - beta2) g^2;
-// p -= step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps)   with decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^t).
+// p -= step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps)   with decay = 1 - lr weight_decay, step_size = lr /
+// (1 - beta1^t).
 struct AdamWCoefficients {
   double decay, step_size, beta1, beta2, bias_correction2_sqrt, eps;
 };
 
-// AdamW on weight with the gradient dw outer z, on bias with dw, then w[n] = sum_k weight[n, k] z_next[k] + bias[n].
+// AdamW on weight with the gradient dw outer z, on bias with dw, then w[n] = sum_k weight[n, k] z_next[k] +
+// bias[n].
 struct AdamWGenerateSegment {
-  void *weight, *exp_avg, *exp_avg_sq;                 // [N, K]
-  void *bias, *bias_exp_avg, *bias_exp_avg_sq;         // [N]; all null: no bias. Null moments: a bias that is not trained
-  const void* dw;                                      // [N]
-  const void *z, *z_next;                              // [K]; before and after the update of z
-  void* w;                                             // [N], the next weights
+  void *weight, *exp_avg, *exp_avg_sq;  // [N, K]
+  void *bias, *bias_exp_avg,
+      *bias_exp_avg_sq;    // [N]; all null: no bias. Null moments: a bias that is not trained
+  const void* dw;          // [N]
+  const void *z, *z_next;  // [K]; before and after the update of z
+  void* w;                 // [N], the next weights
   int64_t N, K;
   AdamWCoefficients weight_adamw, bias_adamw;
 };
@@ -57,16 +60,17 @@ struct Kernels {
   const char* isa;
   void (*generate)(const GenerateSegment*, int64_t count, DType, int threads);
   // scratch: sum over segments of num_blocks(N, K) * (K + 1) doubles
-  void (*generate_backward)(const GenerateBackwardSegment*, int64_t count, DType, double* scratch, int threads);
+  void (*generate_backward)(const GenerateBackwardSegment*, int64_t count, DType, double* scratch,
+                            int threads);
   // every dw is multiplied by grad_scale first (gradient clipping)
   void (*adamw_generate)(const AdamWGenerateSegment*, int64_t count, DType, double grad_scale, int threads);
 };
 
-#define HYPERFAST_DECLARE_KERNELS(isa)                                                                      \
-  namespace isa {                                                                                           \
-  void generate(const GenerateSegment*, int64_t, DType, int);                                               \
-  void generate_backward(const GenerateBackwardSegment*, int64_t, DType, double*, int);                     \
-  void adamw_generate(const AdamWGenerateSegment*, int64_t, DType, double, int);                            \
+#define HYPERFAST_DECLARE_KERNELS(isa)                                                  \
+  namespace isa {                                                                       \
+  void generate(const GenerateSegment*, int64_t, DType, int);                           \
+  void generate_backward(const GenerateBackwardSegment*, int64_t, DType, double*, int); \
+  void adamw_generate(const AdamWGenerateSegment*, int64_t, DType, double, int);        \
   }
 HYPERFAST_DECLARE_KERNELS(scalar)
 #ifdef __x86_64__

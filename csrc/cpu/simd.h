@@ -1,10 +1,10 @@
 // A small vector type: the kernels are written once over it and compiled for each instruction set.
 //
-// Simd<T, W> loads W elements stored as T and computes in float (T = float, bfloat16) or double. It is a GCC vector, so that
-// + - * / are the language's own and a * b + c contracts to a fused multiply-add where the machine has one. The width is the
-// narrowest that holds a row of K (with_width): a row of K = 4 then costs four lanes of square root and division, not
-// sixteen. Everything is in an anonymous namespace: otherwise the linker might keep the AVX-512 copy of an inline function
-// for every machine.
+// Simd<T, W> loads W elements stored as T and computes in float (T = float, bfloat16) or double. It is a GCC
+// vector: arithmetic is the language's own, and a * b + c contracts to a fused multiply-add where the machine
+// has one. The width is the narrowest that holds a row of K (with_width): a row of K = 4 then costs four
+// lanes of square root and division, not sixteen. Everything is in an anonymous namespace: otherwise the
+// linker might keep the AVX-512 copy of an inline function for every machine.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -68,7 +68,8 @@ inline C sum_lanes(typename VectorOf<C, W>::type v) {
 
 template <class C, int W, size_t... I>
 inline C sum_halves(typename VectorOf<C, W>::type v, std::index_sequence<I...>) {
-  return sum_lanes<C, W / 2>(__builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (W / 2 + I)...));
+  return sum_lanes<C, W / 2>(__builtin_shufflevector(v, v, I...) +
+                             __builtin_shufflevector(v, v, (W / 2 + I)...));
 }
 
 template <class T, int W>
@@ -105,7 +106,8 @@ struct Simd {
         std::memcpy(&bits, &v, sizeof(v));
         const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         const auto nan = (bits >> 16) | 0x40;
-        const auto out = __builtin_convertvector(v != v ? nan : rounded, typename VectorOf<uint16_t, W>::type);
+        const auto out =
+            __builtin_convertvector(v != v ? nan : rounded, typename VectorOf<uint16_t, W>::type);
         std::memcpy(p, &out, sizeof(out));
       }
     } else {
@@ -116,11 +118,16 @@ struct Simd {
   // The first n < W lanes; the others are zero.
   static V load(const T* p, int n) {
 #if defined(__AVX512VL__)
-    if constexpr (std::is_same_v<T, float> && W == 16) return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-    if constexpr (std::is_same_v<T, float> && W == 8) return (V)_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p);
-    if constexpr (std::is_same_v<T, float> && W == 4) return (V)_mm_maskz_loadu_ps(__mmask8((1u << n) - 1), p);
-    if constexpr (std::is_same_v<T, double> && W == 8) return (V)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
-    if constexpr (std::is_same_v<T, double> && W == 4) return (V)_mm256_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+    if constexpr (std::is_same_v<T, float> && W == 16)
+      return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+    if constexpr (std::is_same_v<T, float> && W == 8)
+      return (V)_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p);
+    if constexpr (std::is_same_v<T, float> && W == 4)
+      return (V)_mm_maskz_loadu_ps(__mmask8((1u << n) - 1), p);
+    if constexpr (std::is_same_v<T, double> && W == 8)
+      return (V)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+    if constexpr (std::is_same_v<T, double> && W == 4)
+      return (V)_mm256_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 #endif
     T lanes[W] = {};
     for (int i = 0; i < W; ++i)
@@ -130,11 +137,16 @@ struct Simd {
 
   static void store(T* p, V v, int n) {
 #if defined(__AVX512VL__)
-    if constexpr (std::is_same_v<T, float> && W == 16) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-    if constexpr (std::is_same_v<T, float> && W == 8) return _mm256_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m256)v);
-    if constexpr (std::is_same_v<T, float> && W == 4) return _mm_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m128)v);
-    if constexpr (std::is_same_v<T, double> && W == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
-    if constexpr (std::is_same_v<T, double> && W == 4) return _mm256_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m256d)v);
+    if constexpr (std::is_same_v<T, float> && W == 16)
+      return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+    if constexpr (std::is_same_v<T, float> && W == 8)
+      return _mm256_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m256)v);
+    if constexpr (std::is_same_v<T, float> && W == 4)
+      return _mm_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m128)v);
+    if constexpr (std::is_same_v<T, double> && W == 8)
+      return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+    if constexpr (std::is_same_v<T, double> && W == 4)
+      return _mm256_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m256d)v);
 #endif
     T lanes[W];
     store(lanes, v);

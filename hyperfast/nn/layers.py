@@ -105,6 +105,8 @@ class HyperConv2d(HyperLayer):
                 f"channels must be divisible by groups: in {in_channels}, out {out_channels}, groups {groups}"
             )
         kernel_size = _pair(kernel_size)
+        if len(kernel_size) != 2:
+            raise ValueError(f"kernel_size must be an int or a pair, got {kernel_size}")
         if isinstance(padding, str) and padding not in ("same", "valid"):
             raise ValueError(f'padding must be a size, "same" or "valid", got {padding!r}')
         if padding == "same" and _pair(stride) != (1, 1):
@@ -158,8 +160,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     copies that share no memory with `model`.
     """
     layers = dict(hyper_layers(model))
+    with torch.autocast(next(model.parameters(), torch.empty(0)).device.type, enabled=False):
+        weights = generate_layers(model)
     prefixes = tuple(f"{name}.generator." if name else "generator." for name in layers)
-    state = {f"{name}.weight" if name else "weight": w for name, w in generate_layers(model).items()}
+    state = {f"{name}.weight" if name else "weight": w for name, w in weights.items()}
     state |= {name: t for name, t in model.state_dict().items() if not name.startswith(prefixes)}
     return {
         name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()

@@ -164,6 +164,8 @@ class AdamW(torch.optim.Optimizer):
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
             maximize=False,
         )  # fmt: skip
+        if fused:  # torch's fused CPU kernels do not: next weights must notice that a z or bias changed
+            torch.autograd.graph.increment_version(params)
 
     def _step_factored(self, factors: list[Factors], old_zs: list[Tensor], scale: float) -> None:
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -202,14 +204,16 @@ class AdamW(torch.optim.Optimizer):
     def _without_stand_ins(self) -> Iterator[None]:
         """Groups without the parameters that only stand in for a missing bias: torch.optim's state knows
         none."""
-        members = [group["params"] for group in self.param_groups]
-        for group, params in zip(self.param_groups, members, strict=True):
-            group["params"] = [p for p in params if not is_stand_in(p)]
+        whole = [dict(group) for group in self.param_groups]
+        for group in self.param_groups:
+            kept = [i for i, p in enumerate(group["params"]) if not is_stand_in(p)]
+            for key in {"params", "param_names"} & group.keys():
+                group[key] = [group[key][i] for i in kept]
         try:
             yield
         finally:
-            for group, params in zip(self.param_groups, members, strict=True):
-                group["params"] = params
+            for group, before in zip(self.param_groups, whole, strict=True):
+                group.update({key: before[key] for key in ("params", "param_names") if key in before})
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "nonfinite", "backend", "grad_norm", "skipped_steps")
