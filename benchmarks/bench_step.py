@@ -13,8 +13,10 @@ from benchmarks.workers import Comparison
 STEP_BYTES = 28 * 16 * NUM_GENERATED
 LABELS = {
     "eager": "PyTorch as users write it",
-    "channels_last": "best eager: channels_last, fused AdamW, tuned allocator",
-    "compiled": "the same under torch.compile",
+    "channels_last": "channels_last, fused AdamW",
+    "compiled": "channels_last, fused AdamW, torch.compile",
+    "channels_last_tuned": "channels_last, fused AdamW, tuned allocator",
+    "compiled_tuned": "channels_last, fused AdamW, torch.compile, tuned allocator",
     "factored_reference": "torch.compile of our factored reference",
     "hyperfast": "hyperfast",
     "hyperfast_compiled": "hyperfast under torch.compile",

@@ -4,17 +4,17 @@ whole   a training step of `full`: forward, backward, clipping at norm 1, AdamW;
 part    what the generators cost in it: generate, backward from given dw, clipping, AdamW
 
 eager                as users write it: PlainHyperNet, default AdamW
-channels_last        the same in channels_last with fused AdamW and an allocator that keeps freed memory
+channels_last        the same in channels_last with fused AdamW
 compiled             channels_last under torch.compile (whole: the model; part: generation)
+..._tuned            with an allocator that keeps freed memory, as `python -m train.cifar100` has it
 factored_reference   hyperfast.reference, factored, under torch.compile: the compiler's version of our kernels
-hyperfast            factored gradients and fused kernels, same memory format and allocator as channels_last
+hyperfast            factored gradients and fused kernels, channels_last, the tuned allocator
 hyperfast_compiled   the same under torch.compile (whole only)
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import torch
@@ -27,15 +27,21 @@ from train.models import build_model
 
 RECIPE = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
 BATCH = 64
-WHOLE = ("eager", "channels_last", "compiled", "hyperfast", "hyperfast_compiled")
-PART = ("eager", "channels_last", "compiled", "factored_reference", "hyperfast")
-# glibc keeps what is freed instead of giving it back to the system and faulting it in again at every step
-TUNED_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+WHOLE = (
+    "eager",
+    "channels_last",
+    "compiled",
+    "channels_last_tuned",
+    "compiled_tuned",
+    "hyperfast",
+    "hyperfast_compiled",
+)
+PART = ("eager", "channels_last", "channels_last_tuned", "compiled_tuned", "factored_reference", "hyperfast")
 
 
-def environment(way: str) -> dict[str, str]:
-    """Environment of the process that runs `way`."""
-    return dict(os.environ) | ({} if way == "eager" else TUNED_ALLOCATOR)
+def tuned_allocator(way: str) -> bool:
+    """Whether `way` runs with an allocator that keeps freed memory."""
+    return way.endswith("_tuned") or way.startswith(("hyperfast", "factored"))
 
 
 def _plain() -> PlainHyperNet:
@@ -110,7 +116,7 @@ def part(way: str) -> Callable[[], Tensor]:
         def generate() -> list[Tensor]:
             return [model.generate(name).view(-1) for name in SHAPES]
 
-        if way == "compiled":
+        if "compiled" in way:
             generate = torch.compile(generate)
 
     def step() -> Tensor:

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 
 from benchmarks import machine, ways
+from train.allocator import keep_freed_memory
 
 
 class Worker:
@@ -23,9 +24,7 @@ class Worker:
     def __init__(self, kind: str, way: str):
         self.way = way
         command = [sys.executable, "-m", "benchmarks.workers", kind, way]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ways.environment(way)
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def steps(self, count: int) -> dict:
         """Does `count` steps; seconds of each, value of each, peak memory of the process so far in MiB."""
@@ -81,6 +80,8 @@ class Comparison:
 
 
 def main(kind: str, way: str) -> None:
+    if ways.tuned_allocator(way):
+        keep_freed_memory()
     step = {"whole": ways.whole, "part": ways.part}[kind](way)
     for line in sys.stdin:
         seconds, values = [], []

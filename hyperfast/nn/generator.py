@@ -54,6 +54,8 @@ class Generator(nn.Module):
 
     @abstractmethod
     def set_factored(self, enabled: bool) -> None:
+        if enabled and self._parameters.get("weight") is not self.weight:
+            raise ValueError("factored mode needs a plain weight parameter, not a parametrised or pruned one")
         """Switches factored gradients; `hyperfast.factored_` calls it."""
 
     @abstractmethod
@@ -143,6 +145,8 @@ class LinearGenerator(Generator):
         self.next_weight = None
 
     def set_factored(self, enabled: bool) -> None:
+        if enabled and self._parameters.get("weight") is not self.weight:
+            raise ValueError("factored mode needs a plain weight parameter, not a parametrised or pruned one")
         if enabled and self.bias is not None and self.weight.requires_grad and not self.bias.requires_grad:
             raise ValueError(
                 "factored mode carries dw in bias.grad: a generator with a frozen bias trains dense"

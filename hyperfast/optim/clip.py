@@ -30,7 +30,12 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
         generator = generator_of(p)
         if generator is None or not p.requires_grad:
             continue
-        factors = next(f for f in generator.factors() if f.weight is p)
+        factors = next((f for f in generator.factors() if f.weight is p), None)
+        if factors is None:
+            raise ValueError(
+                f"the factored weight of shape {list(p.shape)} is parametrised or pruned: its generator uses "
+                "another tensor; train it dense with hyperfast.factored_(model, False)"
+            )
         for name, part in (("weight", p), ("bias", factors.bias)):
             if not part.is_contiguous():
                 raise ValueError(f"a factored {name} must be contiguous, got strides {part.stride()}")
