@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperfast.nn import hyper_layers
+from hyperfast.nn import HyperLayer
 
 # RMS(error) / RMS(reference in float64). float64: the reference rounds as much.
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -95,13 +95,14 @@ def plain_twin() -> Callable[[nn.Module], nn.Module]:
     """twin(model): a copy in plain PyTorch, with the same parameter names in the same order."""
 
     def twin(model: nn.Module) -> nn.Module:
-        holder = copy.deepcopy(nn.ModuleDict({"model": model}))
         generators: dict[int, PlainGenerator] = {}
-        for name, layer in list(hyper_layers(holder)):
-            generator = generators.setdefault(id(layer.generator), PlainGenerator(layer.generator))
-            parent, _, own = name.rpartition(".")
-            setattr(holder.get_submodule(parent), own, PlainLayer(layer, generator))
-        return holder["model"]
+        replaced: dict[int, nn.Module] = {}
+        for layer in model.modules():
+            if isinstance(layer, HyperLayer):
+                g = layer.generator
+                generator = generators.setdefault(id(g), PlainGenerator(g))
+                replaced[id(layer)] = PlainLayer(layer, generator)
+        return copy.deepcopy(model, replaced)
 
     return twin
 

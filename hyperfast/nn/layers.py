@@ -12,6 +12,7 @@ from torch.nn.modules.utils import _pair
 
 from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+from hyperfast.ops._library import no_autocast
 
 
 class HyperLayer(nn.Module):
@@ -160,7 +161,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     copies that share no memory with `model`.
     """
     layers = dict(hyper_layers(model))
-    with torch.autocast(next(model.parameters(), torch.empty(0)).device.type, enabled=False):
+    with no_autocast(list(model.parameters())):
         weights = generate_layers(model)
     prefixes = tuple(f"{name}.generator." if name else "generator." for name in layers)
     state = {f"{name}.weight" if name else "weight": w for name, w in weights.items()}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -54,9 +55,10 @@ def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
     return None if on_cpu and dtype == "float16" else dtype
 
 
-def no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
+def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
     """Inside an op its dtypes hold: autocast must not change those of the reference expressions it runs."""
-    return torch.autocast(tensors[0].device.type, enabled=False)
+    device = tensors[0].device.type if tensors else "cpu"
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:

@@ -175,6 +175,6 @@ def generate(
             seen.add(id(tensor))
     out = Generate.apply(factored, backend, *weights, *biases, *zs, *next_weights)
     device = weights[0].device.type
-    if torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
+    if device != "meta" and torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
         return tuple(w.to(torch.get_autocast_dtype(device)) for w in out)
     return out

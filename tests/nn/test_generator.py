@@ -131,6 +131,12 @@ def replaced_at_its_address(layer):
     memory += 1
 
 
+def stepped_by(optimizer, only=None):
+    for p in [only] if only is not None else optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
 DROPS = {
     "weight in place": lambda layer: half(layer.generator.weight),
     "bias in place": lambda layer: half(layer.generator.bias),
@@ -140,7 +146,6 @@ DROPS = {
     "a new bias": lambda layer: replaced(layer, "bias"),
     "a new z": lambda layer: replaced(layer, "z"),
     "a new z at its address": replaced_at_its_address,
-    "a swapped z": lambda layer: torch.utils.swap_tensors(layer.generator.z, nn.Parameter(torch.randn(5))),
     "z.data set": lambda layer: setattr(layer.generator.z, "data", torch.randn(5)),
     "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
     "load_state_dict, assign": lambda layer: layer.load_state_dict(
@@ -158,9 +163,10 @@ DROPS = {
     "reset_parameters": lambda layer: layer.generator.reset_parameters(),
     "factored off": lambda layer: hyperfast.factored_(layer, False),
     "factored off and on": lambda layer: hyperfast.factored_(hyperfast.factored_(layer, False)),
-    "another optimizer": lambda layer: torch.optim.SGD([layer.generator.z], lr=1.0).step(
-        lambda: layer(torch.ones(1, 4)).sum().backward()
-    ),
+    "another optimizer": lambda layer: stepped_by(torch.optim.SGD([layer.generator.z], lr=1.0)),
+    "a fused optimizer": lambda layer: stepped_by(torch.optim.SGD([layer.generator.z], lr=1.0, fused=True)),
+    "hyperfast's on a part": lambda layer: stepped_by(AdamW([layer.generator.z], lr=1.0)),
+    "a step without dw": lambda layer: stepped_by(AdamW(layer, lr=1.0), only=layer.generator.z),
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_dtype_and_device_arguments():
 
 
 class Net(nn.Module):
-    """Two generated layers of one size that share a generator, an ordinary one, and a generator without bias."""
+    """Two layers that share a generator, one on a generator without bias, and an ordinary one."""
 
     def __init__(self):
         super().__init__()
@@ -217,3 +217,8 @@ def test_bad_input(case):
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         make()
+
+
+def test_shapes_on_the_meta_device():
+    layer = HyperConv2d(2, 3, 3, device="meta")
+    assert layer(torch.empty(1, 2, 5, 5, device="meta")).shape == (1, 3, 3, 3)

@@ -180,6 +180,8 @@ def test_opcheck(requires_grad, untrained):
     for name in ("weights", "biases", "zs"):
         ours[name] = [t.requires_grad_(requires_grad) for t in ours[name]]
     flat = [[x for row in ours[name] for x in row] for name in ("coefficients", "bias_coefficients")]
+    for name in ("bias_exp_avgs", "bias_exp_avg_sqs"):  # to the op itself, an empty moment means none
+        ours[name] = [torch.empty(0) if t is None else t for t in ours[name]]
     arguments = (*(ours[name] for name in NAMES), *flat, 1.0)
     with torch.no_grad():
         torch.library.opcheck(torch.ops.hyperfast.adamw_generate.default, arguments)

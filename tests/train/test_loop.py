@@ -229,7 +229,8 @@ trainer.fit()
 
 # replace counts files: 1 last.pt at the start, then best.pt (if better), last.pt, metrics.csv of each epoch
 @pytest.mark.parametrize(
-    ("moment", "count"), [("step", 3), ("step", 10), ("fsync", 3), ("replace", 2), ("replace", 3), ("replace", 4)]
+    ("moment", "count"),
+    [("step", 3), ("step", 10), ("fsync", 3), ("replace", 2), ("replace", 3), ("replace", 4)],
 )
 def test_kill_9_then_resume_equals_an_uninterrupted_run(tmp_path, moment, count):
     """Killed in the first and second epoch, while a file is written, and around each rename."""
@@ -290,10 +291,14 @@ def test_a_second_signal_acts_at_once():
 
 def test_resume_refuses_what_does_not_fit(tmp_path):
     make(tmp_path).fit()
-    with pytest.raises(RunError, match=r"last\.pt: the run had another recipe: seed was 42, now 7; x was None"):
+    with pytest.raises(
+        RunError, match=r"last\.pt: the run had another recipe: seed was 42, now 7; x was None"
+    ):
         make(tmp_path, recipe={"seed": 7, "x": 1}).resume()
     wide = make(tmp_path, net=lambda backend: Net(width=5, backend=backend))
-    with pytest.raises(CheckpointError, match=r"last\.pt: weights of another model: conv.generator.weight has"):
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt: weights of another model: conv.generator.weight has"
+    ):
         wide.resume()
     (tmp_path / "best.pt").unlink()
     with pytest.raises(CheckpointError, match=r"best\.pt: no such file"):
@@ -443,7 +448,9 @@ def test_open_run(tmp_path):
 
 
 def test_seeds_differ_by_epoch_and_purpose():
-    seeds = {loop.derive_seed(s, e, p) for s in (1, 2) for e in range(20) for p in ("model", "order", "augment")}
+    seeds = {
+        loop.derive_seed(s, e, p) for s in (1, 2) for e in range(20) for p in ("model", "order", "augment")
+    }
     assert len(seeds) == 120 and all(0 <= s < 2**63 for s in seeds)
 
 

@@ -1,0 +1,195 @@
+"""train.models: sizes, published checkpoints, and the plain twin."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hyperfast
+from hyperfast.nn import named_generators, parameter_counts, plain_state_dict
+from train.models import MODELS, build_model
+from train.models.full import FullNet
+
+NAMES = [f"conv{i}" for i in range(1, 6)] + [f"fc{i}" for i in range(1, 4)]
+SHAPES = {
+    "conv1": (64, 3, 3, 3),
+    "conv2": (128, 64, 3, 3),
+    "conv3": (256, 128, 3, 3),
+    "conv4": (512, 256, 3, 3),
+    "conv5": (512, 512, 3, 3),
+    "fc1": (1024, 512),
+    "fc2": (512, 1024),
+    "fc3": (100, 512),
+}
+
+
+@pytest.fixture(scope="module")
+def full() -> FullNet:
+    torch.manual_seed(4)
+    return build_model("full").eval()
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Tensor]:
+    """A state dict as published checkpoints have it, built by hand."""
+    generator = torch.Generator().manual_seed(5)
+    state = {}
+    for name, shape in SHAPES.items():
+        n, fan_in = torch.Size(shape).numel(), torch.Size(shape[1:]).numel()
+        state[f"z_signal_{name}"] = torch.randn(1, 16, generator=generator) * 0.5
+        state[f"hyper_{name}.weight"] = torch.randn(n, 16, generator=generator) * (0.5 / fan_in) ** 0.5
+        state[f"hyper_{name}.bias"] = torch.randn(n, generator=generator) * (1 / fan_in) ** 0.5
+        state[f"{name}_bias"] = torch.randn(shape[0], generator=generator) * 0.1
+    for i in range(1, 6):
+        channels = SHAPES[f"conv{i}"][0]
+        for part in ("weight", "running_var"):
+            state[f"bn{i}.{part}"] = torch.rand(channels, generator=generator) + 0.5
+        for part in ("bias", "running_mean"):
+            state[f"bn{i}.{part}"] = torch.randn(channels, generator=generator) * 0.1
+        state[f"bn{i}.num_batches_tracked"] = torch.tensor(7)
+    return state
+
+
+def logits(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The report's network in evaluation, written down once more from its text."""
+
+    def weight(name):
+        z, matrix, bias = (state[k.format(name)] for k in ("z_signal_{}", "hyper_{}.weight", "hyper_{}.bias"))
+        return F.linear(z, matrix, bias).view(SHAPES[name])
+
+    for i in range(1, 6):
+        x = F.conv2d(x, weight(f"conv{i}"), state[f"conv{i}_bias"], padding=1)
+        bn = [state[f"bn{i}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        x = F.relu(F.batch_norm(x, *bn))
+        if i < 5:
+            x = F.max_pool2d(x, 2)
+    x = x.mean((2, 3))
+    x = F.relu(F.linear(x, weight("fc1"), state["fc1_bias"]))
+    x = F.relu(F.linear(x, weight("fc2"), state["fc2_bias"]))
+    return F.linear(x, weight("fc3"), state["fc3_bias"])
+
+
+def images(rows: int = 3) -> Tensor:
+    return torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+
+
+def test_parameter_counts(full):
+    counts = parameter_counts(full)
+    assert counts["total"] == sum(p.numel() for p in full.parameters()) == 85_160_676
+    assert counts["generated"] == sum(torch.Size(s).numel() for s in SHAPES.values()) == 5_009_088
+    assert counts["embedding"] == 8 * 16
+    assert counts["generator"] == 85_160_676 - 6_180
+    assert counts["other"] + counts["embedding"] == 6_180
+    plain = build_model("standard_deep")
+    assert sum(p.numel() for p in plain.parameters()) == 5_015_140
+    assert not list(named_generators(plain))
+
+
+def test_names_of_parameters(full):
+    expected = {f"{n}.generator.{p}" for n in NAMES for p in ("weight", "bias", "z")} | {
+        f"{n}.bias" for n in NAMES
+    }
+    expected |= {f"bn{i}.{p}" for i in range(1, 6) for p in ("weight", "bias")}
+    assert {name for name, _ in full.named_parameters()} == expected
+    assert {n: tuple(g.shapes[0]) for n, g in named_generators(full)} == SHAPES
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_published_state_dicts_load(fused, published):
+    model = build_model("full", fused=fused).eval()
+    state = dict(published)
+    model.load_state_dict(state)
+    assert state.keys() == published.keys()  # the caller's dict stays as it is
+    x = images()
+    expected = logits(published, x)
+    assert expected.std() > 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_published_state_dicts_that_do_not_fit(full, published):
+    for change in (
+        lambda s: s.pop("z_signal_conv3"),
+        lambda s: s.update({"z_signal_conv3": torch.zeros(1, 8)}),
+        lambda s: s.update({"hyper_fc3.weight": torch.zeros(10 * 512, 16)}),
+        lambda s: s.update({"another": torch.zeros(1)}),
+    ):
+        state = dict(published)
+        change(state)
+        with pytest.raises(RuntimeError, match=r"conv3\.generator\.z|fc3\.generator\.weight|another"):
+            full.load_state_dict(state)
+
+
+def test_own_state_dict_still_loads(full):
+    twin = build_model("full", fused=True)
+    twin.load_state_dict(full.state_dict(), strict=True)
+    assert all(torch.equal(p, q) for p, q in zip(full.parameters(), twin.parameters(), strict=True))
+
+
+def test_plain_state_dict_gives_the_plain_twin(full):
+    plain = build_model("standard_deep").eval()
+    plain.load_state_dict(plain_state_dict(full), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images()), full(images()), rtol=1e-5, atol=1e-5)
+
+
+def test_fused_and_plain_expressions_agree(full):
+    fused = build_model("full", fused=True)
+    fused.load_state_dict(full.state_dict())
+    full.train(), fused.train()
+    losses = []
+    for model in (full, fused):
+        torch.manual_seed(7)
+        model.zero_grad()
+        loss = F.cross_entropy(model(images(4)), torch.arange(4))
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name, p in fused.named_parameters():
+        expected = full.get_parameter(name).grad
+        if name.endswith("generator.weight"):
+            layer = name.removesuffix(".generator.weight")
+            g = fused.get_submodule(layer).generator
+            assert p.grad is None
+            got = torch.outer(g.bias.grad[:1000], g.z.detach())
+            expected = expected[:1000]
+        else:
+            got = p.grad
+        assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-5, name
+    full.zero_grad()
+    full.eval()
+
+
+def test_backends():
+    assert {g.backend for _, g in named_generators(build_model("full"))} == {"reference"}
+    fused = build_model("full", fused=True)
+    assert {(g.backend, g.factored) for _, g in named_generators(fused)} == {("auto", True)}
+    plain = build_model("standard_deep", fused=True)  # nothing to fuse, nothing to fail
+    hyperfast.optim.AdamW(plain)
+
+
+@pytest.mark.parametrize("init", ["report", "hyperfan", "he_bias"])
+def test_initialisations(init):
+    torch.manual_seed(0)
+    model = build_model("full", init=init)
+    assert {g.init for _, g in named_generators(model)} == {init}
+    with torch.no_grad():
+        w = model.conv4.generated_weight()
+    expected = {"report": 1e-4 * 4, "hyperfan": (2 / 2304) ** 0.5, "he_bias": (2 / 2304) ** 0.5}[init]
+    assert 0.4 * expected < w.std().item() < 2 * expected
+    assert model.bn1.weight.eq(1).all() and model.conv1.bias.eq(0).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_numbers_of_classes_and_batches_of_one(name):
+    model = build_model(name, num_classes=10)
+    assert model.eval()(images(1)).shape == (1, 10)
+    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+        build_model(name, num_classes=0)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown model 'fulll'; choose one of full, standard_deep"):
+        build_model("fulll")
+    with pytest.raises(ValueError, match="init must be one of"):
+        build_model("full", init="xavier")
