@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import hyperfast
 from hyperfast.nn.init import DEFAULT, INITIALISATIONS
 from train import report
+from train.allocator import keep_freed_memory
 from train.augment import Augment, normalize
 from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, load_cifar, split
@@ -77,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
         "otherwise HYPERFAST_DATA, otherwise it is downloaded")  # fmt: skip
     add("--out", type=Path, help="folder of the run (runs/cifar100_MODEL)")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     add("--threads", type=count, help="CPU threads (torch's choice)")
     add("--epochs", type=count, default=100)
@@ -143,18 +145,7 @@ def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Tr
     model = build_model(args.model, fused=args.fused, init=args.init)
     model = model.to(args.device, memory_format=torch.channels_last)
     optimizer, step = adamw(model, args)
-    same = (
-        "model",
-        "init",
-        "precision",
-        "epochs",
-        "batch_size",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "clip",
-        "seed",
-    )
+    same = "model init precision epochs batch_size lr min_lr weight_decay clip seed".split()
     recipe = {name: getattr(args, name) for name in (*same, "eval_batches")}
     recipe |= {"validation_images": VALIDATION, "label_checksum": checksum}
     free = ("fused", "device", "patience", "max_steps", "save_every")
@@ -194,6 +185,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     if args.min_lr > args.lr:
         raise RunError(f"--min-lr {args.min_lr} is larger than --lr {args.lr}")
     check_device(args.device)
+    keep_freed_memory()
     open_run(args.out, args.resume)
     if args.threads:
         torch.set_num_threads(args.threads)

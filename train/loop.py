@@ -113,12 +113,13 @@ class Trainer:
         self.best: Row | None = None
         self.steps = 0
         self.initial_z = z_statistics(model)
+        self._signals = _Signals()
 
     # -- the run ----------------------------------------------------------------------------------
 
     def fit(self) -> str:
         """Train until the end and return why it ended; raises Interrupted, RunError, CheckpointError."""
-        with _Signals() as self._signals:
+        with self._signals:
             if not self.history:
                 self._save_last()
             with SummaryWriter(self.out / "tensorboard", purge_step=len(self.history) + 1) as board:
@@ -410,8 +411,9 @@ class _Meter:
 class _Signals:
     """SIGINT and SIGTERM are raised as Interrupted at the next `check`; a second one acts at once."""
 
+    received = 0
+
     def __enter__(self) -> _Signals:
-        self.received = 0
         self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -182,9 +182,8 @@ def _time(history: list[Row]) -> str:
 
 
 def _recipe(trainer: Trainer, command: str) -> str:
-    rows = [
-        [name.replace("_", " "), value] for name, value in (trainer.recipe | trainer.circumstances).items()
-    ]
+    options = trainer.recipe | trainer.circumstances
+    rows = [[name.replace("_", " "), v] for name, v in options.items() if name not in ("threads", "torch")]
     return f"## Recipe\n\n```\n{command}\n```\n\n{table(['option', 'value'], rows)}\n"
 
 

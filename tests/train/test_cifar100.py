@@ -1,0 +1,294 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import hyperfast
+from tests.train.tiny import Net
+from train import checkpoint, cifar100
+from train.data import CifarData, DataError
+from train.models import MODELS, build_model
+
+
+def images(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(n) % 100
+
+
+def tiny_model(name, fused=False, init=None):
+    """Stands for every model: 5 of the 100 classes are enough to keep the labels in range."""
+    model = Net(width=4, classes=100, backend="auto" if fused else "reference")
+    return hyperfast.factored_(model) if fused else model
+
+
+@pytest.fixture
+def small_data(monkeypatch):
+    monkeypatch.delenv("HYPERFAST_DATA", raising=False)
+    monkeypatch.setattr(
+        cifar100, "load_cifar", lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+    )
+    monkeypatch.setattr(cifar100, "VALIDATION", 20)
+
+
+@pytest.fixture
+def small(small_data, monkeypatch):
+    monkeypatch.setattr(cifar100, "build_model", tiny_model)
+
+
+def run(out, *options):
+    return cifar100.main(["--out", str(out), "--epochs", "2", "--batch-size", "8", *options])
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+def test_defaults_are_the_recipe():
+    args = cifar100.parser().parse_args([])
+    wanted = {
+        "fused": True, "model": "full", "epochs": 100, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6,
+        "weight_decay": 1e-4, "clip": 1.0, "patience": 15, "seed": 42, "device": "cpu", "precision": "fp32",
+        "resume": False, "max_steps": None,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    assert args.init == hyperfast.nn.init.DEFAULT
+    assert cifar100.BETAS == (0.9, 0.999) and cifar100.VALIDATION == 5000
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_optimizer_gets_the_recipe(fused):
+    args = cifar100.parser().parse_args(["--fused" if fused else "--no-fused", "--clip", "0.5"])
+    model = tiny_model("full", fused)
+    optimizer, step = cifar100.adamw(model, args)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 1e-4)
+    assert type(optimizer) is (hyperfast.optim.AdamW if fused else torch.optim.AdamW)
+    model(torch.randn(8, 3, 32, 32)).square().sum().mul(1e3).backward()
+    gradient = model.bn.weight.grad.clone()
+    norm = float(step())
+    # the first moment after one step is a tenth of the clipped gradient
+    clipped = 0.1 * gradient * 0.5 / norm
+    assert norm > 0.5 and torch.allclose(optimizer.state[model.bn.weight]["exp_avg"], clipped, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_a_run_leaves_everything(small, tmp_path, capsys, fused):
+    assert run(tmp_path / "a", fused, "--save-frozen") == 0
+    out = capsys.readouterr().out
+    assert "epoch 2/2: loss" in out and "all 2 epochs done; test accuracy" in out
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "best.pt", "last.pt", "metrics.csv", "report.md", "curves.png", "z.png", "frozen.safetensors",
+        "tensorboard",
+    }  # fmt: skip
+    state = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
+    assert state["recipe"]["model"] == "full" and len(state["history"]) == 2
+
+
+def test_frozen_is_the_plain_network_of_the_best_epoch(small, tmp_path):
+    run(tmp_path / "a", "--save-frozen")
+    frozen = safetensors.torch.load_file(tmp_path / "a" / "frozen.safetensors")
+    model = tiny_model("full")
+    model.load_state_dict(checkpoint.load(tmp_path / "a" / "best.pt")["model"])
+    assert set(frozen) == {
+        "conv.weight", "conv.bias", "fc.weight", "fc.bias", "bn.weight", "bn.bias", "bn.running_mean",
+        "bn.running_var", "bn.num_batches_tracked",
+    }  # fmt: skip
+    generator = model.conv.generator
+    expected = (generator.weight @ generator.z + generator.bias).view(4, 3, 3, 3)
+    assert torch.allclose(frozen["conv.weight"], expected, atol=1e-6)
+
+
+def test_resume_continues(small, tmp_path, capsys):
+    run(tmp_path / "whole")
+    run(tmp_path / "a", "--max-steps", "5")  # an epoch has 5 steps
+    assert run(tmp_path / "a", "--resume", "--threads", str(torch.get_num_threads())) == 0
+    out = capsys.readouterr().out
+    assert "note: max_steps was 5, now None" in out and "after epoch 1" in out
+    whole, parts = (checkpoint.load(tmp_path / d / "last.pt")["model"] for d in ("whole", "a"))
+    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+
+
+def test_the_seed_decides_the_run(small, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(tmp_path / name, "--seed", seed, "--max-steps", "2")
+    a, b, c = (checkpoint.load(tmp_path / name / "best.pt")["model"]["fc.bias"] for name in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# ---- bad input: exit status 2, one line on stderr, nothing lost ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--epochs", "many"], "argument --epochs: 'many' is not a number"),
+        (["--batch-size", "-1"], "argument --batch-size: must be at least 1, got -1"),
+        (["--lr", "nan"], "argument --lr: must be above 0, got nan"),
+        (["--lr", "0"], "argument --lr: must be above 0, got 0"),
+        (["--clip", "inf"], "argument --clip: must be above 0, got inf"),
+        (["--model", "resnet"], "argument --model: invalid choice: 'resnet'"),
+        (["--init", "zero"], "argument --init: invalid choice: 'zero'"),
+        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--typo"], "unrecognized arguments: --typo"),
+    ],
+)
+def test_command_line_errors(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cifar100.main(options)
+    assert caught.value.code == 2 and message in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_model_names_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        cifar100.main(["--model", "resnet"])
+    error = one_line(capsys)
+    assert all(name in error for name in MODELS)
+
+
+def test_out_is_checked_before_the_data_is_read(small, tmp_path, capsys, monkeypatch):
+    def never(name, root):
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr(cifar100, "load_cifar", never)
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "a") == 2
+    assert "cannot be written" in one_line(capsys)
+    assert run(tmp_path / "a", "--resume") == 2
+    assert "--resume: no run in" in one_line(capsys)
+    assert run(tmp_path / "a", "--min-lr", "1") == 2
+    assert "--min-lr 1.0 is larger than --lr 0.001" in one_line(capsys)
+    for device in ("cuda:99", "nonsense"):
+        assert run(tmp_path / "a", "--device", device) == 2
+        assert f"--device {device}" in one_line(capsys)
+
+
+def test_an_existing_run_is_not_overwritten(small, tmp_path, capsys):
+    run(tmp_path / "a")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir() if p.is_file()}
+    capsys.readouterr()
+    assert run(tmp_path / "a") == 2
+    assert "already holds a run" in one_line(capsys)
+    assert run(tmp_path / "a", "--resume", "--lr", "0.01", "--seed", "3") == 2
+    assert "another recipe: lr was 0.001, now 0.01; seed was 42, now 3" in one_line(capsys)
+    (tmp_path / "a" / "last.pt").write_bytes(before["last.pt"][:-100])
+    assert run(tmp_path / "a", "--resume") == 2
+    assert "last.pt: damaged" in one_line(capsys)
+    (tmp_path / "a" / "last.pt").write_bytes(before["last.pt"])
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir() if p.is_file()} == before
+
+
+def test_other_data_is_another_recipe(small, tmp_path, capsys, monkeypatch):
+    run(tmp_path / "a")
+    capsys.readouterr()
+    x, y = images(60, 0)
+    monkeypatch.setattr(
+        cifar100, "load_cifar", lambda name, root: CifarData(x, y.flip(0), *images(20, 1), [])
+    )
+    assert run(tmp_path / "a", "--resume") == 2
+    assert "label_checksum was" in one_line(capsys)
+
+
+def test_faults_of_data_and_batch_size(small, tmp_path, capsys, monkeypatch):
+    assert run(tmp_path / "a", "--batch-size", "41") == 2
+    assert "batch size 41 is larger than the 40 training images" in one_line(capsys)
+
+    def missing(name, root):
+        raise DataError("no data here")
+
+    monkeypatch.setattr(cifar100, "load_cifar", missing)
+    assert run(tmp_path / "a") == 2
+    assert one_line(capsys) == "error: no data here\n"
+
+
+def test_missing_data_folder(tmp_path, capsys):
+    assert run(tmp_path / "a", "--data", str(tmp_path / "nowhere")) == 2
+    assert "nowhere does not exist" in one_line(capsys)
+
+
+def test_full_disk(small, tmp_path, capsys, monkeypatch):
+    def full(content, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    assert run(tmp_path / "a") == 2
+    assert "last.pt: not saved, disk full" in one_line(capsys)
+
+
+def test_a_signal_tells_how_to_go_on(small, tmp_path, capsys, monkeypatch):
+    def interrupted(model, args):
+        optimizer, step = real(model, args)
+        calls = iter(range(100))
+
+        def then_stop():
+            if next(calls) == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step()
+
+        return optimizer, then_stop
+
+    real = cifar100.adamw
+    monkeypatch.setattr(cifar100, "adamw", interrupted)
+    assert run(tmp_path / "a") == 128 + signal.SIGTERM
+    error = capsys.readouterr().err
+    assert "stopped by SIGTERM" in error
+    command = f"python -m train.cifar100 --out {tmp_path / 'a'} --epochs 2 --batch-size 8 --resume"
+    assert error.rstrip().endswith(command)
+    monkeypatch.setattr(cifar100, "adamw", real)
+    assert run(tmp_path / "a", "--resume") == 0
+
+
+# ---- the real models ----
+
+
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_standard_deep_and_a_batch_of_one(small_data, tmp_path, fused):
+    options = ("--model", "standard_deep", "--batch-size", "1", "--max-steps", "2", "--eval-batches", "1")
+    assert run(tmp_path / "a", fused, *options) == 0
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "5,015,140" in text and "z.png" not in text and "published" not in text
+    assert not (tmp_path / "a" / "z.png").exists()
+
+
+REAL = """
+import sys, torch
+from train import cifar100
+from tests.train.test_cifar100 import CifarData, images
+cifar100.load_cifar = lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+cifar100.VALIDATION = 20
+sys.exit(cifar100.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_full_resumes_bit_exact_in_another_process(tmp_path, fused):
+    root = Path(cifar100.__file__).parents[1]
+
+    def command(out, *options):
+        arguments = [fused, "--out", str(tmp_path / out), "--epochs", "2", "--batch-size", "16", *options]
+        code = [sys.executable, "-c", REAL, *arguments]
+        done = subprocess.run(
+            code, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    command("whole")
+    command("parts", "--max-steps", "2")
+    command("parts", "--resume")
+    whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert len(parts["history"]) == 2
+    assert all(torch.equal(v, parts["model"][k]) for k, v in whole["model"].items())
+    for i, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(v, parts["optimizer"]["state"][i][k]) for k, v in state.items())
+    assert set(parts["model"]) == set(build_model("full").state_dict())
