@@ -120,6 +120,9 @@ class HyperConv2d(HyperLayer):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         weight = self.generated_weight() if weight is None else weight
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            # once here instead of once in the convolution's forward and once in its backward
+            weight = weight.contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:

@@ -125,17 +125,10 @@ class AdamW(torch.optim.Optimizer):
         scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6)) if clipped else 1.0
         factors = [f for f in factors if f.bias.grad is not None]
         old_zs = [f.z.detach().reshape(-1).clone() for f in factors]
-        by_factors = {id(f.bias) for f in factors}
+        biases = {id(f.bias) for f in factors}
         for group in self.param_groups:
-            self._step_ordinary(
-                group,
-                [
-                    p
-                    for p in group["params"]
-                    if p.grad is not None and not (id(p) in by_factors or is_stand_in(p))
-                ],
-                scale,
-            )
+            ordinary = [p for p in group["params"] if p.grad is not None and id(p) not in biases]
+            self._step_ordinary(group, [p for p in ordinary if not is_stand_in(p)], scale)
         self._step_factored(factors, old_zs, scale)
         return loss
 
