@@ -52,7 +52,7 @@ def bench_generator_part(benchmark, report):
             copies.append(seconds(copy))
             comparison.round()
 
-        benchmark.pedantic(one_round, rounds=11, warmup_rounds=1)
+        benchmark.pedantic(one_round, rounds=8, warmup_rounds=1)
         bandwidth = COPY_BYTES / median(copies[1:])
         share = STEP_BYTES / comparison.median("hyperfast") / bandwidth
         rows = rows_of(comparison, "hyperfast")
@@ -68,7 +68,7 @@ def bench_whole_step(benchmark, report):
     """forward, backward, clip, AdamW, batch 64."""
     with Comparison("whole", ways.WHOLE) as comparison:
         check_values(comparison, 5e-3)
-        benchmark.pedantic(comparison.round, rounds=11, warmup_rounds=1)
+        benchmark.pedantic(comparison.round, rounds=8, warmup_rounds=1)
         rows = rows_of(comparison, "hyperfast")
     report("training step of `full`, batch 64, float32", HEADER, rows)
     benchmark.extra_info |= {f"{way} / hyperfast": comparison.ratio(way) for way in ways.WHOLE}
