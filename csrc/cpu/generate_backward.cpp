@@ -30,13 +30,15 @@ void backward_rows(Simd<T, W>, const GenerateBackwardSegment& s, int64_t begin, 
     }
     for (int i = 0; i < 4; ++i) flush(acc[i], k + i * W);
   }
-  for (; k + W <= s.K; k += W) {
-    V acc{};
-    for (int64_t n = begin; n < end; ++n) {
-      if (k == 0) prefetch_ahead(weight + n * s.K, s.K * sizeof(T));
-      acc += widen(dw[n]) * S::load(weight + n * s.K + k);
+  for (; k + W <= s.K; k += W) {  // four rows at a time: more loads in flight
+    V acc[4] = {};
+    int64_t n = begin;
+    for (; n + 4 <= end; n += 4) {
+      if (k == 0) prefetch_ahead(weight + n * s.K, 4 * s.K * sizeof(T));
+      for (int i = 0; i < 4; ++i) acc[i] += widen(dw[n + i]) * S::load(weight + (n + i) * s.K + k);
     }
-    flush(acc, k);
+    for (; n < end; ++n) acc[0] += widen(dw[n]) * S::load(weight + n * s.K + k);
+    flush((acc[0] + acc[1]) + (acc[2] + acc[3]), k);
   }
   if (k < s.K) {
     V acc{};
