@@ -1,7 +1,7 @@
 """hyperfast: fused kernels for hypernetworks, networks that generate the weights of other networks."""
 
 from hyperfast import nn, ops, optim, reference
-from hyperfast.factored import factored_, invalidate
+from hyperfast.nn.generator import factored_, invalidate
 from hyperfast.optim import param_groups
 
 __version__ = "0.1.0"

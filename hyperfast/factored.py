@@ -8,7 +8,6 @@ arrives as the gradient of the generator's bias, `weight.grad` stays None, and h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -74,51 +73,9 @@ def generator_of(weight: Tensor) -> Generator | None:
     return owners[0] if owners else None
 
 
-def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
-    """(name, generator) of every generator in `module`, each once."""
-    from hyperfast.nn.generator import Generator
-
-    return ((name, m) for name, m in module.named_modules() if isinstance(m, Generator))
-
-
-def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
-    """Switches every generator in `module` to factored gradients (or back), in place; returns `module`.
-
-    In factored mode train with an optimizer of `hyperfast.optim` and clip with
-    `hyperfast.optim.clip_grad_norm_`; a stock optimizer that would step a factored weight raises. Distributed
-    data parallel is told to leave the weights alone: dw travels as the gradient of the bias, N numbers
-    instead of N K, so start all ranks from equal weights. Call it before wrapping in DDP and on the module
-    that is wrapped.
-    """
-    before = [(generator, generator.factored) for _, generator in generators(module)]
-    try:
-        for generator, _ in before:
-            generator.set_factored(enabled)
-    except ValueError:
-        for generator, was in before:
-            generator.set_factored(was)
-        raise
-    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-    for name, generator in generators(module):
-        names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
-        ignored = ignored | names if enabled else ignored - names
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
-    return module
-
-
 def trained_parameters(module: nn.Module) -> list[Tensor]:
     """The parameters of `module` without those that only stand in for a generator's missing bias."""
     return [p for p in module.parameters() if not is_stand_in(p)]
-
-
-def invalidate(module: nn.Module) -> None:
-    """Forgets the next weights of every generator in `module`.
-
-    Needed only after edits that autograd's version counters do not see: through `.data`, through another
-    library's view of the memory, or between replays of a CUDA graph.
-    """
-    for _, generator in generators(module):
-        generator.drop_next_weights()
 
 
 def _refuse_stock_optimizers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

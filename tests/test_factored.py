@@ -12,6 +12,7 @@ from torch import nn
 import hyperfast
 from hyperfast import factored
 from hyperfast.nn import HyperLinear, LinearGenerator
+from hyperfast.nn.generator import generators
 from hyperfast.optim import AdamW
 
 X = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4)
@@ -49,7 +50,7 @@ def test_returns_the_module_and_can_be_undone():
     names, state = [n for n, _ in model.named_parameters()], copy.deepcopy(model.state_dict())
     assert hyperfast.factored_(model) is model
     assert hyperfast.factored_(model) is model  # twice is once
-    assert all(g.factored for _, g in factored.generators(model))
+    assert all(g.factored for _, g in generators(model))
     assert hyperfast.factored_(model, False) is model
     assert [n for n, _ in model.named_parameters()] == names
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
@@ -76,7 +77,7 @@ def test_an_error_switches_nothing():
     model[-1].generator.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen bias"):
         hyperfast.factored_(model)
-    assert not any(g.factored for _, g in factored.generators(model))
+    assert not any(g.factored for _, g in generators(model))
     assert all(p.grad is not None for p in model.parameters() if gradients(model) and p.requires_grad)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 

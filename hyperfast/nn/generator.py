@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -236,3 +236,43 @@ def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...
         for g, w in zip(batch, weights, strict=True):
             made[id(g)] = (w.view(g.shapes[0]),)
     return [made[id(g)] for g in generators]
+
+
+def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
+    """(name, generator) of every generator in `module`, each once."""
+    return ((name, m) for name, m in module.named_modules() if isinstance(m, Generator))
+
+
+def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
+    """Switches every generator in `module` to factored gradients (or back), in place; returns `module`.
+
+    In factored mode train with an optimizer of `hyperfast.optim` and clip with
+    `hyperfast.optim.clip_grad_norm_`; a stock optimizer that would step a factored weight raises. Distributed
+    data parallel is told to leave the weights alone: dw travels as the gradient of the bias, N numbers
+    instead of N K, so start all ranks from equal weights. Call it before wrapping in DDP and on the module
+    that is wrapped.
+    """
+    before = [(generator, generator.factored) for _, generator in generators(module)]
+    try:
+        for generator, _ in before:
+            generator.set_factored(enabled)
+    except ValueError:
+        for generator, was in before:
+            generator.set_factored(was)
+        raise
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, generator in generators(module):
+        names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
+        ignored = ignored | names if enabled else ignored - names
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
+    return module
+
+
+def invalidate(module: nn.Module) -> None:
+    """Forgets the next weights of every generator in `module`.
+
+    Needed only after edits that autograd's version counters do not see: through `.data`, through another
+    library's view of the memory, or between replays of a CUDA graph.
+    """
+    for _, generator in generators(module):
+        generator.drop_next_weights()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from hyperfast import ops
-from hyperfast.factored import Factors, generator_of, generators, is_stand_in
+from hyperfast.factored import Factors, generator_of, is_stand_in
+from hyperfast.nn.generator import generators
 from hyperfast.ops import AdamWCoefficients
 from hyperfast.ops._library import check_backend
 from hyperfast.optim.clip import factors_of, grad_norm
