@@ -170,7 +170,9 @@ def generate(
     seen: set[int] = set()
     for tensors in (weights, biases, zs):
         for i, tensor in enumerate(tensors):
-            if tensor is not None and id(tensor) in seen:
+            if tensor is None:
+                continue
+            if id(tensor) in seen:
                 tensors[i] = tensor.view_as(tensor)
             seen.add(id(tensor))
     out = Generate.apply(factored, backend, *weights, *biases, *zs, *next_weights)

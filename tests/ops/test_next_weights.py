@@ -59,7 +59,8 @@ def test_a_new_buffer_at_a_reused_address_is_not_current(triple):
         buffer = torch.zeros(LARGE)
         reused |= buffer.data_ptr() == address
         assert not is_current(buffer, *triple)
-    assert reused
+    if not reused:
+        pytest.skip("this allocator did not reuse the address")
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -74,7 +75,8 @@ def test_a_new_parameter_at_a_reused_address_is_not_current(which):
         tensors.insert(which, torch.zeros(LARGE))
         reused |= tensors[which].data_ptr() == address and tensors[which]._version == version
         assert not is_current(buffer, *tensors)
-    assert reused
+    if not reused:
+        pytest.skip("this allocator did not reuse the address")
 
 
 def test_records_do_not_keep_tensors_alive(triple):
