@@ -175,7 +175,11 @@ def generate(
             if id(tensor) in seen:
                 tensors[i] = tensor.view_as(tensor)
             seen.add(id(tensor))
-    out = Generate.apply(factored, backend, *weights, *biases, *zs, *next_weights)
+    inputs = (*weights, *biases, *zs, *next_weights)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    # dynamo of torch 2.11 shifts the arguments of a Function with *tensors where no gradient is needed
+    straight = torch.compiler.is_compiling() and not needs_grad
+    out = (Generate.forward if straight else Generate.apply)(factored, backend, *inputs)
     device = weights[0].device.type
     if device != "meta" and torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
         return tuple(w.to(torch.get_autocast_dtype(device)) for w in out)
