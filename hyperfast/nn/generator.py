@@ -54,8 +54,6 @@ class Generator(nn.Module):
 
     @abstractmethod
     def set_factored(self, enabled: bool) -> None:
-        if enabled and self._parameters.get("weight") is not self.weight:
-            raise ValueError("factored mode needs a plain weight parameter, not a parametrised or pruned one")
         """Switches factored gradients; `hyperfast.factored_` calls it."""
 
     @abstractmethod
@@ -179,9 +177,8 @@ class LinearGenerator(Generator):
 
     def _apply(self, fn, recurse=True):
         self.drop_next_weights()
-        factored.unregister(
-            self.weight, self
-        )  # parameters cannot be swapped while weak references watch them
+        # parameters cannot be swapped while weak references watch them
+        factored.unregister(self.weight, self)
         super()._apply(fn, recurse)
         self._register()
         return self

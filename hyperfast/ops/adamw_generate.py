@@ -34,15 +34,12 @@ def _adamw_reference(*args):
 @torch.library.impl(library, "adamw_generate", "CPU")
 def _adamw_cpu(*args):
     *tensors, coefficients, bias_coefficients, grad_scale = args
-    weights, exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs, dws, zs, new_zs, next_weights = (
-        tensors
-    )
-    dtype = kernel_dtype(weights)
+    *updated, dws, zs, new_zs, next_weights = tensors
+    dtype = kernel_dtype(updated[0])
     if dtype is None:
         return _adamw_reference(*args)
     dws, zs, new_zs = ([t.contiguous() for t in ts] for ts in (dws, zs, new_zs))
-    moments = (exp_avgs, exp_avg_sqs, biases, bias_exp_avgs, bias_exp_avg_sqs)
-    columns = (weights, *moments, dws, zs, new_zs, next_weights)
+    columns = (*updated, dws, zs, new_zs, next_weights)
     segments = [
         (*(t.data_ptr() if t.numel() else 0 for t in row), *row[0].shape)
         for row in zip(*columns, strict=True)
