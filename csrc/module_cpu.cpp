@@ -37,6 +37,17 @@ void check_sizes(int64_t N, int64_t K, int threads) {
   if (threads < 1) throw py::value_error("threads must be at least 1");
 }
 
+// Addresses come first in a row, then N and K. The kernels read elements where elements may lie.
+template <size_t Fields>
+void check_aligned(const Table<Fields>& table, DType dtype) {
+  const int64_t size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  for (const auto& row : table)
+    for (size_t f = 0; f + 2 < Fields; ++f)
+      if (row[f] % size)
+        throw py::value_error("a tensor begins at an address that is no multiple of its elements' " +
+                              std::to_string(size) + " bytes: clone() it");
+}
+
 void generate(const Table<6>& table, const std::string& dtype, int threads) {
   std::vector<GenerateSegment> segments;
   for (const auto& [weight, bias, z, w, N, K] : table) {
@@ -44,6 +55,7 @@ void generate(const Table<6>& table, const std::string& dtype, int threads) {
     segments.push_back({pointer(weight), pointer(bias), pointer(z), pointer(w), N, K});
   }
   const DType type = dtype_of(dtype);
+  check_aligned(table, type);
   py::gil_scoped_release release;
   kernels().generate(segments.data(), segments.size(), type, threads);
 }
@@ -57,6 +69,7 @@ void generate_backward(const Table<6>& table, const std::string& dtype, int thre
     scratch += num_blocks(N, K) * (K + 1);
   }
   const DType type = dtype_of(dtype);
+  check_aligned(table, type);
   py::gil_scoped_release release;
   std::vector<double> partials(scratch);
   kernels().generate_backward(segments.data(), segments.size(), type, partials.data(), threads);
@@ -76,6 +89,7 @@ void adamw_generate(const Table<12>& table, const std::vector<std::array<double,
                         adamw_of(coefficients[i].data()), adamw_of(coefficients[i].data() + 6)});
   }
   const DType type = dtype_of(dtype);
+  check_aligned(table, type);
   py::gil_scoped_release release;
   kernels().adamw_generate(segments.data(), segments.size(), type, grad_scale, threads);
 }

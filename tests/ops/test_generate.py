@@ -101,13 +101,28 @@ def test_lazily_negated_tensors():
 
 @pytest.mark.parametrize("negated", [0, 1, 2])
 def test_one_lazily_negated_contiguous_tensor(negated):
-    """torch negates tensors and lists of tensors before an op sees them, but not lists of optional tensors."""
+    """torch negates tensors and lists of tensors before an op sees them, not lists of optional tensors."""
     tensors = [torch.randn(3, 2), torch.randn(3), torch.randn(2)]
     expected = [t.neg() if i == negated else t for i, t in enumerate(tensors)]
     tensors[negated] = torch._neg_view(tensors[negated])
     assert tensors[negated].is_contiguous()
     (made,) = ops.generate(*([t] for t in tensors))
     assert torch.equal(made, ops.generate(*([t] for t in expected))[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_address_between_elements_is_refused(dtype):
+    """torch takes such memory from others; the compiler counts on there being none."""
+    size = torch.empty(0, dtype=dtype).itemsize
+    memory = torch.zeros(4 * size + size // 2, dtype=torch.uint8).numpy()[size // 2 :]
+    weight = torch.frombuffer(memory, dtype=dtype).view(2, 2)
+    assert weight.data_ptr() % size
+    rest = [torch.zeros(2, dtype=dtype)], [torch.zeros(2, dtype=dtype)]
+    with pytest.raises(ValueError, match="no multiple of its elements"):
+        ops.generate([weight], *rest)
+    with pytest.raises(ValueError, match="no multiple of its elements"):
+        ops.generate_backward([weight], rest[0])
+    ops.generate([weight.clone()], *rest)
 
 
 def test_inference_tensors():
