@@ -1,11 +1,15 @@
 """conv2d: kn2row against torch's convolution."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hyperfast import ops
-from hyperfast.ops.conv2d import useful_share
+from hyperfast.ops.conv2d import bf16_products_are_slow, useful_share
+
+conv2d_module = sys.modules["hyperfast.ops.conv2d"]
 
 # (B, I, H, W), (O, R, S), padding, dilation
 SHAPES = [
@@ -84,14 +88,27 @@ def test_gradcheck_and_double_backward():
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
-def test_opcheck():
-    x, weight, bias = (t.detach() for t in problem((2, 3, 3, 2), (4, 3, 3)))
-    torch.library.opcheck(torch.ops.hyperfast.conv2d_kn2row, (x, weight, bias, [1, 1], [1, 1]))
-    dy = torch.randn(2, 4, 3, 2)
+@pytest.mark.parametrize("kn2row", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, channels_last, kn2row):
+    x, weight, bias = (t.detach() for t in problem((2, 3, 3, 2), (4, 3, 3), dtype, channels_last))
+    options = ([1, 1], [1, 1], [1, 1], 1, kn2row)
+    torch.library.opcheck(torch.ops.hyperfast.conv2d, (x, weight, bias, *options))
+    dy = torch.randn(2, 4, 3, 2).to(dtype)
     for need in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            torch.ops.hyperfast.conv2d_kn2row_backward, (dy, x, weight, [1, 1], [1, 1], *need)
-        )
+        torch.library.opcheck(torch.ops.hyperfast.conv2d_backward, (dy, x, weight, *options, *need))
+
+
+def test_opcheck_with_stride_and_groups():
+    x, weight = torch.randn(2, 4, 7, 5).bfloat16(), torch.randn(6, 2, 3, 2).bfloat16()
+    options = ([2, 3], [1, 2], [2, 1], 2, False)
+    y = torch.ops.hyperfast.conv2d(x, weight, None, *options)
+    assert y.shape == F.conv2d(x, weight, None, *options[:4]).shape
+    torch.library.opcheck(torch.ops.hyperfast.conv2d, (x, weight, None, *options))
+    torch.library.opcheck(
+        torch.ops.hyperfast.conv2d_backward, (torch.randn_like(y), x, weight, *options, True, True)
+    )
 
 
 def test_compiled_equals_eager():
@@ -138,21 +155,69 @@ def test_useful_share(size, taps, padding, dilation, share):
 def test_the_rule_that_chooses(shape, kernel, options, fused):
     x, weight, bias = problem(shape, kernel)
     y = ops.conv2d(x, weight, bias, **options)
-    assert ("Kn2row" in type(y.grad_fn).__name__) == fused
+    assert (type(y.grad_fn).__name__ == "Conv2dBackward") == fused
 
 
-def test_autocast_and_half_precision_leave_it_to_torch():
-    x, weight, bias = problem((4, 256, 2, 2), (256, 3, 3))
+@pytest.mark.parametrize("path", ["kn2row", "float32"])
+def test_bfloat16_is_multiplied_in_float32(path, assert_accurate):
+    tensors = problem((3, 64, 4, 4), (32, 3, 3), torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    dy = torch.randn(3, 32, 4, 4, dtype=torch.float64).bfloat16().double()
+    expected = run(lambda *t: F.conv2d(*t, padding=1), exact, dy)
+    plain = run(lambda *t: F.conv2d(*t, padding=1), tensors, dy)
+    actual = run(lambda *t: ops.conv2d(*t, padding=1, path=path), tensors, dy)
+    for a, e, p in zip(actual, expected, plain, strict=True):
+        assert_accurate(a, e, torch.bfloat16, p)
+        assert a.stride() == p.stride()
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_autocast(slow, monkeypatch):
+    monkeypatch.setattr(conv2d_module, "bf16_products_are_slow", lambda: slow)
+    tensors = problem((4, 256, 2, 2), (256, 3, 3))
     with torch.autocast("cpu", torch.bfloat16):
-        assert ops.conv2d(x, weight, bias, padding=1).dtype == torch.bfloat16
-        with pytest.raises(ValueError, match="autocast True"):
-            ops.conv2d(x, weight, bias, padding=1, path="kn2row")
+        y = ops.conv2d(*tensors, padding=1)
+        expected = F.conv2d(*tensors, padding=1)
+    assert y.dtype == torch.bfloat16 and (type(y.grad_fn).__name__ == "Conv2dBackward") == slow
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=1.0)
+    gradients = torch.autograd.grad(y.float().square().sum(), tensors)
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_autocast_compiled(monkeypatch):
+    monkeypatch.setattr(conv2d_module, "bf16_products_are_slow", lambda: True)
+    tensors = problem((2, 3, 4, 4), (5, 3, 3))
+
+    def function(*t):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ops.conv2d(*t, padding=1)
+
+    dy = torch.randn(2, 5, 4, 4)
+    eager = run(function, tensors, dy)
+    compiled = run(torch.compile(function, fullgraph=True), tensors, dy)
+    for e, c in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(c, e)
+
+
+@pytest.mark.parametrize(
+    "cpuinfo,slow",
+    [
+        ("vendor_id : GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", False),
+        ("vendor_id : AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n", False),
+        ("vendor_id : AuthenticAMD\nflags\t\t: fpu avx2\n", True),
+        ("Features : asimd bf16\n", False),
+    ],
+)
+def test_which_processors_multiply_bfloat16_slowly(cpuinfo, slow, monkeypatch):
+    monkeypatch.setattr(conv2d_module.Path, "read_text", lambda self: cpuinfo)
+    assert bf16_products_are_slow.__wrapped__() == slow
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(path="winograd"), "path must be one of auto, torch, kn2row"),
+        (dict(path="winograd"), "path must be one of auto, torch, kn2row, float32"),
         (dict(path="kn2row", stride=2), r"stride \(2, 2\)"),
         (dict(path="kn2row", groups=3), "groups 3"),
         (dict(path="kn2row", padding="same"), "padding same"),
@@ -161,6 +226,8 @@ def test_autocast_and_half_precision_leave_it_to_torch():
         (dict(path="kn2row", weight=torch.randn(4, 3, 3, 3).bfloat16()), "bfloat16"),
         (dict(path="kn2row", x=torch.randn(3, 4, 4)), r"x \[3, 4, 4\]"),
         (dict(path="kn2row", x=None), "x NoneType"),
+        (dict(path="float32", groups=3), "groups 3"),
+        (dict(path="float32", stride=0), r"stride \(0, 0\)"),
     ],
 )
 def test_bad_input(change, message):
