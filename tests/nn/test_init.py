@@ -65,7 +65,9 @@ def test_seeded_and_repeatable(name):
 
 def test_names():
     assert init.check(None) == init.DEFAULT and init.DEFAULT in init.INITIALISATIONS
-    with pytest.raises(ValueError, match="init must be one of report, hyperfan, he_bias, kaiming, got 'xavier'"):
+    with pytest.raises(
+        ValueError, match="init must be one of report, hyperfan, he_bias, kaiming, got 'xavier'"
+    ):
         LinearGenerator((2, 2), init="xavier")
     with pytest.raises(ValueError, match="init must be one of"):
         HyperConv2d(2, 2, 3, init="He")
