@@ -310,7 +310,9 @@ def run(args: argparse.Namespace, command: str) -> Trainer:
     if frozen:
         save_frozen(trainer.model, frozen)
     name = f"CIFAR-100, {args.model}"
-    path = report.write(trainer, name, reason, command, PUBLISHED.get(args.model), frozen)
+    as_published = not (args.generate or args.z_dim or args.progressive or args.init_from)
+    published = PUBLISHED.get(args.model) if as_published else None
+    path = report.write(trainer, name, reason, command, published, frozen)
     epoch, accuracy = trainer.best["epoch"], trainer.best["test_accuracy"]
     print(f"{reason}; test accuracy {accuracy:.2f} % at the best validation epoch, {epoch}; {path}")
     return trainer

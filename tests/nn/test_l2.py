@@ -93,7 +93,7 @@ def test_twenty_steps_in_factored_mode():
     assert max((t - theirs[name]).abs().max() for name, t in ours.state_dict().items()) < 1e-9
 
 
-@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("factored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled(factored):
     model = hyperfast.factored_(generated_l2_(Net().double(), L2), factored)
     wanted = gradients(model, model(X).square().sum())
