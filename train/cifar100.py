@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import hyperfast
 from hyperfast.nn.init import DEFAULT, INITIALISATIONS
-from train import report
+from train import report, summary
 from train.allocator import keep_freed_memory
 from train.augment import Augment, normalize
 from train.checkpoint import CheckpointError, write_atomically
@@ -194,6 +194,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         for difference in trainer.resume():
             print(f"note: {difference}")
         print(f"resumed {args.out} after epoch {len(trainer.history)}")
+    summary.discard(args.out)
     reason = trainer.fit()
     trainer.load_best()
     frozen = args.out / "frozen.safetensors" if args.save_frozen else None
@@ -205,12 +206,17 @@ def run(args: argparse.Namespace, command: str) -> None:
     print(f"{reason}; test accuracy {accuracy:.2f} % at the best validation epoch, {epoch}; {path}")
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """The command that has these arguments, as it stands in reports."""
+    return f"python -m train.cifar100 {shlex.join(arguments)}".strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 after an error (one line on stderr), 128 + signal after an interruption."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(arguments)
     args.out = args.out or Path("runs") / f"cifar100_{args.model}"
-    command = f"python -m train.cifar100 {shlex.join(arguments)}".strip()
+    command = command_line(arguments)
     try:
         run(args, command)
     except (RunError, CheckpointError, DataError, OSError) as error:

@@ -107,7 +107,7 @@ def test_pictures(trained, tmp_path, epochs):
 def test_every_curve_has_a_marker():
     for points in (1, 2, 5, 30, 100):
         for curve in range(3):
-            first, every = report.marks(points, curve)
+            first, every = report.marks(points, curve, 3)
             assert 0 <= first < points and every >= 1
 
 
