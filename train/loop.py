@@ -326,6 +326,11 @@ def cosine(epochs: int, lr: float, min_lr: float) -> Callable[[int, int], float]
     return lambda epoch, step: min_lr + (lr - min_lr) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def exponential(lr: float, decay: float) -> Callable[[int, int], float]:
+    """lr of an epoch: times `decay` after each, as in ExponentialLR."""
+    return lambda epoch, step: lr * decay**epoch
+
+
 def z_statistics(model: nn.Module) -> Row:
     """Smallest, largest, mean, std (population) and norm of every embedding: {"z/conv1/min": ...}."""
     row: Row = {}

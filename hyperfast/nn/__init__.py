@@ -1,7 +1,7 @@
 """Generators, layers with generated weights, and their initialisation."""
 
 from hyperfast.nn import init
-from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+from hyperfast.nn.generator import Generator, LinearGenerator, TwoLayerGenerator, generate_together
 from hyperfast.nn.layers import (
     HyperConv2d,
     HyperLayer,
@@ -19,6 +19,7 @@ __all__ = [
     "HyperLayer",
     "HyperLinear",
     "LinearGenerator",
+    "TwoLayerGenerator",
     "generate_layers",
     "generate_together",
     "hyper_layers",

@@ -207,6 +207,82 @@ class LinearGenerator(Generator):
         return f"{shape}, N={n}, z_dim={k}, bias={bias}, factored={self.factored}"
 
 
+class TwoLayerGenerator(Generator):
+    """The two-layer generator of Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3.1, for one layer.
+
+    For `shape` (out, in, *kernel): `a = z w2 + b2` viewed as [in, K], `a w1 + b1` [in, out * prod(kernel)]
+    viewed directly as `shape`, as the public code does. Parameters: z [K], w2 [K, in * K], b2 [in * K],
+    w1 [K, out * prod(kernel)], b1 [out * prod(kernel)]. fan_in, init: as in `LinearGenerator`. Its gradients
+    are dense, in factored mode as well. Raises ValueError for sizes below 1, fewer than two dimensions and
+    unknown names.
+    """
+
+    factored = False
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        z_dim: int = 4,
+        *,
+        fan_in: int | None = None,
+        init: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if z_dim < 1 or len(shape) < 2 or min(shape) < 1:
+            raise ValueError(
+                "shape must be (out, in, ...), it and z_dim at least 1, "
+                f"got shape {tuple(shape)}, z_dim {z_dim}"
+            )
+        self.shapes = (torch.Size(shape),)
+        self.z_dim = z_dim
+        self.backend = check_backend(backend)
+        self.init = initialisations.check(init)
+        self.fan_in = fan_in or math.prod(shape[1:])
+        rows, columns = shape[1], math.prod(shape) // shape[1]
+        sizes = {"z": (z_dim,), "w2": (z_dim, rows * z_dim), "b2": (rows * z_dim,)}
+        sizes |= {"w1": (z_dim, columns), "b1": (columns,)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialisations.initialise_two_layer_(
+            self.w1, self.b1, self.w2, self.b2, self.z, self.fan_in, self.init
+        )
+
+    def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The weight, [*shape]. z [K]: another embedding than the generator's own."""
+        z = self.z if z is None else z
+        if z.numel() != self.z_dim:
+            raise ValueError(f"z must have {self.z_dim} elements, got shape {list(z.shape)}")
+        a = torch.addmm(self.b2, z.reshape(1, -1), self.w2).view(-1, self.z_dim)
+        return (torch.addmm(self.b1, a, self.w1).view(self.shapes[0]),)
+
+    def factors(self) -> list[Factors]:
+        return []
+
+    def next_weights(self) -> list[Tensor]:
+        return []
+
+    def next_weights_written(self) -> None:
+        pass
+
+    def drop_next_weights(self) -> None:
+        pass
+
+    def set_factored(self, enabled: bool) -> None:
+        pass
+
+    def ddp_ignored_names(self) -> list[str]:
+        return []
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shapes[0])}, z_dim={self.z_dim}"
+
+
 def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:
     """The weights of several generators, in their order; linear ones of one kind in one launch, each made
     once."""

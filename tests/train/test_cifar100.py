@@ -20,7 +20,7 @@ def images(n, seed):
     return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(n) % 100
 
 
-def tiny_model(name, fused=False, init=None):
+def tiny_model(name, fused=False, init=None, **_):
     """Stands for every model: 5 of the 100 classes are enough to keep the labels in range."""
     model = Net(width=4, classes=100, backend="auto" if fused else "reference")
     return hyperfast.factored_(model) if fused else model
@@ -50,31 +50,70 @@ def one_line(capsys):
     return error
 
 
-def test_defaults_are_the_recipe():
-    args = cifar100.parser().parse_args([])
-    wanted = {
-        "fused": True, "model": "full", "epochs": 100, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6,
-        "weight_decay": 1e-4, "clip": 1.0, "patience": 15, "seed": 42, "device": "cpu", "precision": "fp32",
-        "resume": False, "max_steps": None,
-    }  # fmt: skip
-    assert {name: getattr(args, name) for name in wanted} == wanted
-    assert args.init == hyperfast.nn.init.DEFAULT
+DEEP = {
+    "optimizer": "adamw", "schedule": "cosine", "epochs": 100, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6,
+    "weight_decay": 1e-4, "clip": 1.0, "patience": 15,
+}  # fmt: skip
+FIXED = {
+    "optimizer": "adam", "schedule": "exponential", "epochs": 100, "batch_size": 128, "lr": 1e-3,
+    "lr_decay": 0.995, "weight_decay": 0.0, "clip": 100.0, "patience": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_defaults_are_the_recipe(name):
+    args = cifar100.parse(["--model", name])
+    wanted = DEEP if name in ("full", "enhanced", "standard_deep") else FIXED
+    wanted |= {"fused": True, "seed": 42, "precision": "fp32", "resume": False, "max_steps": None}
+    assert {key: getattr(args, key) for key in wanted} == wanted
+    assert args.init == hyperfast.nn.init.DEFAULT and args.out == Path(f"runs/cifar100_{name}")
     assert cifar100.BETAS == (0.9, 0.999) and cifar100.VALIDATION == 5000
+    assert cifar100.parse([]).model == "full"
 
 
+def test_options_override_the_recipe():
+    options = {"optimizer": "adamw", "schedule": "cosine", "epochs": 7, "batch_size": 9, "lr": 0.1,
+               "min_lr": 0.01, "lr_decay": 0.9, "weight_decay": 0.2, "clip": 3.0, "patience": 2}  # fmt: skip
+    arguments = [
+        text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    args = cifar100.parse(["--model", "fixed", *arguments])
+    assert {key: getattr(args, key) for key in options} == options
+
+
+def test_schedules():
+    args = cifar100.parse(["--model", "fixed", "--lr", "0.5", "--lr-decay", "0.9"])
+    schedule = cifar100.SCHEDULES[args.schedule](args)
+    assert [schedule(epoch, 99) for epoch in range(3)] == pytest.approx([0.5, 0.45, 0.405])
+    args = cifar100.parse(["--lr", "0.5", "--min-lr", "0.1", "--epochs", "2"])
+    schedule = cifar100.SCHEDULES[args.schedule](args)
+    assert [schedule(epoch, 99) for epoch in range(3)] == pytest.approx([0.5, 0.3, 0.1])
+
+
+@pytest.mark.parametrize("name", ["full", "fixed"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_optimizer_gets_the_recipe(fused):
-    args = cifar100.parser().parse_args(["--fused" if fused else "--no-fused", "--clip", "0.5"])
-    model = tiny_model("full", fused)
-    optimizer, step = cifar100.adamw(model, args)
+def test_optimizer_gets_the_recipe(name, fused):
+    options = [
+        "--model",
+        name,
+        "--fused" if fused else "--no-fused",
+        "--clip",
+        "0.5",
+        "--weight-decay",
+        "0.1",
+    ]
+    args = cifar100.parse(options)
+    model = tiny_model(name, fused)
+    optimizer, step = cifar100.make_optimizer(model, args)
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 1e-4)
-    assert type(optimizer) is (hyperfast.optim.AdamW if fused else torch.optim.AdamW)
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 0.1)
+    kind = "AdamW" if name == "full" else "Adam"
+    assert type(optimizer) is getattr(hyperfast.optim if fused and kind == "AdamW" else torch.optim, kind)
     model(torch.randn(8, 3, 32, 32)).square().sum().mul(1e3).backward()
-    gradient = model.bn.weight.grad.clone()
+    gradient, weight = model.bn.weight.grad.clone(), model.bn.weight.detach().clone()
     norm = float(step())
-    # the first moment after one step is a tenth of the clipped gradient
-    clipped = 0.1 * gradient * 0.5 / norm
+    # the first moment after one step is a tenth of the clipped gradient, which Adam adds the decay to
+    clipped = 0.1 * (gradient * 0.5 / norm + (0.1 * weight if kind == "Adam" else 0))
     assert norm > 0.5 and torch.allclose(optimizer.state[model.bn.weight]["exp_avg"], clipped, rtol=1e-4)
 
 
@@ -236,14 +275,14 @@ def test_a_signal_tells_how_to_go_on(small, tmp_path, capsys, monkeypatch):
 
         return optimizer, then_stop
 
-    real = cifar100.adamw
-    monkeypatch.setattr(cifar100, "adamw", interrupted)
+    real = cifar100.make_optimizer
+    monkeypatch.setattr(cifar100, "make_optimizer", interrupted)
     assert run(tmp_path / "a") == 128 + signal.SIGTERM
     error = capsys.readouterr().err
     assert "stopped by SIGTERM" in error
     command = f"python -m train.cifar100 --out {tmp_path / 'a'} --epochs 2 --batch-size 8 --resume"
     assert error.rstrip().endswith(command)
-    monkeypatch.setattr(cifar100, "adamw", real)
+    monkeypatch.setattr(cifar100, "make_optimizer", real)
     assert run(tmp_path / "a", "--resume") == 0
 
 

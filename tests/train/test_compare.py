@@ -34,7 +34,7 @@ class PlainNet(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 100))
 
 
-def build(name, fused=False, init=None):
+def build(name, fused=False, **options):
     if name.startswith("standard"):
         return PlainNet()
     model = Net(width=4, classes=100, backend="auto" if fused else "reference")
