@@ -76,7 +76,7 @@ def labels(runs: list[Run]) -> Labelled:
 
 
 def _accuracy(named: Labelled, out: Path) -> str:
-    rows, notes = [], []
+    rows = []
     for name, run in named.items():
         s, best, published = run.summary, run.summary["best"], run.summary["published"]
         link = f"[{name}]({Path(os.path.relpath(run.folder, out)).as_posix()}/report.md)"
@@ -85,16 +85,18 @@ def _accuracy(named: Labelled, out: Path) -> str:
             cells[2] = f"{published['accuracy']:.2f} %"
             cells[3] = f"{best['test_accuracy'] - published['accuracy']:+.2f}"
         rows.append([link, f"{s['epochs']} of {s['planned_epochs']}", best["epoch"], *cells])
-        if s["eval_batches"] is not None:
-            notes.append(f"{name} was evaluated on {s['eval_batches']} batches only: not comparable.")
-        if s["cut_short"]:
-            notes.append(f"The best epoch of {name} was cut short by --max-steps.")
+    few = [name for name, run in named.items() if run.summary["eval_batches"] is not None]
+    cut = [name for name, run in named.items() if run.summary["cut_short"]]
+    notes = {
+        "Evaluated on a few batches only, not comparable": few,
+        "Best epoch cut short by --max-steps": cut,
+    }
     header = ["model", "epochs", "best", "validation accuracy", "test accuracy", "published", "difference"]
     text = [
         "## Accuracy\n",
-        "Test accuracy at the best validation epoch; published is the best test accuracy of all epochs.\n",
+        "Test accuracy at the best validation epoch; published: the best of the report's epochs.\n",
         table(header, rows),
-        *(f"\n{note}" for note in notes),
+        *(f"\n{note}: {', '.join(names)}." for note, names in notes.items() if names),
         "\n![accuracy by epoch](accuracy.png)\n",
     ]
     return "\n".join(text)

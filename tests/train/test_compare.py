@@ -200,8 +200,8 @@ def test_runs_alone_and_beside_new_ones(trained, tmp_path):
 def test_short_runs_say_so(trained, tmp_path):
     run(tmp_path / "c", "--max-steps", "2", "--eval-batches", "1", models="full")
     text = section((tmp_path / "c" / "compare.md").read_text(), "Accuracy")
-    assert "full was evaluated on 1 batches only: not comparable." in text
-    assert "The best epoch of full was cut short by --max-steps." in text
+    assert "Evaluated on a few batches only, not comparable: full." in text
+    assert "Best epoch cut short by --max-steps: full." in text
 
 
 # ---- bad input: exit status 2, one line, nothing trained ----
