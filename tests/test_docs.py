@@ -59,7 +59,9 @@ def test_page(page, workplace):
 PROGRAMS = [(page, *block) for page in PAGES for block in blocks(page) if block[1].startswith(TORCHRUN)]
 
 
-@pytest.mark.parametrize(("page", "line", "code"), PROGRAMS, ids=lambda v: getattr(v, "stem", ""))
+@pytest.mark.parametrize(
+    ("page", "line", "code"), PROGRAMS, ids=[f"{page.stem}-{line}" for page, line, _ in PROGRAMS]
+)
 def test_program_for_two_processes(page, line, code, workplace):
     (workplace / "program.py").write_text("\n" * line + code)
     done = subprocess.run(

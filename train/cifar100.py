@@ -21,15 +21,29 @@ import torch
 from torch import Tensor, nn
 
 import hyperfast
+from hyperfast.nn import LinearGenerator
 from hyperfast.nn.init import DEFAULT, INITIALISATIONS
-from train import report, summary
+from train import checkpoint, report, summary
 from train.allocator import keep_freed_memory
 from train.augment import Augment, normalize
 from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, load_cifar, split
-from train.loop import Config, ImageData, Interrupted, RunError, Trainer, cosine, exponential, open_run
+from train.layer_options import describe, parse_layers, parse_sizes, parse_stages
+from train.loop import (
+    Config,
+    ImageData,
+    Interrupted,
+    RunError,
+    Stages,
+    Trainer,
+    cosine,
+    exponential,
+    open_run,
+)
 from train.models import MODELS, build_model
 from train.models.fixed import FixedNet
+from train.models.full import rename_published_
+from train.transfer import start_from_
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 VALIDATION = 5000
@@ -108,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--model", choices=list(MODELS), default="full")
     add("--init", choices=list(INITIALISATIONS), default=DEFAULT, help="how generators start (%(default)s)")
+    add("--init-from", type=Path, metavar="FILE", help="start from this network, plain or not: best.pt of a "
+        "run, frozen.safetensors, a published checkpoint")  # fmt: skip
+    add("--generate", metavar="LAYERS", help="which weights are generated: conv2,conv3,fc1 or all or none")
+    add("--z-dim", metavar="SIZES", help="of the embeddings, for all layers or by name, as in 16,conv5=8")
+    add("--progressive", nargs="+", default=[], metavar="LAYERS@EPOCHS", help="leave these layers ordinary "
+        "for so many epochs, as in conv4,conv5@10 fc1@20; each switch keeps the outputs")  # fmt: skip
+    add("--generated-l2", type=rate, default=0.0, metavar="C", help="C / 2 |w|^2 of every generated weight w")
     add("--data", type=Path, help="folder with CIFAR-100, torchvision's or the hub's Parquet layout; "
         "otherwise HYPERFAST_DATA, otherwise it is downloaded")  # fmt: skip
     add("--out", type=Path, help="folder of the run (runs/cifar100_MODEL)")
@@ -141,13 +162,32 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options with the model's recipe filled in. Exits with status 2 and one line for bad ones."""
-    args = parser().parse_args(arguments)
+    """The options with the model's recipe filled in. Exits with status 2 and one line for bad ones.
+
+    generated_from: for each layer to generate the epochs until then. z_dims: its embedding size.
+    """
+    options = parser()
+    args = options.parse_args(arguments)
     for name, value in vars(RECIPES[args.model]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"cifar100_{args.model}"
+    try:
+        _name_layers(args)
+    except ValueError as error:
+        options.error(str(error))
     return args
+
+
+def _name_layers(args: argparse.Namespace) -> None:
+    model = MODELS[args.model]
+    layers = model.generated
+    if args.generate is not None:
+        layers = parse_layers(args.generate, model.network.LAYERS)
+    args.z_dims = parse_sizes(args.z_dim or str(model.z_dim), layers, model.z_dim)
+    args.generated_from = parse_stages(args.progressive, layers, args.epochs)
+    if args.progressive and not issubclass(model.generator, LinearGenerator):
+        raise ValueError(f"--progressive: the generators of {args.model} cannot start from a trained weight")
 
 
 def make_optimizer(
@@ -189,14 +229,31 @@ def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     return images, zlib.crc32(labels.numpy())
 
 
+def build(
+    args: argparse.Namespace, epoch: int
+) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor | float]]:
+    """Network, optimizer and step function as `epoch`, counted from 0, trains them."""
+    generated = [layer for layer, start in args.generated_from.items() if start <= epoch]
+    model = build_model(args.model, fused=args.fused, init=args.init, generated=generated, z_dim=args.z_dims)
+    hyperfast.nn.generated_l2_(model, args.generated_l2)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    return model, *make_optimizer(model, args)
+
+
 def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Trainer:
     """Model, optimizer and loop of the recipe."""
     torch.manual_seed(args.seed)
-    model = build_model(args.model, fused=args.fused, init=args.init)
-    model = model.to(args.device, memory_format=torch.channels_last)
-    optimizer, step = make_optimizer(model, args)
+    model, optimizer, step = build(args, 0)
+    if args.init_from and not args.resume:
+        state = checkpoint.load_weights(args.init_from)
+        rename_published_(state)
+        start_from_(model, state, args.init_from)
+    at = tuple(sorted({epoch for epoch in args.generated_from.values() if epoch}))
+    stages = Stages(at, partial(build, args)) if at else None
     same = ("model", "init", "precision", *vars(RECIPES[args.model]), "seed", "eval_batches")
     recipe = {name: getattr(args, name) for name in same if name != "patience"}
+    recipe |= describe(args.generated_from, args.z_dims)
+    recipe |= {"generated_l2": args.generated_l2, "init_from": str(args.init_from or "none")}
     recipe |= {"validation_images": VALIDATION, "label_checksum": checksum}
     free = ("fused", "device", "patience", "max_steps", "save_every")
     circumstances = {name: getattr(args, name) for name in free}
@@ -213,7 +270,7 @@ def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Tr
         save_every=args.save_every,
     )
     schedule = SCHEDULES[args.schedule](args)
-    return Trainer(model, data, optimizer, step, schedule, config, args.out, recipe, circumstances)
+    return Trainer(model, data, optimizer, step, schedule, config, args.out, recipe, circumstances, stages)
 
 
 def save_frozen(model: nn.Module, path: Path) -> None:

@@ -99,6 +99,7 @@ def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
     for model in models:
         folder = args.out / model
         plans.append(Plan(model, folder, ["--model", model, "--out", str(folder), *options]))
+        cifar100.parse(plans[-1].arguments)  # leaves with one line if an option does not fit the model
     exist = [str(p.folder) for p in plans if p.started]
     if exist and not args.resume:
         raise RunError(f"{', '.join(exist)}: already there; continue with --resume, or choose another --out")

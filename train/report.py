@@ -220,7 +220,10 @@ def z_evolution(states: list[Row], layers: list[str]) -> Figure:
             _z_panel(
                 axis,
                 epochs,
-                {k: [s[f"z/{layer}/{k}"] for s in states] for k in ("min", "max", "mean", "std")},
+                {
+                    k: [s.get(f"z/{layer}/{k}", math.nan) for s in states]
+                    for k in ("min", "max", "mean", "std")
+                },
             )
             axis.set_title(layer, fontsize=9)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)

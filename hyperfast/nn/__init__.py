@@ -1,7 +1,14 @@
 """Generators, layers with generated weights, and their initialisation."""
 
 from hyperfast.nn import init
-from hyperfast.nn.generator import Generator, LinearGenerator, TwoLayerGenerator, generate_together
+from hyperfast.nn.generator import (
+    Generator,
+    LinearGenerator,
+    TwoLayerGenerator,
+    generate_together,
+    generated_l2_,
+)
+from hyperfast.nn.hyperize import hyperize
 from hyperfast.nn.layers import (
     HyperConv2d,
     HyperLayer,
@@ -22,7 +29,9 @@ __all__ = [
     "TwoLayerGenerator",
     "generate_layers",
     "generate_together",
+    "generated_l2_",
     "hyper_layers",
+    "hyperize",
     "init",
     "named_generators",
     "parameter_counts",

@@ -16,6 +16,7 @@ from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.ops._library import check_backend
+from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
 
 
@@ -23,12 +24,14 @@ class Generator(nn.Module):
     """What every generator does.
 
     shapes: shapes of the weights it makes, in order. backend: "auto" (fused kernels) or "reference" (plain
-    PyTorch). factored: whether `weight.grad` stays None and the optimizer works on `factors()`.
+    PyTorch). factored: whether `weight.grad` stays None and the optimizer works on `factors()`. l2: the
+    backward adds l2 w to the gradient of every generated weight w (`generated_l2_` sets it).
     """
 
     shapes: tuple[torch.Size, ...]
     backend: str
     factored: bool
+    l2: float = 0.0
 
     @abstractmethod
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -59,6 +62,13 @@ class Generator(nn.Module):
     @abstractmethod
     def ddp_ignored_names(self) -> list[str]:
         """Own parameters and buffers that distributed data parallel leaves alone in factored mode."""
+
+    def keep_(self, weight: Tensor) -> None:
+        """Starts from a trained weight of one of `shapes`: from now on, until trained, makes just that.
+
+        Raises ValueError where this kind of generator cannot make a given weight, and for a wrong shape.
+        """
+        raise ValueError(f"{type(self).__name__} cannot start from a given weight")
 
 
 class LinearGenerator(Generator):
@@ -118,8 +128,26 @@ class LinearGenerator(Generator):
                 "embedding is not the rank-one gradient the optimizer knows; "
                 "hyperfast.factored_(module, False) for dense gradients"
             )
-        (w,) = ops.generate([self.weight], [self.bias], [z.reshape(-1)], backend=self.backend)
+        options = {"l2": [self.l2], "backend": self.backend}
+        (w,) = ops.generate([self.weight], [self.bias], [z.reshape(-1)], **options)
         return (w.view(self.shapes[0]),)
+
+    @torch.no_grad()
+    def keep_(self, weight: Tensor) -> None:
+        """Starts from a trained weight [*shape]: bias = weight, own weight 0, z normal with std 0.01.
+
+        The weight made is equal bit for bit, and all three train from there. As d bias = dw, an optimizer's
+        moments of the old weight are those of the bias. Raises ValueError for a generator without bias and
+        for a wrong shape.
+        """
+        if self.bias is None:
+            raise ValueError("a generator without bias cannot start from a given weight")
+        if weight.shape != self.shapes[0]:
+            raise ValueError(f"weight must be {list(self.shapes[0])}, got shape {list(weight.shape)}")
+        self.drop_next_weights()
+        self.weight.zero_()
+        self.bias.copy_(weight.reshape(-1))
+        nn.init.normal_(self.z, std=0.01)
 
     @property
     def gradient_bias(self) -> nn.Parameter | None:
@@ -259,7 +287,8 @@ class TwoLayerGenerator(Generator):
         if z.numel() != self.z_dim:
             raise ValueError(f"z must have {self.z_dim} elements, got shape {list(z.shape)}")
         a = torch.addmm(self.b2, z.reshape(1, -1), self.w2).view(-1, self.z_dim)
-        return (torch.addmm(self.b1, a, self.w1).view(self.shapes[0]),)
+        w = torch.addmm(self.b1, a, self.w1).view(self.shapes[0])
+        return (penalize_l2(w, self.l2),)
 
     def factors(self) -> list[Factors]:
         return []
@@ -304,6 +333,7 @@ def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...
             [g.z for g in batch],
             next_weights=[g.next_weight for g in batch],
             factored=is_factored,
+            l2=[g.l2 for g in batch],
             backend=backend,
         )
         for g, w in zip(batch, weights, strict=True):
@@ -338,6 +368,24 @@ def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
         names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
         ignored = ignored | names if enabled else ignored - names
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
+    return module
+
+
+def generated_l2_(module: nn.Module, coefficient: float) -> nn.Module:
+    """L2 regularisation of the generated weights (Ha, Dai, Le, "HyperNetworks", ICLR 2017): in place, the
+    backward of every generator in `module` acts as if the loss had the term coefficient / 2 |w|^2 for each
+    weight w it generates; returns `module`.
+
+    It adds coefficient * w to dw, and so to the gradients of weight, bias and z, factored or dense; the value
+    of the loss stays without the term. A weight generated twice in one forward counts twice
+    (`generate_layers` generates once). What scales the loss (GradScaler, accumulation) does not scale this
+    term, and every backward adds it: for jacobians and second derivatives write it into the loss instead. 0
+    switches it off. Raises ValueError for a negative or non-finite coefficient.
+    """
+    if not 0 <= coefficient < math.inf:
+        raise ValueError(f"coefficient must be at least 0 and finite, got {coefficient}")
+    for _, generator in generators(module):
+        generator.l2 = float(coefficient)
     return module
 
 

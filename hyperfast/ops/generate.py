@@ -139,6 +139,31 @@ class Generate(torch.autograd.Function):
         return tuple(out), tuple(0 for _ in out)
 
 
+class PenalizeL2(torch.autograd.Function):
+    """w itself; its gradient is that of the loss plus l2 w, the gradient of l2 / 2 |w|^2."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, l2: float) -> Tensor:
+        return w.view_as(w)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        w, ctx.l2 = inputs
+        ctx.save_for_backward(w)
+
+    @staticmethod
+    def backward(ctx, dw):
+        (w,) = ctx.saved_tensors
+        return torch.add(dw, w, alpha=ctx.l2), None
+
+
+def penalize_l2(w: Tensor, l2: float) -> Tensor:
+    """w; its backward adds the gradient of l2 / 2 |w|^2, as if the loss had that term."""
+    return PenalizeL2.apply(w, l2) if l2 and torch.is_grad_enabled() else w
+
+
 def generate(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -146,6 +171,7 @@ def generate(
     *,
     next_weights: Sequence[Tensor | None] | None = None,
     factored: bool = False,
+    l2: Sequence[float] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """w[n] = sum_k weight[n, k] z[k] + bias[n] for every layer, in one launch.
@@ -154,9 +180,10 @@ def generate(
     layers. float32, float64 and bfloat16 have CPU kernels (K up to 512), other dtypes and devices run
     `hyperfast.reference`. next_weights: what `adamw_generate` left, [N] each or None; used where weight, bias
     and z are unchanged since. factored: no gradient of weight is formed; it is dw outer z, and dw is the
-    gradient of bias. Returns L tensors [N] that alias nothing, in autocast's dtype under autocast. Raises
-    ValueError or TypeError for wrong shapes, dtypes or devices. Ha, Dai, Le, "HyperNetworks" (ICLR 2017),
-    section 3, with a linear generator.
+    gradient of bias. l2: L numbers; the backward adds l2 w to dw, the gradient of l2 / 2 |w|^2. Returns L
+    tensors [N] that alias nothing, in autocast's dtype under autocast. Raises ValueError or TypeError for
+    wrong shapes, dtypes or devices. Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3, with a linear
+    generator.
     """
     check_backend(backend)
     weights, biases, zs = list(weights), list(biases), list(zs)
@@ -164,8 +191,10 @@ def generate(
     check_generators(weights, bias=(biases, "N?"), z=(zs, "K"), next_weight=(next_weights, "N?"))
     if not weights:
         return ()
+    l2 = [0.0] * len(weights) if l2 is None else l2
     if backend == "reference" and not factored:
-        return tuple(reference.generate(weights, biases, zs))
+        made = reference.generate(weights, biases, zs)
+        return tuple(penalize_l2(w, c) for w, c in zip(made, l2, strict=True))
     # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11): give a view
     seen: set[int] = set()
     for tensors in (weights, biases, zs):
@@ -180,6 +209,7 @@ def generate(
     # dynamo of torch 2.11 shifts the arguments of a Function with *tensors where no gradient is needed
     straight = torch.compiler.is_compiling() and not needs_grad
     out = (Generate.forward if straight else Generate.apply)(factored, backend, *inputs)
+    out = tuple(penalize_l2(w, c) for w, c in zip(out, l2, strict=True))
     device = weights[0].device.type
     if device != "meta" and torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
         return tuple(w.to(torch.get_autocast_dtype(device)) for w in out)

@@ -298,6 +298,205 @@ def test_standard_deep_and_a_batch_of_one(small_data, tmp_path, fused):
     assert not (tmp_path / "a" / "z.png").exists()
 
 
+SMALL = ("--model", "standard", "--epochs", "4")  # 5 steps an epoch
+GROW = ("--generate", "conv2,conv3,fc2", "--z-dim", "4,fc2=3", "--progressive", "conv3@1", "fc2@3")
+
+
+def same_checkpoints(a, b):
+    """Bit for bit: weights and optimizer state of two last.pt."""
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][i][k]) for k, v in state.items())
+
+
+def generated(state):
+    return [name.removesuffix(".generator.z") for name in state["model"] if name.endswith("generator.z")]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_progressive_resumes_bit_for_bit(small_data, tmp_path, capsys, fused, optimizer):
+    options = (fused, *SMALL, *GROW, "--optimizer", optimizer)
+    assert run(tmp_path / "whole", *options) == 0
+    out = capsys.readouterr().out
+    assert (
+        "epoch 2: generated from here on: conv3\n" in out and "epoch 4: generated from here on: fc2\n" in out
+    )
+    whole = checkpoint.load(tmp_path / "whole" / "last.pt")
+    assert generated(whole) == ["conv2", "conv3", "fc2"]
+    # ends at both switches, in between, and in the midst of epochs
+    expected = {
+        5: ["conv2"],
+        7: ["conv2"],
+        10: ["conv2", "conv3"],
+        15: ["conv2", "conv3"],
+        18: ["conv2", "conv3"],
+    }
+    for steps, layers in expected.items():
+        again = ("--resume",) if steps > 5 else ()
+        assert run(tmp_path / "parts", *options, "--max-steps", str(steps), *again) == 0
+        assert generated(checkpoint.load(tmp_path / "parts" / "last.pt")) == layers
+    assert run(tmp_path / "parts", *options, "--resume") == 0
+    parts = checkpoint.load(tmp_path / "parts" / "last.pt")
+    same_checkpoints(whole, parts)
+    clock = [{k: v for k, v in row.items() if "second" not in k} for row in whole["history"]]
+    assert clock == [{k: v for k, v in row.items() if "second" not in k} for row in parts["history"]]
+    assert ["z/fc2/norm" in row for row in clock] == [False, False, False, True]
+
+
+def make(out, *options):
+    args = cifar100.parse(["--out", str(out), "--batch-size", "8", *options])
+    out.mkdir(exist_ok=True)
+    return cifar100.make_trainer(args, *cifar100.load_data(args))
+
+
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_a_switch_keeps_outputs_and_moments(small_data, tmp_path, fused):
+    trainer = make(tmp_path / "a", fused, *SMALL, *GROW, "--optimizer", "adamw")
+    trainer.config.max_steps = 5
+    trainer.fit()
+    plain, moments, x = trainer.model.eval(), trainer.optimizer.state, images(7, 3)[0].float() / 255
+    with torch.no_grad():
+        before = plain(x)
+        trainer._change(0)
+        assert trainer.model is plain  # nothing to do
+        trainer._change(1)
+        torch.testing.assert_close(trainer.model.eval()(x), before, rtol=1e-4, atol=1e-6)
+    generator = trainer.model.conv3.generator
+    assert torch.equal(generator.bias, plain.conv3.weight.flatten()) and generator.z.count_nonzero() == 4
+    after = trainer.optimizer.state
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(after[generator.bias][key], moments[plain.conv3.weight][key].flatten().squeeze())
+        for name in ("conv1.weight", "conv2.generator.weight", "conv2.generator.z", "fc2.weight"):
+            ours, theirs = trainer.model.get_parameter(name), plain.get_parameter(name)
+            assert torch.equal(after[ours][key], moments[theirs][key])
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.config.max_steps = 10
+    trainer.fit()
+    assert all(not torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_best_of_an_earlier_stage_is_loaded_and_reported(small_data, tmp_path, monkeypatch):
+    real = cifar100.Trainer.evaluate
+
+    def evaluate(self, part):
+        return real(self, part)[0], [10.0, 30.0, 20.0, 20.0][len(self.history)]
+
+    monkeypatch.setattr(cifar100.Trainer, "evaluate", evaluate)
+    args = cifar100.parse(["--out", str(tmp_path / "a"), "--batch-size", "8", *SMALL, *GROW])
+    trainer = cifar100.run(args, "command")
+    best = checkpoint.load(tmp_path / "a" / "best.pt")
+    assert best["row"]["epoch"] == 2 and generated(best) == ["conv2", "conv3"]
+    assert trainer.model.state_dict().keys() == best["model"].keys()
+    assert len(trainer.history) == 4
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "| conv3 | 73,728 | 368,640 | 4 | 5.00 |" in text and "| fc2 |" not in text
+    assert "| generate | conv2,conv3,fc2 |" in text and "| progressive | conv3@1 fc2@3 |" in text
+    assert "| z dim | conv2=4,conv3=4,fc2=3 |" in text
+
+
+def test_init_from_keeps_the_outputs(small_data, tmp_path):
+    assert run(tmp_path / "plain", "--model", "standard", "--save-frozen") == 0
+    source = cifar100.build_model("standard")
+    source.load_state_dict(checkpoint.load(tmp_path / "plain" / "best.pt")["model"])
+    x = images(7, 3)[0].float() / 255
+    for file in ("best.pt", "frozen.safetensors"):
+        for model in ("fixed", "all_layers", "standard"):
+            options = ("--model", model, "--init-from", str(tmp_path / "plain" / file))
+            trainer = make(tmp_path / "a", *options)
+            with torch.no_grad():
+                wanted, got = source.eval()(x), trainer.model.eval()(x)
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    options = ("--model", "fixed", "--init-from", str(tmp_path / "plain" / "best.pt"))
+    assert run(tmp_path / "b", *options, "--max-steps", "5") == 0
+    assert run(tmp_path / "b", *options, "--resume") == 0
+    assert run(tmp_path / "whole", *options) == 0
+    same_checkpoints(*(checkpoint.load(tmp_path / name / "last.pt") for name in ("b", "whole")))
+
+
+def test_init_from_takes_published_names(small_data, tmp_path):
+    """A checkpoint of `full` as published, and what `enhanced` keeps of it."""
+    full = cifar100.build_model("full", init="hyperfan").eval()
+    state = {}
+    for name, tensor in full.state_dict().items():
+        layer, _, part = name.partition(".generator.")
+        name = {"z": f"z_signal_{layer}", "": name}.get(part, f"hyper_{layer}.{part}")
+        if name.endswith(".bias") and name[:2] in ("co", "fc"):
+            name = name.replace(".", "_")
+        state[name] = tensor.view(1, -1) if part == "z" else tensor
+    assert {"z_signal_conv1", "hyper_fc3.weight", "conv5_bias", "bn1.running_var"} <= state.keys()
+    torch.save({"model_state_dict": state}, tmp_path / "published.pth")
+    x = images(2, 3)[0].float() / 255
+    with torch.no_grad():
+        wanted = full(x)
+        for model in ("enhanced", "standard_deep", "full"):
+            options = ("--model", model, "--init-from", str(tmp_path / "published.pth"))
+            got = make(tmp_path / "a", *options).model.eval()(x)
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_generated_l2_reaches_every_stage(small_data, tmp_path):
+    trainer = make(tmp_path / "a", *SMALL, *GROW, "--generated-l2", "0.25")
+    for epoch in (0, 1, 3):
+        trainer._change(epoch)
+        assert {g.l2 for _, g in hyperfast.nn.named_generators(trainer.model)} == {0.25}
+    assert trainer.recipe["generated_l2"] == 0.25
+
+
+def test_layer_options_are_part_of_the_recipe(small_data, tmp_path, capsys):
+    assert run(tmp_path / "a", *SMALL, *GROW, "--max-steps", "5") == 0
+    capsys.readouterr()
+    changes = {
+        ("--generate", "all"): "generate was conv2,conv3,fc2, now conv1,conv2,conv3,fc1,fc2",
+        ("--z-dim", "4"): "z_dim was conv2=4,conv3=4,fc2=3, now 4",
+        ("--progressive", "conv3@1", "fc2@2"): "progressive was conv3@1 fc2@3, now conv3@1 fc2@2",
+        ("--generated-l2", "0.1"): "generated_l2 was 0.0, now 0.1",
+        ("--init-from", "x.pt"): "init_from was none, now x.pt",
+        ("--optimizer", "adamw"): "optimizer was adam, now adamw",
+    }
+    for change, message in changes.items():
+        assert run(tmp_path / "a", *SMALL, *GROW, *change, "--resume") == 2
+        assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--generate", "conv9"],
+            "--generate: no layer 'conv9'; the layers are conv1, conv2, conv3, fc1, fc2",
+        ),
+        (["--z-dim", "0"], "--z-dim: '0' is not a size"),
+        (["--z-dim", "conv1=4"], "--z-dim: no generated layer 'conv1'; there are conv2"),
+        (["--progressive", "conv2@0.5"], "--progressive: 'conv2@0.5' is not LAYERS@EPOCHS"),
+        (["--progressive", "fc1@1"], "--progressive: no generated layer 'fc1'; there are conv2"),
+        (["--progressive", "conv2@100"], "--progressive conv2@100: the run has 100 epochs only"),
+        (
+            ["--model", "mnist_style", "--progressive", "conv2@1"],
+            "the generators of mnist_style cannot start",
+        ),
+        (["--generated-l2", "-1"], "argument --generated-l2: must be at least 0, got -1"),
+        (["--lr-decay", "0"], "argument --lr-decay: must be above 0, got 0"),
+        (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
+    ],
+)
+def test_layer_option_errors(options, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cifar100.main(["--model", "fixed", *options])
+    assert caught.value.code == 2 and message in one_line(capsys)
+
+
+def test_init_from_errors(small_data, tmp_path, capsys):
+    assert run(tmp_path / "a", "--model", "fixed", "--init-from", str(tmp_path / "x.pt")) == 2
+    assert "x.pt: no such file" in one_line(capsys)
+    torch.save(cifar100.build_model("standard", num_classes=10).state_dict(), tmp_path / "x.pt")
+    assert run(tmp_path / "a", "--model", "fixed", "--init-from", str(tmp_path / "x.pt")) == 2
+    assert "fc2.weight has shape (10, 256), wanted (100, 256)" in one_line(capsys)
+    assert run(tmp_path / "a", "--model", "mnist_style", "--init-from", str(tmp_path / "x.pt")) == 2
+    assert not (tmp_path / "a" / "last.pt").exists()
+
+
 REAL = """
 import sys, torch
 from train import cifar100

@@ -215,6 +215,7 @@ def test_short_runs_say_so(trained, tmp_path):
         (["--models", ""], "unknown model ''"),
         (["--models", "full", "--typo"], "unrecognized arguments: --typo"),
         (["--models", "full", "--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--models", "full,fixed", "--generate", "conv5"], "--generate: no layer 'conv5'"),
         (["--models", "full", "--model", "full"], "--model is set for each model; give --models"),
     ],
 )
