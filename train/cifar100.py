@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import hyperfast
 from hyperfast.nn import LinearGenerator
 from hyperfast.nn.init import DEFAULT, INITIALISATIONS
-from train import checkpoint, report
+from train import checkpoint, report, summary
 from train.allocator import keep_freed_memory
 from train.augment import Augment, normalize
 from train.checkpoint import CheckpointError, write_atomically
@@ -315,6 +315,7 @@ def run(args: argparse.Namespace, command: str) -> Trainer:
         for difference in trainer.resume():
             print(f"note: {difference}")
         print(f"resumed {args.out} after epoch {len(trainer.history)}")
+    summary.discard(args.out)
     reason = trainer.fit()
     trainer.load_best()
     frozen = args.out / "frozen.safetensors" if args.save_frozen else None
@@ -329,11 +330,16 @@ def run(args: argparse.Namespace, command: str) -> Trainer:
     return trainer
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """The command that has these arguments, as it stands in reports."""
+    return f"python -m train.cifar100 {shlex.join(arguments)}".strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 after an error (one line on stderr), 128 + signal after an interruption."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parse(arguments)
-    command = f"python -m train.cifar100 {shlex.join(arguments)}".strip()
+    command = command_line(arguments)
     try:
         run(args, command)
     except (RunError, CheckpointError, DataError, OSError) as error:

@@ -124,7 +124,7 @@ def test_a_run_leaves_everything(small, tmp_path, capsys, fused):
     assert "epoch 2/2: loss" in out and "all 2 epochs done; test accuracy" in out
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "best.pt", "last.pt", "metrics.csv", "report.md", "curves.png", "z.png", "frozen.safetensors",
-        "tensorboard",
+        "tensorboard", "summary.json",
     }  # fmt: skip
     state = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     assert state["recipe"]["model"] == "full" and len(state["history"]) == 2

@@ -116,7 +116,7 @@ def test_a_layer_generated_later_has_no_earlier_embeddings(trained):
 def test_every_curve_has_a_marker():
     for points in (1, 2, 5, 30, 100):
         for curve in range(3):
-            first, every = report.marks(points, curve)
+            first, every = report.marks(points, curve, 3)
             assert 0 <= first < points and every >= 1
 
 
