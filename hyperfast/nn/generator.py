@@ -6,6 +6,7 @@ The protocol is `Generator`; models, optimizers, conversion and distribution kno
 from __future__ import annotations
 
 import math
+import operator
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -94,9 +95,10 @@ class LinearGenerator(Generator):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        shape, z_dim = torch.Size(shape), operator.index(z_dim)  # TypeError for what is no integer
         if z_dim < 1 or not shape or min(shape) < 1:
             raise ValueError(f"shape and z_dim must be at least 1, got shape {tuple(shape)}, z_dim {z_dim}")
-        self.shapes = (torch.Size(shape),)
+        self.shapes = (shape,)
         self.z_dim = z_dim
         self.backend = check_backend(backend)
         self.factored = False

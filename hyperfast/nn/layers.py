@@ -29,13 +29,14 @@ class HyperLayer(nn.Module):
         self, shape: tuple[int, ...], bias: bool, z_dim: int, init, generator, backend, device, dtype
     ):
         super().__init__()
+        shape = torch.Size(shape)  # TypeError for what is no integer
         if min(shape) < 1:
-            raise ValueError(f"all sizes must be at least 1, got a weight of shape {shape}")
+            raise ValueError(f"all sizes must be at least 1, got a weight of shape {tuple(shape)}")
         if generator is None:
             generator = LinearGenerator(shape, z_dim, init=init, backend=backend, device=device, dtype=dtype)
-        elif generator.shapes != (torch.Size(shape),):
+        elif generator.shapes != (shape,):
             raise ValueError(
-                f"this layer needs a generator of one weight {shape}, got shapes {generator.shapes}"
+                f"this layer needs a generator of one weight {tuple(shape)}, got shapes {generator.shapes}"
             )
         self.generator = generator
         self.register_parameter(
@@ -121,7 +122,7 @@ class HyperConv2d(HyperLayer):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         weight = self.generated_weight() if weight is None else weight
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        if isinstance(x, Tensor) and x.dim() == 4 and _only_channels_last(x):
             # once here instead of once in the convolution's forward and once in its backward
             weight = weight.contiguous(memory_format=torch.channels_last)
         return conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -132,6 +133,10 @@ class HyperConv2d(HyperLayer):
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _only_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:

@@ -62,7 +62,8 @@ def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
 
 
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:
-    """Checks generators before native code sees them: weight [N, K] floating point, of one dtype and device.
+    """Checks generators before native code sees them: weight [N, K] dense, floating point, of one dtype and
+    device.
 
     vectors: name -> (one tensor for each layer, its shape "N", "K" or "NK"; "N?" admits None). Raises
     ValueError or TypeError naming the argument, what it is and what it should be.
@@ -71,22 +72,32 @@ def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor
         if len(tensors) != len(weights):
             raise ValueError(f"{len(weights)} weights but {len(tensors)} of {name}")
     for i, weight in enumerate(weights):
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight {i} must be a tensor, got {type(weight).__name__}")
+        check_dense(f"weight {i}", weight)
         if weight.dim() != 2:
             raise ValueError(f"weight {i} must be [N, K], got shape {list(weight.shape)}")
-        if not weight.dtype.is_floating_point:
-            raise TypeError(f"weight {i} must be floating point, got {weight.dtype}")
+        if weight.dtype not in _DTYPES:
+            raise TypeError(
+                f"weight {i} must be floating point ({', '.join(_DTYPES.values())}), got {weight.dtype}"
+            )
         sizes = dict(zip("NK", weight.shape, strict=True))
         for name, (tensors, letters) in vectors.items():
             if tensors[i] is None and letters.endswith("?"):
                 continue
-            if not isinstance(tensors[i], Tensor):
-                raise TypeError(f"{name} {i} must be a tensor, got {type(tensors[i]).__name__}")
+            check_dense(f"{name} {i}", tensors[i])
             check_like(f"{name} {i}", tensors[i], weight, [sizes[letter] for letter in letters.rstrip("?")])
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:
         kinds = sorted({f"{weight.dtype} on {weight.device}" for weight in weights})
         raise TypeError(f"all weights must have one dtype and device, got {', '.join(kinds)}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """TypeError unless `tensor` is a tensor, neither sparse nor nested."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got {'nested' if tensor.is_nested else tensor.layout}"
+        )
 
 
 def check_like(name: str, tensor: Tensor, weight: Tensor, shape: Sequence[int]) -> None:

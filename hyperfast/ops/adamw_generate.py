@@ -92,9 +92,9 @@ def adamw_generate(
     read = {"dw": (list(dws), "N"), "z": (list(zs), "K"), "new_z": (list(new_zs), "K")}
     check_generators(written["weight"][0], **written, **read)
     _check_written(written, read)
-    for name, rows in (("coefficients", coefficients), ("bias_coefficients", bias_coefficients)):
-        if len(rows) != len(weights):
-            raise ValueError(f"{len(weights)} weights but {len(rows)} of {name}")
+    coefficients = _checked_rows("coefficients", coefficients, len(weights))
+    bias_coefficients = _checked_rows("bias_coefficients", bias_coefficients, len(weights))
+    grad_scale = float(grad_scale)
     if not len(weights):
         return
     *updated, made = (tensors for tensors, _ in written.values())
@@ -103,7 +103,7 @@ def adamw_generate(
         if backend == "reference":
             reference.adamw_generate(*lists, coefficients, bias_coefficients, grad_scale)
             return
-        flat = ([float(x) for row in rows for x in row] for rows in (coefficients, bias_coefficients))
+        flat = ([x for row in rows for x in row] for rows in (coefficients, bias_coefficients))
         filled = [[weights[0].new_empty(0) if t is None else t for t in column] for column in lists]
         torch.ops.hyperfast.adamw_generate(*filled, *flat, grad_scale)
         # raw kernels do not: autograd must notice that saved tensors were overwritten
@@ -112,12 +112,22 @@ def adamw_generate(
         )
 
 
+def _checked_rows(name: str, rows: Sequence[AdamWCoefficients], count: int) -> list[AdamWCoefficients]:
+    """`rows` as floats; ValueError or TypeError unless they are `count` times AdamWCoefficients."""
+    if len(rows) != count:
+        raise ValueError(f"{count} weights but {len(rows)} of {name}")
+    for i, row in enumerate(rows):
+        if len(row) != len(AdamWCoefficients._fields):
+            raise ValueError(f"{name} {i} must be {len(AdamWCoefficients._fields)} numbers, got {len(row)}")
+    return [AdamWCoefficients(*map(float, row)) for row in rows]
+
+
 Columns = dict[str, tuple[list[Tensor | None], str]]
 
 
 def _check_written(written: Columns, read: Columns) -> None:
-    """ValueError unless moments come in pairs and what is updated in place is contiguous and overlaps
-    nothing."""
+    """ValueError unless moments come in pairs and what is updated in place is contiguous, may be updated and
+    overlaps nothing."""
     for i, moments in enumerate(zip(written["bias_exp_avg"][0], written["bias_exp_avg_sq"][0], strict=True)):
         if (moments[0] is None) != (moments[1] is None):
             raise ValueError(f"bias_exp_avg {i} and bias_exp_avg_sq {i} must both be tensors or both None")
@@ -125,13 +135,12 @@ def _check_written(written: Columns, read: Columns) -> None:
     for columns in (written, read):
         for name, (tensors, _) in columns.items():
             for i, tensor in enumerate(tensors):
-                if tensor is None or tensor.numel() == 0:
+                if tensor is None:
                     continue
-                if columns is written and not tensor.is_contiguous():
-                    raise ValueError(
-                        f"{name} {i} is updated in place and must be contiguous, got strides "
-                        f"{tensor.stride()}"
-                    )
+                if columns is written:
+                    _check_writable(f"{name} {i}", tensor)
+                if tensor.numel() == 0 or tensor.is_meta:
+                    continue
                 last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 start = tensor.data_ptr()
                 spans.append((start, start + (last + 1) * tensor.itemsize, f"{name} {i}", columns is written))
@@ -142,3 +151,12 @@ def _check_written(written: Columns, read: Columns) -> None:
             if start < other_end and (is_written or other_written):
                 raise ValueError(f"{name} shares memory with {other}: one of them is updated in place")
         reach[is_written] = max(reach[is_written], (end, name))
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is updated in place and must be contiguous, got strides {tensor.stride()}")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is updated in place and must not be lazily negated: resolve_neg() it")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} was made under inference_mode and cannot be updated outside of it")

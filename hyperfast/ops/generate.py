@@ -60,7 +60,8 @@ def _generate_native(weights, biases, zs, next_weights):
         keep, segments = [], []
         for i in missing:
             weight, z = weights[i].contiguous(), zs[i].contiguous()
-            bias = None if biases[i] is None else biases[i].contiguous()
+            # optional lists come as they are: what is lazily negated in them is for the op to negate
+            bias = None if biases[i] is None else biases[i].contiguous().resolve_neg()
             out[i] = weight.new_empty(weight.shape[0])
             keep.append((weight, bias, z))
             bias_address = 0 if bias is None else bias.data_ptr()
@@ -177,13 +178,13 @@ def generate(
     """w[n] = sum_k weight[n, k] z[k] + bias[n] for every layer, in one launch.
 
     weights: L tensors [N, K]; biases: L tensors [N] or None; zs: L tensors [K]; N and K may differ between
-    layers. float32, float64 and bfloat16 have CPU kernels (K up to 512), other dtypes and devices run
+    layers. float32, float64 and bfloat16 have CPU kernels (K up to 512), float16, other K and devices run
     `hyperfast.reference`. next_weights: what `adamw_generate` left, [N] each or None; used where weight, bias
     and z are unchanged since. factored: no gradient of weight is formed; it is dw outer z, and dw is the
     gradient of bias. l2: L numbers; the backward adds l2 w to dw, the gradient of l2 / 2 |w|^2. Returns L
     tensors [N] that alias nothing, in autocast's dtype under autocast. Raises ValueError or TypeError for
-    wrong shapes, dtypes or devices. Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3, with a linear
-    generator.
+    wrong shapes, dtypes or devices, and for a gradient of inference tensors. Ha, Dai, Le, "HyperNetworks"
+    (ICLR 2017), section 3, with a linear generator.
     """
     check_backend(backend)
     weights, biases, zs = list(weights), list(biases), list(zs)
@@ -208,6 +209,10 @@ def generate(
             seen.add(id(tensor))
     inputs = (*weights, *biases, *zs, *next_weights)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if needs_grad and not torch.compiler.is_compiling() and any(t.is_inference() for t in (*weights, *zs)):
+        raise ValueError(
+            "a weight or z made under inference_mode cannot be part of a graph with gradients: clone it"
+        )
     # dynamo of torch 2.11 shifts the arguments of a Function with *tensors where no gradient is needed
     straight = torch.compiler.is_compiling() and not needs_grad
     out = (Generate.forward if straight else Generate.apply)(factored, backend, *inputs)

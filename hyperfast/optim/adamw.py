@@ -82,6 +82,7 @@ class AdamW(torch.optim.Optimizer):
             params = params.parameters()
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
         self.max_grad_norm, self.nonfinite, self.backend = max_grad_norm, nonfinite, check_backend(backend)
@@ -245,12 +246,12 @@ def _advance(state: dict[str, Any], group: dict) -> AdamWCoefficients:
 
 
 def _check_group(group: dict) -> None:
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     checks = {
-        "lr must be at least 0": group["lr"] >= 0,
+        "lr must be at least 0": float(group["lr"]) >= 0,
         "betas must be in [0, 1)": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-        "eps must be at least 0": group["eps"] >= 0,
-        "weight_decay must be at least 0": group["weight_decay"] >= 0,
+        "eps must be at least 0": float(group["eps"]) >= 0,
+        "weight_decay must be at least 0": float(group["weight_decay"]) >= 0,
     }
     for message, ok in checks.items():
         if not ok:

@@ -89,7 +89,7 @@ def clip_grad_norm_(
     before clipping. Raises RuntimeError for a non-finite norm if `error_if_nonfinite`, ValueError for a
     factored weight without its bias or z.
     """
-    parameters = parameters_of(parameters)
+    parameters, max_norm, norm_type = parameters_of(parameters), float(max_norm), float(norm_type)
     norm = grad_norm(parameters, factors_of(parameters), norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(

@@ -99,6 +99,29 @@ def test_lazily_negated_tensors():
     torch.testing.assert_close(made, weight.clone() @ z.clone() + bias.clone())
 
 
+@pytest.mark.parametrize("negated", [0, 1, 2])
+def test_one_lazily_negated_contiguous_tensor(negated):
+    """torch negates tensors and lists of tensors before an op sees them, but not lists of optional tensors."""
+    tensors = [torch.randn(3, 2), torch.randn(3), torch.randn(2)]
+    expected = [t.neg() if i == negated else t for i, t in enumerate(tensors)]
+    tensors[negated] = torch._neg_view(tensors[negated])
+    assert tensors[negated].is_contiguous()
+    (made,) = ops.generate(*([t] for t in tensors))
+    assert torch.equal(made, ops.generate(*([t] for t in expected))[0])
+
+
+def test_inference_tensors():
+    weights, biases, zs = small(torch.float32, requires_grad=False)
+    with torch.inference_mode():
+        made_there = [t.clone() for t in zs]
+    for a, b in zip(
+        ops.generate(weights, biases, made_there), ops.generate(weights, biases, zs), strict=True
+    ):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="made under inference_mode"):
+        ops.generate([w.requires_grad_() for w in weights], biases, made_there)
+
+
 @pytest.mark.parametrize("dtype, K", [(torch.float16, 5), (torch.float32, 513), (torch.float32, 0)])
 def test_what_the_kernels_do_not_serve(dtype, K, no_native):
     columns = generators([(6, K)], dtype)
@@ -419,6 +442,22 @@ def broken(name):
         "no weights, one z": (([], [], zs[:1]), ValueError, "0 weights but 1 of z"),
         "z None": ((weights, biases, [None, *zs[1:]]), (TypeError, ValueError), "z 0"),
         "weight None": (([None, *weights[1:]], biases, zs), (TypeError, ValueError), "weight 0"),
+        "float8": (
+            ([weights[0].to(torch.float8_e4m3fn), *weights[1:]], biases, zs),
+            TypeError,
+            "weight 0 must",
+        ),
+        "sparse": (
+            ([weights[0].to_sparse(), *weights[1:]], biases, zs),
+            TypeError,
+            "weight 0 must be a dense",
+        ),
+        "mkldnn": ((weights, [biases[0].to_mkldnn(), *biases[1:]], zs), TypeError, "bias 0 must be a dense"),
+        "nested": (
+            (weights, biases, [torch.nested.nested_tensor([zs[0]], layout=torch.jagged), *zs[1:]]),
+            TypeError,
+            "z 0 must be a dense tensor, got nested",
+        ),
         "z a list": ((weights, biases, [[1.0, 2.0, 3.0], *zs[1:]]), TypeError, "z 0"),
         "another device": ((weights, biases, [zs[0].to("meta"), *zs[1:]]), ValueError, "z 0 must be on cpu"),
     }

@@ -119,3 +119,14 @@ def test_a_missing_part_raises_and_clips_nothing(missing, pair):
     with pytest.raises(ValueError, match="without its " + missing.replace("carrier", "bias")):
         clip_grad_norm_(rest, 1e-3)
     assert all(b is None or torch.equal(p.grad, b) for p, b in zip(rest, before, strict=True))
+
+
+def test_numbers_are_what_torch_takes_for_numbers(pair):
+    ours, theirs = pair
+    for max_norm in (2**70, "1.5", torch.tensor(0.5)):
+        torch.testing.assert_close(
+            clip_grad_norm_(ours, max_norm), torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+        )
+    for max_norm in (None, 1j, torch.ones(2)):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            clip_grad_norm_(ours, max_norm)
