@@ -61,6 +61,26 @@ def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`tensors` with views in place of repetitions: a compiled autograd Function returns half the gradient of
+    a tensor given twice (torch 2.11)."""
+    seen: set[int] = set()
+    made = []
+    for tensor in tensors:
+        made.append(tensor if tensor is None or id(tensor) not in seen else tensor.view_as(tensor))
+        if tensor is not None:  # torch 2.11: no id() of None in traced code
+            seen.add(id(tensor))
+    return made
+
+
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """The dtype autocast wants of a result made with `weight`, None where it leaves it alone."""
+    device = weight.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or weight.dtype != torch.float32:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:
     """Checks generators before native code sees them: weight [N, K] floating point, of one dtype and device.
 

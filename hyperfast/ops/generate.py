@@ -11,8 +11,10 @@ from hyperfast import reference
 from hyperfast.ops._library import (
     _cpu,
     _cuda,
+    autocast_dtype,
     check_backend,
     check_generators,
+    distinct,
     kernel_dtype,
     library,
     no_autocast,
@@ -166,21 +168,13 @@ def generate(
         return ()
     if backend == "reference" and not factored:
         return tuple(reference.generate(weights, biases, zs))
-    # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11): give a view
-    seen: set[int] = set()
-    for tensors in (weights, biases, zs):
-        for i, tensor in enumerate(tensors):
-            if tensor is None:
-                continue
-            if id(tensor) in seen:
-                tensors[i] = tensor.view_as(tensor)
-            seen.add(id(tensor))
+    L = len(weights)
+    given = distinct([*weights, *biases, *zs])
+    weights, biases, zs = given[:L], given[L : 2 * L], given[2 * L :]
     inputs = (*weights, *biases, *zs, *next_weights)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     # dynamo of torch 2.11 shifts the arguments of a Function with *tensors where no gradient is needed
     straight = torch.compiler.is_compiling() and not needs_grad
     out = (Generate.forward if straight else Generate.apply)(factored, backend, *inputs)
-    device = weights[0].device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
-        return tuple(w.to(torch.get_autocast_dtype(device)) for w in out)
-    return out
+    dtype = autocast_dtype(weights[0])
+    return out if dtype is None else tuple(w.to(dtype) for w in out)
