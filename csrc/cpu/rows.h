@@ -90,8 +90,6 @@ void generate_rows(const T* weight, const T* bias, const compute_t<T>* z, int64_
       if (K == 4) n = generate_packed_rows<4>(widest, weight, bias, z, rows, w, ahead);
     if constexpr (W > 2)
       if (K == 2) n = generate_packed_rows<2>(widest, weight, bias, z, rows, w, ahead);
-    if constexpr (W > 1)
-      if (K == 1) n = generate_packed_rows<1>(widest, weight, bias, z, rows, w, ahead);
   });
   with_width<T>(K, [&](auto simd) {
     using S = decltype(simd);

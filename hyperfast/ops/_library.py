@@ -73,6 +73,15 @@ def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return made
 
 
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether an op on `tensors` must go through its autograd Function, which costs 20 to 40 us: a gradient is
+    needed, or a transform of torch.func is at work. (And dynamo of torch 2.11 shifts the arguments of a
+    Function with *tensors where no gradient is needed.)"""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype autocast wants of a result made with `weight`, None where it leaves it alone."""
     device = weight.device.type

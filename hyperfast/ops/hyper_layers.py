@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from hyperfast.ops._library import autocast_dtype, check_generators, check_like, distinct
+from hyperfast.ops._library import autocast_dtype, check_generators, check_like, distinct, needs_function
 from hyperfast.ops.generate import generate
 from hyperfast.ops.merged import Geometry, HyperConv2dFunction
 
@@ -44,7 +44,7 @@ def hyper_linear(
     """
     _check_x(x, weight, lambda dim: dim >= 1, "[..., I]")
     _check_generator(z, weight, bias, layer_bias, x.shape[-1], "I")
-    needs_grad = _needs_grad(x, z, weight, bias, layer_bias)
+    needs_grad = needs_function(x, z, weight, bias, layer_bias)
     if not _merge(path, x.numel() // x.shape[-1], weight, needs_grad):
         (w,) = generate([weight], [bias], [z], factored=factored)
         return F.linear(x, w.view(-1, x.shape[-1]), layer_bias)
@@ -79,7 +79,7 @@ def hyper_conv2d(
     geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
     unit = x.shape[1] // groups * math.prod(geometry.kernel_size)
     _check_generator(z, weight, bias, layer_bias, unit, "I / groups R S", groups)
-    needs_grad = _needs_grad(x, z, weight, bias, layer_bias)
+    needs_grad = needs_function(x, z, weight, bias, layer_bias)
     if _merge(path, x.shape[0] * math.prod(geometry.output(x.shape)), weight, needs_grad):
         return _merged(x, z, weight, bias, layer_bias, geometry, factored, needs_grad)
     (w,) = generate([weight], [bias], [z], factored=factored)
@@ -104,15 +104,9 @@ def _merge(path: str, rows: int, weight: Tensor, needs_grad: bool) -> bool:
 def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, needs_grad: bool) -> Tensor:
     dtype = autocast_dtype(weight)
     tensors = distinct([x if dtype is None else x.to(weight.dtype), z, weight, bias, layer_bias])
-    # as in `generate`: torch 2.11 compiles no autograd Function where no gradient is needed
-    straight = torch.compiler.is_compiling() and not needs_grad
-    function = HyperConv2dFunction.forward if straight else HyperConv2dFunction.apply
+    function = HyperConv2dFunction.apply if needs_grad else HyperConv2dFunction.forward
     y = function(*tensors, geometry, factored)
     return y if dtype is None else y.to(dtype)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check_x(x: Tensor, weight: Tensor, good_dim, shape: str) -> None:

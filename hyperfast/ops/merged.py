@@ -6,6 +6,8 @@ One op serves both layers: a linear layer is a 1x1 convolution of 1x1 images. Wh
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import NamedTuple
 
@@ -40,6 +42,7 @@ class Geometry(NamedTuple):
         return [x.shape[0], self.outputs(x, weight), *self.output(x.shape)]
 
 
+_COMPUTE = {"bfloat16": torch.float32}  # the type the kernels take x, y and their gradients in; else the same
 _GEOMETRY = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 library.define(
     "hyper_conv2d(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? layer_bias, "
@@ -110,54 +113,61 @@ def _backward_reference(dy, x, z, weight, bias, *options):
     )
 
 
-class _Columns:
-    """The columns of x: [groups, M, I padded to a multiple of 16] in the type computed with."""
+class _Plan(NamedTuple):
+    """What the kernels are told of one call; it depends on shapes alone."""
 
-    def __init__(self, x: Tensor, weight: Tensor, geometry: Geometry):
-        self.compute = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-        self.name = {torch.float32: "float32", torch.float64: "float64"}[self.compute]
-        self.x, self.geometry = x, geometry
-        self.out = geometry.output(x.shape)
-        columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel_size)
-        rows, outputs = x.shape[0] * math.prod(self.out), geometry.outputs(x, weight) // geometry.groups
-        self.sizes = (geometry.groups, rows, outputs, columns, weight.shape[1])
-        self.padded = -(-columns // 16) * 16
-        # a linear layer's rows are its columns
-        self.plain = x.shape[2:] == (1, 1) and geometry == Geometry() and columns == self.padded
+    geometry: Geometry
+    sizes: tuple[int, int, int, int, int]  # groups, rows, outputs and columns of a group, K
+    padded: int  # columns of a group, a multiple of 16
+    out: tuple[int, int]  # H', W'
+    plain: bool  # the rows of x are its columns, as in a linear layer
 
-    def empty(self) -> Tensor:
-        return torch.empty(self.sizes[0], self.sizes[1], self.padded, dtype=self.compute)
 
-    def _run(self, kernel, image: Tensor, columns: Tensor) -> None:
-        g = self.geometry
-        kernel(
-            image.data_ptr(), list(image.shape), list(image.stride()), columns.data_ptr(), g.kernel_size,
-            self.out, g.stride, g.padding[::2], g.dilation, g.groups, self.name, torch.get_num_threads(),
-        )  # fmt: skip
+@functools.lru_cache(maxsize=1024)
+def _plan(shape: torch.Size, weight_shape: torch.Size, *options) -> _Plan:
+    geometry = Geometry(*options)
+    out = geometry.output(shape)
+    I = shape[1] // geometry.groups * math.prod(geometry.kernel_size)
+    N, K = weight_shape
+    sizes = (geometry.groups, shape[0] * out[0] * out[1], N // (I * geometry.groups), I, K)
+    padded = -(-I // 16) * 16
+    return _Plan(geometry, sizes, padded, out, shape[2:] == (1, 1) and geometry == Geometry() and I == padded)
 
-    def gather(self) -> Tensor:
-        x = self.x.to(self.compute)
-        if self.plain:
-            return x.contiguous()
-        columns = self.empty()
-        self._run(_cpu.im2col, x, columns)
-        return columns
 
-    def scatter(self, columns: Tensor) -> Tensor:
-        """The gradient of x from that of its columns, in the layout of x."""
-        if self.plain:
-            return columns.view(self.x.shape).to(self.x.dtype)
-        image = torch.empty(self.x.shape, dtype=self.compute, memory_format=_layout(self.x))
-        self._run(_cpu.col2im, image, columns)
-        return image.to(self.x.dtype)
+def _plan_of(x: Tensor, weight: Tensor, kernel_size, stride, padding, dilation, groups: int) -> _Plan:
+    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    return _plan(x.shape, weight.shape, *pairs, groups)
+
+
+def _columns_kernel(kernel, image: Tensor, columns: Tensor, plan: _Plan) -> None:
+    g = plan.geometry
+    kernel(
+        image.data_ptr(), image.shape, image.stride(), columns.data_ptr(), g.kernel_size, plan.out, g.stride,
+        g.padding[::2], g.dilation, g.groups, str(image.dtype)[6:], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _gather(x: Tensor, compute: torch.dtype, plan: _Plan) -> Tensor:
+    """The columns of x: [groups, M, padded I] in the type computed with."""
+    x = x.to(compute)
+    if plan.plain:
+        return x.contiguous()
+    columns = torch.empty(*plan.sizes[:2], plan.padded, dtype=compute)
+    _columns_kernel(_cpu.im2col, x, columns, plan)
+    return columns
+
+
+def _scatter(columns: Tensor, x: Tensor, plan: _Plan) -> Tensor:
+    """The gradient of x from that of its columns, in the layout of x."""
+    if plan.plain:
+        return columns.view(x.shape).to(x.dtype)
+    image = torch.empty(x.shape, dtype=columns.dtype, memory_format=_layout(x))
+    _columns_kernel(_cpu.col2im, image, columns, plan)
+    return image.to(x.dtype)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _served(dtype: str | None, *tensors: Tensor) -> bool:
-    return dtype is not None and all(t.numel() for t in tensors)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -166,41 +176,39 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 @torch.library.impl(library, "hyper_conv2d", "CPU")
 def _forward_cpu(x, z, weight, bias, layer_bias, *options):
-    dtype, geometry = kernel_dtype([weight]), Geometry(*map(_hashable, options))
-    if not _served(dtype, x, weight):
+    dtype = kernel_dtype([weight])
+    if dtype is None or not x.numel() or not weight.numel():
         return _forward_reference(x, z, weight, bias, layer_bias, *options)
-    columns = _Columns(x, weight, geometry)
-    rows = columns.gather()
+    plan, compute = _plan_of(x, weight, *options), _COMPUTE.get(dtype, x.dtype)
+    columns = _gather(x, compute, plan)
     weight, bias, z = _contiguous(weight, bias, z)
-    layer_bias = None if layer_bias is None else layer_bias.to(columns.compute).contiguous()
-    B, O, H, W = geometry.shape(x, weight)
-    y = torch.empty(B, H, W, O, dtype=columns.compute)
-    tensors = tuple(map(_address, (weight, bias, z, rows, layer_bias, y)))
-    _cpu.hyper_linear(tensors, columns.sizes, dtype, torch.get_num_threads())
-    if H * W == 1:
-        return y.view(B, O, 1, 1).to(x.dtype)
-    return y.permute(0, 3, 1, 2).to(x.dtype).contiguous(memory_format=_layout(x))
+    layer_bias = None if layer_bias is None else layer_bias.to(compute).contiguous()
+    groups, rows, outputs, *_ = plan.sizes
+    y = torch.empty(rows, groups * outputs, dtype=compute)
+    tensors = [_address(t) for t in (weight, bias, z, columns, layer_bias, y)]
+    _cpu.hyper_linear(tensors, plan.sizes, dtype, torch.get_num_threads())
+    if plan.out == (1, 1):
+        return y.view(*y.shape, 1, 1).to(x.dtype)
+    y = y.view(x.shape[0], *plan.out, -1).permute(0, 3, 1, 2)
+    return y.to(x.dtype).contiguous(memory_format=_layout(x))
 
 
 @torch.library.impl(library, "hyper_conv2d_backward", "CPU")
 def _backward_cpu(dy, x, z, weight, bias, *options):
-    dtype, geometry = kernel_dtype([weight]), Geometry(*map(_hashable, options[:5]))
-    if not _served(dtype, x, weight, dy):
+    *geometry, need_x, need_z, need_w = options
+    dtype = kernel_dtype([weight])
+    if dtype is None or not x.numel() or not weight.numel():
         return _backward_reference(dy, x, z, weight, bias, *options)
-    need_x, need_z, need_w = options[5:]
-    columns = _Columns(x, weight, geometry)
-    rows, dcolumns = columns.gather(), columns.empty() if need_x else None
+    plan, compute = _plan_of(x, weight, *geometry), _COMPUTE.get(dtype, x.dtype)
+    columns = _gather(x, compute, plan)
+    dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None
     weight, bias, z = _contiguous(weight, bias, z)
-    dy = dy.permute(0, 2, 3, 1).to(columns.compute).contiguous()
+    dy = dy.permute(0, 2, 3, 1).to(compute).contiguous()
     dz, dw = weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
     wanted = dcolumns, dz if need_z else None, dw if need_w else None
-    tensors = tuple(map(_address, (weight, bias, z, rows, dy, *wanted)))
-    _cpu.hyper_linear_backward(tensors, columns.sizes, dtype, torch.get_num_threads())
-    return columns.scatter(dcolumns) if need_x else x.new_empty(0), dz, dw
-
-
-def _hashable(option):
-    return tuple(option) if isinstance(option, list) else option
+    tensors = [_address(t) for t in (weight, bias, z, columns, dy, *wanted)]
+    _cpu.hyper_linear_backward(tensors, plan.sizes, dtype, torch.get_num_threads())
+    return _scatter(dcolumns, x, plan) if need_x else x.new_empty(0), dz, dw
 
 
 @torch.library.register_fake("hyperfast::hyper_conv2d", lib=library)
@@ -262,3 +270,7 @@ class HyperConv2dFunction(torch.autograd.Function):
             return expression(*tensors, geometry)
 
         return torch.vmap(one, in_dims[:5])(*tensors), 0
+
+
+# Function.apply asks for it at every call, which took 18 of 70 us
+HyperConv2dFunction.forward.__signature__ = inspect.signature(HyperConv2dFunction.forward)
