@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/hyper_linear.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -80,6 +82,72 @@ void adamw_generate(const Table<12>& table, const std::vector<std::array<double,
   kernels().adamw_generate(segments.data(), segments.size(), type, grad_scale, threads);
 }
 
+HyperLinearSizes sizes_of(const std::array<int64_t, 5>& sizes, int threads) {
+  const auto& [G, M, O, I, K] = sizes;
+  for (const int64_t size : {G, M, O, I})
+    if (size < 1) throw py::value_error("sizes must be at least 1");
+  check_sizes(G * O * I, K, threads);
+  return {G, M, O, I, K};
+}
+
+size_t compute_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+
+// uninitialised
+std::unique_ptr<char[]> scratch_of(size_t bytes) { return std::unique_ptr<char[]>(new char[bytes]); }
+
+void hyper_linear(const std::array<int64_t, 6>& tensors, const std::array<int64_t, 5>& sizes,
+                  const std::string& dtype, int threads) {
+  const auto& [weight, bias, z, x, layer_bias, y] = tensors;
+  const HyperLinear call{
+      pointer(weight), pointer(bias),           pointer(z), pointer(x), pointer(layer_bias),
+      pointer(y),      sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(forward_scratch(call.sizes, compute_size(type)));
+  kernels().hyper_linear(call, type, scratch.get(), threads);
+}
+
+void hyper_linear_backward(const std::array<int64_t, 8>& tensors, const std::array<int64_t, 5>& sizes,
+                           const std::string& dtype, int threads) {
+  const auto& [weight, bias, z, x, dy, dx, dz, dw] = tensors;
+  const HyperLinearBackward call{pointer(weight), pointer(bias), pointer(z),
+                                 pointer(x),      pointer(dy),   pointer(dx),
+                                 pointer(dz),     pointer(dw),   sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(backward_scratch(call.sizes, compute_size(type), call.dx));
+  kernels().hyper_linear_backward(call, type, scratch.get(), threads);
+}
+
+using Pair = std::array<int64_t, 2>;
+
+template <auto kernel>
+void columns(int64_t image, const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>& strides,
+             int64_t columns, const Pair& kernel_size, const Pair& out, const Pair& stride,
+             const Pair& padding, const Pair& dilation, int64_t groups, const std::string& dtype,
+             int threads) {
+  Im2col p{pointer(image),
+           pointer(columns),
+           shape[0],
+           shape[1],
+           shape[2],
+           shape[3],
+           kernel_size[0],
+           kernel_size[1],
+           out[0],
+           out[1],
+           groups,
+           {},
+           {},
+           {},
+           {}};
+  for (int i = 0; i < 2; ++i) p.stride[i] = stride[i], p.padding[i] = padding[i], p.dilation[i] = dilation[i];
+  for (int i = 0; i < 4; ++i) p.image_strides[i] = strides[i];
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  (kernels().*kernel)(p, type, threads);
+}
+
 std::vector<std::string> isas() {
   const Kernels* found[8];
   const int count = supported(found, 8);
@@ -103,4 +171,17 @@ PYBIND11_MODULE(_cpu, m) {
         "segments: (weight, exp_avg, exp_avg_sq, bias, bias_exp_avg, bias_exp_avg_sq, dw, z, z_next, w, N, "
         "K) each; "
         "coefficients: (decay, step_size, beta1, beta2, sqrt(1 - beta2^t), eps) of weight, then of bias.");
+  m.def("hyper_linear", &hyper_linear, py::arg("tensors"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("threads"),
+        "tensors: (weight, bias or 0, z, x, layer_bias or 0, y); sizes: (G, M, O, I, K).");
+  m.def("hyper_linear_backward", &hyper_linear_backward, py::arg("tensors"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("threads"),
+        "tensors: (weight, bias or 0, z, x, dy, dx or 0, dz or 0, dw or 0); sizes: (G, M, O, I, K).");
+  const auto def_columns = [&](const char* name, auto function, const char* doc) {
+    m.def(name, function, py::arg("image"), py::arg("shape"), py::arg("strides"), py::arg("columns"),
+          py::arg("kernel_size"), py::arg("out"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+          py::arg("groups"), py::arg("dtype"), py::arg("threads"), doc);
+  };
+  def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
+  def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
 }

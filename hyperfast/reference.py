@@ -44,6 +44,32 @@ def generate_backward(weights: Sequence[Tensor], dws: Sequence[Tensor]) -> tuple
     return dzs, torch.stack([dw.double().square().sum() for dw in dws])
 
 
+def hyper_linear(
+    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None, layer_bias: Tensor | None = None
+) -> Tensor:
+    """A linear layer on generated weights: x [..., I], z [K], weight [O I, K], bias [O I] or None, layer_bias
+    [O] or None -> [..., O]."""
+    return F.linear(x, F.linear(z, weight, bias).view(-1, x.shape[-1]), layer_bias)
+
+
+def hyper_conv2d(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_bias: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution with a generated kernel: x [B, I, H, W], z [K], weight [O I/groups R S, K], bias [O
+    I/groups R S] or None, layer_bias [O] or None, kernel_size (R, S) -> [B, O, H', W']."""
+    w = F.linear(z, weight, bias).view(-1, x.shape[1] // groups, *kernel_size)
+    return F.conv2d(x, w, layer_bias, stride, padding, dilation, groups)
+
+
 def adamw_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, c: AdamWCoefficients) -> None:
     """One AdamW step in place, as `torch.optim.AdamW` does it."""
     p.mul_(c.decay)

@@ -4,6 +4,15 @@ from hyperfast.ops.adamw_generate import adamw_generate
 from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
 from hyperfast.ops.generate_backward import generate_backward
+from hyperfast.ops.hyper_layers import hyper_conv2d, hyper_linear
 from hyperfast.reference import AdamWCoefficients
 
-__all__ = ["AdamWCoefficients", "adamw_generate", "conv2d", "generate", "generate_backward"]
+__all__ = [
+    "AdamWCoefficients",
+    "adamw_generate",
+    "conv2d",
+    "generate",
+    "generate_backward",
+    "hyper_conv2d",
+    "hyper_linear",
+]
