@@ -1,6 +1,7 @@
 """Generators, layers with generated weights, and their initialisation."""
 
 from hyperfast.nn import init
+from hyperfast.nn.batch_norm import BatchNormReLUMaxPool2d
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
 from hyperfast.nn.layers import (
     HyperConv2d,
@@ -14,6 +15,7 @@ from hyperfast.nn.layers import (
 )
 
 __all__ = [
+    "BatchNormReLUMaxPool2d",
     "Generator",
     "HyperConv2d",
     "HyperLayer",
