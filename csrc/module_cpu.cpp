@@ -148,6 +148,41 @@ void columns(int64_t image, const std::array<int64_t, 4>& shape, const std::arra
   (kernels().*kernel)(p, type, threads);
 }
 
+PooledImages images_of(const std::array<int64_t, 5>& sizes, int threads) {
+  const auto [B, H, W, C, P] = sizes;
+  if (B < 1 || C < 1 || P < 1 || P > 2 || H < P || W < P || threads < 1)
+    throw py::value_error("need B, C, threads >= 1, P 1 or 2, H and W >= P");
+  return {B, H, W, C, P};
+}
+
+void batch_norm(const std::array<int64_t, 5>& sizes, int64_t x, int64_t weight, int64_t bias,
+                int64_t statistics, bool given, double eps, int64_t y, int64_t index,
+                const std::string& dtype, int threads) {
+  const PooledImages images = images_of(sizes, threads);
+  double* mean = pointer<double>(statistics);
+  const BatchNormSegment segment{
+      images, pointer(x), pointer(weight), pointer(bias),          mean, mean + images.C,
+      given,  eps,        pointer(y),      pointer<uint8_t>(index)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
+  kernels().batch_norm(segment, type, scratch.get(), threads);
+}
+
+void batch_norm_backward(const std::array<int64_t, 5>& sizes, int64_t x, int64_t dy, int64_t index,
+                         int64_t weight, int64_t statistics, bool given, double eps, int64_t dx,
+                         int64_t dweight, int64_t dbias, const std::string& dtype, int threads) {
+  const PooledImages images = images_of(sizes, threads);
+  const double* mean = pointer<double>(statistics);
+  const BatchNormBackwardSegment segment{
+      images, pointer(x), pointer(dy), pointer<uint8_t>(index), pointer(weight), mean, mean + images.C,
+      given,  eps,        pointer(dx), pointer(dweight),        pointer(dbias)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
+  kernels().batch_norm_backward(segment, type, scratch.get(), threads);
+}
+
 std::vector<std::string> isas() {
   const Kernels* found[8];
   const int count = supported(found, 8);
@@ -184,4 +219,13 @@ PYBIND11_MODULE(_cpu, m) {
   };
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
+  m.def("batch_norm", &batch_norm, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("statistics"), py::arg("given"), py::arg("eps"), py::arg("y"), py::arg("index"),
+        py::arg("dtype"), py::arg("threads"),
+        "sizes: (B, H, W, C, P); addresses; statistics: mean [C] and var [C], float64; weight, bias, index "
+        "may be 0.");
+  m.def("batch_norm_backward", &batch_norm_backward, py::arg("sizes"), py::arg("x"), py::arg("dy"),
+        py::arg("index"), py::arg("weight"), py::arg("statistics"), py::arg("given"), py::arg("eps"),
+        py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dtype"), py::arg("threads"),
+        "As batch_norm; dx may be 0.");
 }

@@ -85,6 +85,46 @@ struct Im2col {
   int64_t image_strides[4];
 };
 
+// Batch norm, ReLU and P x P max pool of channels_last images. Letters: B batch, H x W image, C channels, P
+// side and stride of a window. Rows and columns that fill no window count in the statistics alone.
+struct PooledImages {
+  int64_t B, H, W, C, P;  // P is 1 (no pooling) or 2
+  int64_t window_rows() const { return B * (H / P); }
+  int64_t pixels() const { return B * H * W; }
+  // Sums over the batch are taken tile by tile: whole pixels or rows of windows, about 32,768 elements.
+  int64_t tile_pixels() const { return C < 512 ? 32768 / C / 64 * 64 : 64; }
+  int64_t tile_window_rows() const { return P * W * C < 32768 ? 32768 / (P * W * C) : 1; }
+  int64_t tiles() const { return (pixels() + tile_pixels() - 1) / tile_pixels(); }
+  int64_t window_tiles() const { return (window_rows() + tile_window_rows() - 1) / tile_window_rows(); }
+  // Doubles: two sums for each tile and channel, coefficients of each channel.
+  int64_t scratch() const { return C * (2 * (tiles() > window_tiles() ? tiles() : window_tiles()) + 4); }
+};
+
+// y = max over the window of max(0, (x - mean) / sqrt(var + eps) weight + bias)
+struct BatchNormSegment {
+  PooledImages images;
+  const void* x;              // [B, H, W, C]
+  const void *weight, *bias;  // [C], float where x is bfloat16; null: 1 and 0
+  double *mean, *var;         // [C], biased; written, or read where they are given
+  bool given;
+  double eps;
+  void* y;         // [B, H / P, W / P, C]
+  uint8_t* index;  // like y: the winner's place in its window, row by row, P * P where ReLU is off; or null
+};
+
+struct BatchNormBackwardSegment {
+  PooledImages images;
+  const void* x;         // [B, H, W, C]
+  const void* dy;        // [B, H / P, W / P, C]
+  const uint8_t* index;  // like dy
+  const void* weight;    // [C], float where x is bfloat16; null: 1
+  const double *mean, *var;
+  bool given;  // mean and var do not depend on x
+  double eps;
+  void* dx;               // like x, or null
+  void *dweight, *dbias;  // like weight
+};
+
 // Blocks of rows: at most 1024 rows, about 64 KiB of float32 weights.
 inline int64_t rows_per_block(int64_t K) {
   const int64_t rows = 16384 / K;
@@ -105,6 +145,9 @@ struct Kernels {
   void (*hyper_linear_backward)(const HyperLinearBackward&, DType, void* scratch, int threads);
   void (*im2col)(const Im2col&, DType, int threads);
   void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
+  // scratch: images.scratch() doubles
+  void (*batch_norm)(const BatchNormSegment&, DType, double* scratch, int threads);
+  void (*batch_norm_backward)(const BatchNormBackwardSegment&, DType, double* scratch, int threads);
 };
 
 #define HYPERFAST_DECLARE_KERNELS(isa)                                                  \
@@ -116,6 +159,8 @@ struct Kernels {
   void hyper_linear_backward(const HyperLinearBackward&, DType, void*, int);            \
   void im2col(const Im2col&, DType, int);                                               \
   void col2im(const Im2col&, DType, int);                                               \
+  void batch_norm(const BatchNormSegment&, DType, double*, int);                        \
+  void batch_norm_backward(const BatchNormBackwardSegment&, DType, double*, int);       \
   }
 HYPERFAST_DECLARE_KERNELS(scalar)
 #ifdef __x86_64__

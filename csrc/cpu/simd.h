@@ -154,6 +154,25 @@ struct Simd {
       if (i < n) p[i] = lanes[i];
   }
 
+  // Past the caches, for what is not read again soon; p on a multiple of the vector's bytes.
+  static void stream(T* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (W * sizeof(T) == 64) {
+      alignas(64) T lanes[W];
+      store(lanes, v);
+      return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(lanes));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (W * sizeof(T) == 32) {
+      alignas(32) T lanes[W];
+      store(lanes, v);
+      return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)lanes));
+    }
+#endif
+    store(p, v);
+  }
+
   static V sqrt(V v) {
     if constexpr (W == 1) return std::sqrt(v);
 #if defined(__AVX512F__)

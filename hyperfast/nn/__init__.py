@@ -1,6 +1,7 @@
 """Generators, layers with generated weights, and their initialisation."""
 
 from hyperfast.nn import init
+from hyperfast.nn.batch_norm import BatchNormReLUMaxPool2d
 from hyperfast.nn.generator import (
     Generator,
     LinearGenerator,
@@ -21,6 +22,7 @@ from hyperfast.nn.layers import (
 )
 
 __all__ = [
+    "BatchNormReLUMaxPool2d",
     "Generator",
     "HyperConv2d",
     "HyperLayer",

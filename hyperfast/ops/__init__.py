@@ -1,6 +1,7 @@
 """The ops: library registration, autograd and the public functions with their checks, one file each."""
 
 from hyperfast.ops.adamw_generate import adamw_generate
+from hyperfast.ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
 from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
 from hyperfast.ops.generate_backward import generate_backward
@@ -10,6 +11,7 @@ from hyperfast.reference import AdamWCoefficients
 __all__ = [
     "AdamWCoefficients",
     "adamw_generate",
+    "batch_norm_relu_max_pool",
     "conv2d",
     "generate",
     "generate_backward",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperfast.nn import generate_layers
+from hyperfast.nn import BatchNormReLUMaxPool2d, generate_layers
 from train.models.layers import Layers, check_classes
 
 CHANNELS = (3, 64, 128, 256, 512, 512)
@@ -31,7 +31,8 @@ class FullNet(nn.Module):
         features = (512, 1024, 512, num_classes)
         for i in range(1, 6):
             self.add_module(f"conv{i}", layers.conv(f"conv{i}", CHANNELS[i - 1], CHANNELS[i], 3))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(CHANNELS[i]))
+            pool = 2 if i < 5 else 1
+            self.add_module(f"bn{i}", BatchNormReLUMaxPool2d(CHANNELS[i], pool, backend=layers.backend))
         for i in range(1, 4):
             self.add_module(f"fc{i}", layers.linear(f"fc{i}", features[i - 1], features[i]))
         self.dropout = nn.Dropout(0.5)
@@ -46,9 +47,6 @@ class FullNet(nn.Module):
 
         for i in range(1, 6):
             x = self.get_submodule(f"bn{i}")(layer(f"conv{i}", x))
-            if i < 5:
-                x = F.max_pool2d(x, 2)  # before ReLU: the same values and gradients, a quarter of the ReLU
-            x = F.relu(x)
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
         x = self.dropout(F.relu(layer("fc1", x)))
         x = self.dropout(F.relu(layer("fc2", x)))
