@@ -23,15 +23,19 @@ void dot_rows(Simd<C, W>, const C* x, int64_t ldx, const C* tile, int64_t cols, 
   for (int64_t i = 0; i < cols; i += W) {
     typename S::V xs[M];
     for (int m = 0; m < M; ++m) xs[m] = S::load(x + m * ldx + i);
+    for (int m = 0; m < M; ++m) __builtin_prefetch(x + (M + m) * ldx + i);  // the rows that come next
     for (int o = 0; o < O; ++o) {
       const auto w = S::load(tile + o * cols + i);
       for (int m = 0; m < M; ++m) acc[m][o] += xs[m] * w;
     }
   }
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
     sum_groups<W, O, W>(acc[m]);
-    for (int o = 0; o < lanes; o += W) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; o += W) {
       const int n = lanes - o < W ? lanes - o : W;
+      if (n <= 0) break;
       auto sum = acc[m][o / W];
       if (add) sum += S::load(y + m * ldy + o, n);
       else if (start) sum += S::load(start + o, n);
@@ -139,7 +143,7 @@ void backward_strip(const HyperLinearBackward& p, const BackwardUnits& units, in
   const int64_t split = unit % units.splits, strip = unit / units.splits;
   const int64_t g = strip / units.strips, i = strip % units.strips * kStripColumns;
   const int64_t columns = s.I - i < kStripColumns ? s.I - i : kStripColumns;
-  const int64_t padded = round_up(columns, kColumnPad), ldx = s.padded(), ldy = s.G * s.O;
+  const int64_t padded = round_up(columns, kColumnPad), ldx = s.padded();
   const int64_t first = split * units.split_outputs;
   const int64_t end = first + units.split_outputs < s.O ? first + units.split_outputs : s.O;
   const int64_t ahead = columns < s.I ? s.I * s.K * int64_t(sizeof(T)) : kAhead;  // the next output's columns
@@ -151,23 +155,23 @@ void backward_strip(const HyperLinearBackward& p, const BackwardUnits& units, in
     for (int64_t k = 0; k < s.K; ++k) dz[k] = 0;
   for (int64_t o = first; o < end; o += kStripOutputs) {
     const int64_t outputs = end - o < kStripOutputs ? end - o : kStripOutputs;
-    const C* dy = static_cast<const C*>(p.dy) + g * s.O + o;
-    if (dz || p.dw) multiply_add(dw, padded, outputs, padded, dy, 1, ldy, x, ldx, s.M, false);
+    const C* dy = static_cast<const C*>(p.dy) + (g * s.O + o) * s.M;
+    if (dz || p.dw) multiply_add(dw, padded, outputs, padded, dy, s.M, 1, x, ldx, s.M, false);
     for (int64_t r = 0; r < outputs; ++r) {
       const int64_t n = (g * s.O + o + r) * s.I + i;
       C *w_row = w + r * padded, *dw_row = dw + r * padded;
-      if (dx) {
+      if (dx)
         generate_rows(weight + n * s.K, bias ? bias + n : nullptr, z.values, s.K, columns, w_row, ahead);
-        for (int64_t j = columns; j < padded; ++j) w_row[j] = 0;
-      }
       if (dz)
         with_width<T>(s.K, [&](auto simd) {
           add_weighted_rows(simd, weight + n * s.K, dw_row, s.K, columns, dz, ahead);
         });
+      if (dx)
+        for (int64_t j = columns; j < padded; ++j) w_row[j] = 0;
       if (p.dw)
         for (int64_t j = 0; j < columns; ++j) static_cast<T*>(p.dw)[n + j] = narrow<T>(dw_row[j]);
     }
-    if (dx) multiply_add(dx + i, ldx, s.M, padded, dy, ldy, 1, w, padded, outputs, o > first);
+    if (dx) multiply_add(dx + i, ldx, s.M, padded, dy, 1, s.M, w, padded, outputs, o > first);
   }
 }
 

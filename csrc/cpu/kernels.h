@@ -65,11 +65,11 @@ struct HyperLinear {
   void* y;                        // [M, G O]
   HyperLinearSizes sizes;
 };
-// dx[g, m, i] = sum_o dy[m, g O + o] w[g, o, i], dw[g, o, i] = sum_m dy[m, g O + o] x[g, m, i],
+// dx[g, m, i] = sum_o dy[g O + o, m] w[g, o, i], dw[g, o, i] = sum_m dy[g O + o, m] x[g, m, i],
 // dz[k] = sum_n dw[n] weight[n, k]. Each of the three is made where its pointer is not null.
 struct HyperLinearBackward {
   const void *weight, *bias, *z, *x;  // as above
-  const void* dy;                     // [M, G O], in the type computed with
+  const void* dy;                     // [G O, M], in the type computed with
   void* dx;                           // [G, M, padded I], in the type computed with
   void *dz, *dw;                      // [K], [G O I]
   HyperLinearSizes sizes;

@@ -75,15 +75,62 @@ int64_t generate_whole_vectors(Simd<T, W>, const T* weight, const T* bias, const
   return n;
 }
 
+// Rows of bfloat16 in pairs: a vector of 2 W of them is W even elements (shifted left) and W odd ones
+// (masked), no shuffles. K a multiple of 2 W, or a power of two below it and then several rows in each
+// vector; G: lanes of a row in a vector. The sums are added in another order than elsewhere. Returns the rows
+// done.
+template <int G, int W>
+int64_t generate_pairs(Simd<bfloat16, W>, const bfloat16* weight, const bfloat16* bias, const float* z,
+                       int64_t K, int64_t rows, float* w, int64_t ahead) {
+  using S = Simd<float, W>;
+  using Bits = typename VectorOf<uint32_t, W>::type;
+  const int64_t step = K < 2 * W ? 2 * W : K;  // elements from one vector's first to the next's
+  float even[kMaxK / 2], odd[kMaxK / 2];
+  for (int64_t i = 0; i < step / 2; ++i) even[i] = z[2 * i % K], odd[i] = z[(2 * i + 1) % K];
+  int64_t n = 0;
+  for (; n + W <= rows; n += W) {
+    const bfloat16* from = weight + n * K;
+    prefetch_ahead(from, W * K * sizeof(bfloat16), ahead);
+    typename S::V v[G] = {};
+    for (int64_t k = 0; k < step; k += 2 * W)
+      for (int i = 0; i < G; ++i) {
+        Bits bits;
+        std::memcpy(&bits, from + i * step + k, sizeof(bits));
+        v[i] += (typename S::V)(bits << 16) * S::load(even + k / 2);
+        v[i] += (typename S::V)(bits & 0xffff0000u) * S::load(odd + k / 2);
+      }
+    sum_groups<W, G, G>(v);
+    if (bias) v[0] += Simd<bfloat16, W>::load(bias + n);
+    S::store(w + n, v[0]);
+  }
+  return n;
+}
+
+// generate_pairs where it serves K, else 0 rows done.
+template <int W>
+int64_t try_pairs(Simd<bfloat16, W> simd, const bfloat16* weight, const bfloat16* bias, const float* z,
+                  int64_t K, int64_t rows, float* w, int64_t ahead) {
+  if constexpr (W > 1) {
+    if (K % (2 * W) == 0) return generate_pairs<W>(simd, weight, bias, z, K, rows, w, ahead);
+    if (K == W) return generate_pairs<W / 2>(simd, weight, bias, z, K, rows, w, ahead);
+    if (2 * K == W) return generate_pairs<W / 4>(simd, weight, bias, z, K, rows, w, ahead);
+  }
+  return 0;
+}
+
 // w[n] = sum_k weight[n, k] z[k] + bias[n] for `rows` rows; z padded as in PaddedZ; w in T or in the type
-// computed with. ahead: bytes from what is read to what will be read soon. Whatever the path the sums are
-// added in one order, that of Simd::sum over the narrowest vector that holds a row.
+// computed with. ahead: bytes from what is read to what will be read soon. Where w is in T the sums are added
+// in one order whatever the path, that of Simd::sum over the narrowest vector that holds a row:
+// adamw_generate makes the same bits.
 template <class T, class Out>
 void generate_rows(const T* weight, const T* bias, const compute_t<T>* z, int64_t K, int64_t rows, Out* w,
                    int64_t ahead = kAhead) {
   int64_t n = 0;
   with_width<T>(kMaxK, [&](auto widest) {
     constexpr int W = decltype(widest)::width;
+    if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<Out, float>)
+      n = try_pairs(widest, weight, bias, z, K, rows, w, ahead);
+    if (n) return;
     if constexpr (W > 8)
       if (K == 8) n = generate_packed_rows<8>(widest, weight, bias, z, rows, w, ahead);
     if constexpr (W > 4)
@@ -116,10 +163,10 @@ void add_weighted_rows(Simd<T, W>, const T* weight, const D* dw, int64_t K, int6
   using S = Simd<T, W>;
   using V = typename S::V;
   using C = typename S::C;
-  const auto flush = [&](V acc, int64_t k) {
-    C lanes[W];
-    Simd<C, W>::store(lanes, acc);
-    for (int64_t i = 0; i < W && k + i < K; ++i) sum[k + i] += lanes[i];
+  const auto flush = [&](V acc, int64_t k, int lanes = W) {
+    C sums[W];
+    Simd<C, W>::store(sums, acc);
+    for (int i = 0; i < lanes; ++i) sum[k + i] += sums[i];
   };
   int64_t k = 0;
   for (; k + 4 * W <= K; k += 4 * W) {  // four vectors of columns at a time
@@ -143,7 +190,7 @@ void add_weighted_rows(Simd<T, W>, const T* weight, const D* dw, int64_t K, int6
   if (k < K) {
     V acc{};
     for (int64_t n = 0; n < rows; ++n) acc += widen(dw[n]) * S::load(weight + n * K + k, int(K - k));
-    flush(acc, k);
+    flush(acc, k, int(K - k));
   }
 }
 

@@ -118,6 +118,11 @@ struct Simd {
   // The first n < W lanes; the others are zero.
   static V load(const T* p, int n) {
 #if defined(__AVX512VL__)
+    if constexpr (std::is_same_v<T, bfloat16> && W >= 4) {
+      uint16_t lanes[16];
+      _mm256_storeu_si256((__m256i*)lanes, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+      return load(reinterpret_cast<const T*>(lanes));
+    }
     if constexpr (std::is_same_v<T, float> && W == 16)
       return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
     if constexpr (std::is_same_v<T, float> && W == 8)

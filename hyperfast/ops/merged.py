@@ -203,7 +203,7 @@ def _backward_cpu(dy, x, z, weight, bias, *options):
     columns = _gather(x, compute, plan)
     dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None
     weight, bias, z = _contiguous(weight, bias, z)
-    dy = dy.permute(0, 2, 3, 1).to(compute).contiguous()
+    dy = dy.transpose(0, 1).to(compute).contiguous()  # [outputs, rows]
     dz, dw = weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
     wanted = dcolumns, dz if need_z else None, dw if need_w else None
     tensors = [_address(t) for t in (weight, bias, z, columns, dy, *wanted)]
