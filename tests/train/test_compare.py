@@ -404,6 +404,7 @@ def test_in_processes_of_their_own(tmp_path, monkeypatch):
     assert all((tmp_path / "c" / name / "report.md").exists() for name in MODELS.split(","))
 
 
+@pytest.mark.slow
 def test_the_module_is_a_command():
     done = subprocess.run([*compare.TRAIN[:2], "train.compare", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "All other options go to python -m train.cifar100" in done.stdout
