@@ -10,7 +10,7 @@ import argparse
 import shlex
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,11 @@ def number(kind: type, low: float, above: bool = False) -> Callable[[str], Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; None where the model's recipe decides."""
-    p = Parser("python -m train.cifar100", description="Train a CIFAR-100 hypernetwork or its plain twin.")
+    p = Parser(
+        "python -m train.cifar100",
+        description="Train a CIFAR-100 hypernetwork or its plain twin.",
+        epilog="Recipes. " + " ".join(_recipes()),
+    )
     count, rate = number(int, 1), number(float, 0)
     add = p.add_argument
     boolean = argparse.BooleanOptionalAction
@@ -137,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     add("--threads", type=count, help="CPU threads (torch's choice)")
-    recipe = p.add_argument_group("recipe (each model has its own)")
+    recipe = p.add_argument_group("recipe (each model has its own, see below)")
     own = recipe.add_argument
     own("--optimizer", choices=("adamw", "adam"))
     own("--schedule", choices=list(SCHEDULES), help="of the learning rate, by epoch")
@@ -161,6 +165,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _recipes() -> Iterator[str]:
+    for recipe in dict.fromkeys(RECIPES.values()):
+        values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(recipe).items())
+        yield f"{', '.join(name for name, own in RECIPES.items() if own == recipe)}: {values}."
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options with the model's recipe filled in. Exits with status 2 and one line for bad ones.
 
@@ -180,6 +190,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _name_layers(args: argparse.Namespace) -> None:
+    """Sets z_dims and generated_from; raises ValueError for names, sizes and epochs that do not fit."""
     model = MODELS[args.model]
     layers = model.generated
     if args.generate is not None:
@@ -311,7 +322,9 @@ def run(args: argparse.Namespace, command: str) -> Trainer:
     if frozen:
         save_frozen(trainer.model, frozen)
     name = f"CIFAR-100, {args.model}"
-    path = report.write(trainer, name, reason, command, PUBLISHED.get(args.model), frozen)
+    as_published = not (args.generate or args.z_dim or args.progressive or args.init_from)
+    published = PUBLISHED.get(args.model) if as_published else None
+    path = report.write(trainer, name, reason, command, published, frozen)
     epoch, accuracy = trainer.best["epoch"], trainer.best["test_accuracy"]
     print(f"{reason}; test accuracy {accuracy:.2f} % at the best validation epoch, {epoch}; {path}")
     return trainer

@@ -189,9 +189,11 @@ def generate(
     weights, biases, zs = list(weights), list(biases), list(zs)
     next_weights = [None] * len(weights) if next_weights is None else list(next_weights)
     check_generators(weights, bias=(biases, "N?"), z=(zs, "K"), next_weight=(next_weights, "N?"))
+    l2 = [0.0] * len(weights) if l2 is None else list(l2)
+    if len(l2) != len(weights):
+        raise ValueError(f"l2 must have one number for each of {len(weights)} weights, got {len(l2)}")
     if not weights:
         return ()
-    l2 = [0.0] * len(weights) if l2 is None else l2
     if backend == "reference" and not factored:
         made = reference.generate(weights, biases, zs)
         return tuple(penalize_l2(w, c) for w, c in zip(made, l2, strict=True))

@@ -93,7 +93,7 @@ def test_twenty_steps_in_factored_mode():
     assert max((t - theirs[name]).abs().max() for name, t in ours.state_dict().items()) < 1e-9
 
 
-@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("factored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled(factored):
     model = hyperfast.factored_(generated_l2_(Net().double(), L2), factored)
     wanted = gradients(model, model(X).square().sum())
@@ -157,3 +157,9 @@ def test_copies_keep_it_and_state_dicts_do_not():
 def test_bad_coefficients(wrong):
     with pytest.raises(ValueError, match="coefficient must be at least 0 and finite, got"):
         generated_l2_(Net(), wrong)
+
+
+def test_the_op_wants_one_number_for_each_layer():
+    weight, z = torch.randn(4, 3), torch.randn(3)
+    with pytest.raises(ValueError, match="l2 must have one number for each of 1 weights, got 2"):
+        hyperfast.ops.generate([weight], [None], [z], l2=[0.1, 0.2])

@@ -314,8 +314,15 @@ def generated(state):
     return [name.removesuffix(".generator.z") for name in state["model"] if name.endswith("generator.z")]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
-@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+@pytest.mark.parametrize(
+    ("fused", "optimizer"),
+    [
+        ("--fused", "adamw"),
+        ("--fused", "adam"),
+        pytest.param("--no-fused", "adamw", marks=pytest.mark.slow),
+        pytest.param("--no-fused", "adam", marks=pytest.mark.slow),
+    ],
+)
 def test_progressive_resumes_bit_for_bit(small_data, tmp_path, capsys, fused, optimizer):
     options = (fused, *SMALL, *GROW, "--optimizer", optimizer)
     assert run(tmp_path / "whole", *options) == 0
@@ -392,6 +399,7 @@ def test_best_of_an_earlier_stage_is_loaded_and_reported(small_data, tmp_path, m
     assert len(trainer.history) == 4
     text = (tmp_path / "a" / "report.md").read_text()
     assert "| conv3 | 73,728 | 368,640 | 4 | 5.00 |" in text and "| fc2 |" not in text
+    assert "published" not in text  # of this model with other layers
     assert "| generate | conv2,conv3,fc2 |" in text and "| progressive | conv3@1 fc2@3 |" in text
     assert "| z dim | conv2=4,conv3=4,fc2=3 |" in text
 
@@ -401,13 +409,12 @@ def test_init_from_keeps_the_outputs(small_data, tmp_path):
     source = cifar100.build_model("standard")
     source.load_state_dict(checkpoint.load(tmp_path / "plain" / "best.pt")["model"])
     x = images(7, 3)[0].float() / 255
-    for file in ("best.pt", "frozen.safetensors"):
-        for model in ("fixed", "all_layers", "standard"):
-            options = ("--model", model, "--init-from", str(tmp_path / "plain" / file))
-            trainer = make(tmp_path / "a", *options)
-            with torch.no_grad():
-                wanted, got = source.eval()(x), trainer.model.eval()(x)
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    for model, file in (("fixed", "best.pt"), ("all_layers", "frozen.safetensors"), ("standard", "best.pt")):
+        options = ("--model", model, "--init-from", str(tmp_path / "plain" / file))
+        trainer = make(tmp_path / "a", *options)
+        with torch.no_grad():
+            wanted, got = source.eval()(x), trainer.model.eval()(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
     options = ("--model", "fixed", "--init-from", str(tmp_path / "plain" / "best.pt"))
     assert run(tmp_path / "b", *options, "--max-steps", "5") == 0
     assert run(tmp_path / "b", *options, "--resume") == 0
@@ -415,9 +422,12 @@ def test_init_from_keeps_the_outputs(small_data, tmp_path):
     same_checkpoints(*(checkpoint.load(tmp_path / name / "last.pt") for name in ("b", "whole")))
 
 
-def test_init_from_takes_published_names(small_data, tmp_path):
-    """A checkpoint of `full` as published, and what `enhanced` keeps of it."""
-    full = cifar100.build_model("full", init="hyperfan").eval()
+@pytest.mark.parametrize(
+    ("layers", "targets"),
+    [(["conv1", "fc3"], ["enhanced"]), pytest.param(None, ["full", "enhanced"], marks=pytest.mark.slow)],
+)
+def test_init_from_takes_published_names(small_data, tmp_path, layers, targets):
+    full = cifar100.build_model("full", init="hyperfan", generated=layers).eval()
     state = {}
     for name, tensor in full.state_dict().items():
         layer, _, part = name.partition(".generator.")
@@ -430,7 +440,7 @@ def test_init_from_takes_published_names(small_data, tmp_path):
     x = images(2, 3)[0].float() / 255
     with torch.no_grad():
         wanted = full(x)
-        for model in ("enhanced", "standard_deep", "full"):
+        for model in targets:
             options = ("--model", model, "--init-from", str(tmp_path / "published.pth"))
             got = make(tmp_path / "a", *options).model.eval()(x)
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
