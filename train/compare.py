@@ -20,7 +20,7 @@ from types import FrameType
 
 from train import cifar100, comparison
 from train.checkpoint import CheckpointError
-from train.loop import RunError
+from train.loop import Interrupted, RunError
 from train.models import MODELS
 from train.summary import FILE, Run, load_run
 
@@ -90,11 +90,9 @@ def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
     if options and not models:
         raise RunError(f"{shlex.join(options)}: options of the training, but no --models to train")
     own = cifar100.parser()
-    own.set_defaults(model=None, out=None, resume=None)
-    given = own.parse_args(options)
-    for name, instead in (("model", "--models"), ("out", "--out DIR, a folder for each"), ("resume", "it")):
-        if getattr(given, name) is not None:
-            raise RunError(f"--{name} is set for each model; give {instead} to train.compare")
+    own.set_defaults(model=None)
+    if own.parse_args(options).model is not None:
+        raise RunError("--model: every model is one of --models")
     plans = []
     for model in models:
         folder = args.out / model
@@ -135,7 +133,7 @@ def train(p: Plan) -> tuple[int, int | None]:
 def run(args: argparse.Namespace, options: list[str], command: str) -> int:
     """Train what is to be trained, compare what there is; the exit status.
 
-    Raises RunError, CheckpointError, before anything is trained, for bad input.
+    Raises RunError, CheckpointError, before anything is trained, for bad input; Interrupted.
     """
     earlier = [load_run(folder) for folder in args.runs]
     plans = plan(args, options)
@@ -154,9 +152,11 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
             status, stopped = train(p)
             if stopped is not None:
                 write()
-                print(f"stopped; continue with: {_resumed(command)}", file=sys.stderr)
-                return 128 + stopped
-            done = _outcome(p, status, failures)
+                raise Interrupted(stopped)
+            try:
+                done = _outcome(p, status)
+            except (RunError, CheckpointError) as error:
+                failures[p.model] = str(error)
         if done is not None:
             finished.append(done)
         write()
@@ -169,17 +169,12 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
     return 1 if failures else 0
 
 
-def _outcome(p: Plan, status: int, failures: dict[str, str]) -> Run | None:
-    """The run that a training with this exit status left; if it left none, the reason in `failures`."""
+def _outcome(p: Plan, status: int) -> Run:
+    """The run that a training with this exit status left. Raises RunError or CheckpointError if none."""
     if status:
         ending = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
-        failures[p.model] = f"{ending}; continue with: {p.command}"
-        return None
-    try:
-        return load_run(p.folder)
-    except CheckpointError as error:
-        failures[p.model] = str(error)
-        return None
+        raise RunError(f"{ending}; continue with: {p.command}")
+    return load_run(p.folder)
 
 
 def _make(out: Path) -> None:
@@ -187,10 +182,6 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {out}: cannot be written, {error.strerror or error}") from error
-
-
-def _resumed(command: str) -> str:
-    return command if " --resume" in command else f"{command} --resume"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,6 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        again = command if args.resume else f"{command} --resume"
+        print(f"stopped; continue with: {again}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
 
 
 if __name__ == "__main__":

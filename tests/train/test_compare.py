@@ -216,7 +216,7 @@ def test_short_runs_say_so(trained, tmp_path):
         (["--models", "full", "--typo"], "unrecognized arguments: --typo"),
         (["--models", "full", "--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
         (["--models", "full,fixed", "--generate", "conv5"], "--generate: no layer 'conv5'"),
-        (["--models", "full", "--model", "full"], "--model is set for each model; give --models"),
+        (["--models", "full", "--model", "full"], "--model: every model is one of --models"),
     ],
 )
 def test_command_line_errors(options, message, trained, tmp_path, capsys):
@@ -377,6 +377,15 @@ def test_an_interruption_stops_all_and_says_how_to_go_on(trained, tmp_path, caps
     assert run(tmp_path / "c", "--resume") == 0 and trained == ["standard_deep"]
 
 
+def test_an_interruption_while_drawing(trained, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "write", interrupted)
+    assert run(tmp_path / "c") == 130 and trained == ["full"]
+    assert capsys.readouterr().err.rstrip().endswith("--batch-size 8 --resume")
+
+
 def test_a_killed_training_is_a_failure(trained, tmp_path, capsys, monkeypatch):
     real = compare.train
     monkeypatch.setattr(compare, "train", lambda p: (-9, None) if p.model == "full" else real(p))
@@ -404,6 +413,7 @@ def test_in_processes_of_their_own(tmp_path, monkeypatch):
     assert all((tmp_path / "c" / name / "report.md").exists() for name in MODELS.split(","))
 
 
+@pytest.mark.slow
 def test_the_module_is_a_command():
     done = subprocess.run([*compare.TRAIN[:2], "train.compare", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "All other options go to python -m train.cifar100" in done.stdout
