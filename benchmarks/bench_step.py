@@ -63,13 +63,18 @@ def bench_generator_part(benchmark, report):
     benchmark.extra_info["copy bandwidth share"] = share
 
 
-@pytest.mark.timeout(600)
-def bench_whole_step(benchmark, report):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "kind,names,tolerance,precision",
+    [("whole", ways.WHOLE, 5e-3, "float32"), ("whole_bf16", ways.WHOLE_BF16, 2e-2, "bfloat16 autocast")],
+    ids=["float32", "bfloat16"],
+)
+def bench_whole_step(benchmark, report, kind, names, tolerance, precision):
     """forward, backward, clip, AdamW, batch 64."""
-    with Comparison("whole", ways.WHOLE) as comparison:
-        check_values(comparison, 5e-3)
+    with Comparison(kind, names) as comparison:
+        check_values(comparison, tolerance)
         benchmark.pedantic(comparison.round, rounds=8, warmup_rounds=1)
         rows = rows_of(comparison, "hyperfast")
-    report("training step of `full`, batch 64, float32", HEADER, rows)
-    benchmark.extra_info |= {f"{way} / hyperfast": comparison.ratio(way) for way in ways.WHOLE}
+    report(f"training step of `full`, batch 64, {precision}", HEADER, rows)
+    benchmark.extra_info |= {f"{way} / hyperfast": comparison.ratio(way) for way in names}
     benchmark.extra_info |= {f"{way} peak MiB": peak for way, peak in comparison.peak_mib.items()}

@@ -1,7 +1,8 @@
 """The ways to do the same step, each run in a process of its own (`benchmarks.workers`).
 
-whole   a training step of `full`: forward, backward, clipping at norm 1, AdamW; batch 64, float32
-part    what the generators cost in it: generate, backward from given dw, clipping, AdamW
+whole        a training step of `full`: forward, backward, clipping at norm 1, AdamW; batch 64, float32
+whole_bf16   the same under bfloat16 autocast
+part         what the generators cost in it: generate, backward from given dw, clipping, AdamW
 
 eager                as users write it: PlainHyperNet, default AdamW
 channels_last        the same in channels_last with fused AdamW
@@ -36,6 +37,7 @@ WHOLE = (
     "hyperfast",
     "hyperfast_compiled",
 )
+WHOLE_BF16 = ("eager", "channels_last", "compiled", "channels_last_tuned", "compiled_tuned", "hyperfast")
 PART = ("eager", "channels_last", "channels_last_tuned", "compiled_tuned", "factored_reference", "hyperfast")
 
 
@@ -59,8 +61,8 @@ def _stock_adamw(model: nn.Module, way: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), **RECIPE, fused=None if way == "eager" else True)
 
 
-def whole(way: str) -> Callable[[], Tensor]:
-    """A function that does one training step and returns the loss."""
+def whole(way: str, bf16: bool = False) -> Callable[[], Tensor]:
+    """A function that does one training step, under bfloat16 autocast or in float32, and returns the loss."""
     fused = way.startswith("hyperfast")
     model = _fused() if fused else _plain()
     torch.manual_seed(1)
@@ -79,7 +81,9 @@ def whole(way: str) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(forward(x), y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = forward(x)
+        loss = F.cross_entropy(logits.float(), y)
         loss.backward()
         if not fused:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -87,6 +91,10 @@ def whole(way: str) -> Callable[[], Tensor]:
         return loss.detach()
 
     return step
+
+
+def whole_bf16(way: str) -> Callable[[], Tensor]:
+    return whole(way, bf16=True)
 
 
 def _given_dws() -> list[Tensor]:

@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/hyper_linear.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -94,6 +96,107 @@ void adamw_generate(const Table<12>& table, const std::vector<std::array<double,
   kernels().adamw_generate(segments.data(), segments.size(), type, grad_scale, threads);
 }
 
+HyperLinearSizes sizes_of(const std::array<int64_t, 5>& sizes, int threads) {
+  const auto& [G, M, O, I, K] = sizes;
+  for (const int64_t size : {G, M, O, I})
+    if (size < 1) throw py::value_error("sizes must be at least 1");
+  check_sizes(G * O * I, K, threads);
+  return {G, M, O, I, K};
+}
+
+size_t compute_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+
+// uninitialised
+std::unique_ptr<char[]> scratch_of(size_t bytes) { return std::unique_ptr<char[]>(new char[bytes]); }
+
+void hyper_linear(const std::array<int64_t, 6>& tensors, const std::array<int64_t, 5>& sizes,
+                  const std::string& dtype, int threads) {
+  const auto& [weight, bias, z, x, layer_bias, y] = tensors;
+  const HyperLinear call{
+      pointer(weight), pointer(bias),           pointer(z), pointer(x), pointer(layer_bias),
+      pointer(y),      sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(forward_scratch(call.sizes, compute_size(type)));
+  kernels().hyper_linear(call, type, scratch.get(), threads);
+}
+
+void hyper_linear_backward(const std::array<int64_t, 8>& tensors, const std::array<int64_t, 5>& sizes,
+                           const std::string& dtype, int threads) {
+  const auto& [weight, bias, z, x, dy, dx, dz, dw] = tensors;
+  const HyperLinearBackward call{pointer(weight), pointer(bias), pointer(z),
+                                 pointer(x),      pointer(dy),   pointer(dx),
+                                 pointer(dz),     pointer(dw),   sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(backward_scratch(call.sizes, compute_size(type), call.dx));
+  kernels().hyper_linear_backward(call, type, scratch.get(), threads);
+}
+
+using Pair = std::array<int64_t, 2>;
+
+template <auto kernel>
+void columns(int64_t image, const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>& strides,
+             int64_t columns, const Pair& kernel_size, const Pair& out, const Pair& stride,
+             const Pair& padding, const Pair& dilation, int64_t groups, const std::string& dtype,
+             int threads) {
+  Im2col p{pointer(image),
+           pointer(columns),
+           shape[0],
+           shape[1],
+           shape[2],
+           shape[3],
+           kernel_size[0],
+           kernel_size[1],
+           out[0],
+           out[1],
+           groups,
+           {},
+           {},
+           {},
+           {}};
+  for (int i = 0; i < 2; ++i) p.stride[i] = stride[i], p.padding[i] = padding[i], p.dilation[i] = dilation[i];
+  for (int i = 0; i < 4; ++i) p.image_strides[i] = strides[i];
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  (kernels().*kernel)(p, type, threads);
+}
+
+PooledImages images_of(const std::array<int64_t, 5>& sizes, int threads) {
+  const auto [B, H, W, C, P] = sizes;
+  if (B < 1 || C < 1 || P < 1 || P > 2 || H < P || W < P || threads < 1)
+    throw py::value_error("need B, C, threads >= 1, P 1 or 2, H and W >= P");
+  return {B, H, W, C, P};
+}
+
+void batch_norm(const std::array<int64_t, 5>& sizes, int64_t x, int64_t weight, int64_t bias,
+                int64_t statistics, bool given, double eps, int64_t y, int64_t index,
+                const std::string& dtype, int threads) {
+  const PooledImages images = images_of(sizes, threads);
+  double* mean = pointer<double>(statistics);
+  const BatchNormSegment segment{
+      images, pointer(x), pointer(weight), pointer(bias),          mean, mean + images.C,
+      given,  eps,        pointer(y),      pointer<uint8_t>(index)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
+  kernels().batch_norm(segment, type, scratch.get(), threads);
+}
+
+void batch_norm_backward(const std::array<int64_t, 5>& sizes, int64_t x, int64_t dy, int64_t index,
+                         int64_t weight, int64_t statistics, bool given, double eps, int64_t dx,
+                         int64_t dweight, int64_t dbias, const std::string& dtype, int threads) {
+  const PooledImages images = images_of(sizes, threads);
+  const double* mean = pointer<double>(statistics);
+  const BatchNormBackwardSegment segment{
+      images, pointer(x), pointer(dy), pointer<uint8_t>(index), pointer(weight), mean, mean + images.C,
+      given,  eps,        pointer(dx), pointer(dweight),        pointer(dbias)};
+  const DType type = dtype_of(dtype);
+  py::gil_scoped_release release;
+  const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
+  kernels().batch_norm_backward(segment, type, scratch.get(), threads);
+}
+
 std::vector<std::string> isas() {
   const Kernels* found[8];
   const int count = supported(found, 8);
@@ -117,4 +220,26 @@ PYBIND11_MODULE(_cpu, m) {
         "segments: (weight, exp_avg, exp_avg_sq, bias, bias_exp_avg, bias_exp_avg_sq, dw, z, z_next, w, N, "
         "K) each; "
         "coefficients: (decay, step_size, beta1, beta2, sqrt(1 - beta2^t), eps) of weight, then of bias.");
+  m.def("hyper_linear", &hyper_linear, py::arg("tensors"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("threads"),
+        "tensors: (weight, bias or 0, z, x, layer_bias or 0, y); sizes: (G, M, O, I, K).");
+  m.def("hyper_linear_backward", &hyper_linear_backward, py::arg("tensors"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("threads"),
+        "tensors: (weight, bias or 0, z, x, dy, dx or 0, dz or 0, dw or 0); sizes: (G, M, O, I, K).");
+  const auto def_columns = [&](const char* name, auto function, const char* doc) {
+    m.def(name, function, py::arg("image"), py::arg("shape"), py::arg("strides"), py::arg("columns"),
+          py::arg("kernel_size"), py::arg("out"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+          py::arg("groups"), py::arg("dtype"), py::arg("threads"), doc);
+  };
+  def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
+  def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
+  m.def("batch_norm", &batch_norm, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("statistics"), py::arg("given"), py::arg("eps"), py::arg("y"), py::arg("index"),
+        py::arg("dtype"), py::arg("threads"),
+        "sizes: (B, H, W, C, P); addresses; statistics: mean [C] and var [C], float64; weight, bias, index "
+        "may be 0.");
+  m.def("batch_norm_backward", &batch_norm_backward, py::arg("sizes"), py::arg("x"), py::arg("dy"),
+        py::arg("index"), py::arg("weight"), py::arg("statistics"), py::arg("given"), py::arg("eps"),
+        py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dtype"), py::arg("threads"),
+        "As batch_norm; dx may be 0.");
 }

@@ -44,6 +44,32 @@ def generate_backward(weights: Sequence[Tensor], dws: Sequence[Tensor]) -> tuple
     return dzs, torch.stack([dw.double().square().sum() for dw in dws])
 
 
+def hyper_linear(
+    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None, layer_bias: Tensor | None = None
+) -> Tensor:
+    """A linear layer on generated weights: x [..., I], z [K], weight [O I, K], bias [O I] or None, layer_bias
+    [O] or None -> [..., O]."""
+    return F.linear(x, F.linear(z, weight, bias).view(-1, x.shape[-1]), layer_bias)
+
+
+def hyper_conv2d(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_bias: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution with a generated kernel: x [B, I, H, W], z [K], weight [O I/groups R S, K], bias [O
+    I/groups R S] or None, layer_bias [O] or None, kernel_size (R, S) -> [B, O, H', W']."""
+    w = F.linear(z, weight, bias).view(-1, x.shape[1] // groups, *kernel_size)
+    return F.conv2d(x, w, layer_bias, stride, padding, dilation, groups)
+
+
 def adamw_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, c: AdamWCoefficients) -> None:
     """One AdamW step in place, as `torch.optim.AdamW` does it."""
     p.mul_(c.decay)
@@ -82,3 +108,61 @@ def adamw_generate(
         if m is not None and v is not None:
             adamw_(bias, m, v, g, bias_coefficients[i])
         next_weights[i].copy_(F.linear(new_zs[i], weight, bias))
+
+
+def batch_norm_relu_max_pool(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    pool: int = 2,
+) -> Tensor:
+    """max over windows of `pool` x `pool` of max(0, batch norm of x): x [B, C, H, W] -> [B, C, H // pool, W //
+    pool].
+
+    The arguments before `pool` are those of `torch.nn.functional.batch_norm`; running statistics are updated in
+    place in training. The maximum is taken before the ReLU: the same values and gradients, fewer ReLUs.
+    """
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.relu(F.max_pool2d(y, pool) if pool > 1 else y)
+
+
+def batch_norm_relu_max_pool_backward(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor | None,
+    eps: float,
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [B, C, H, W], dweight [C] and dbias [C] of `batch_norm_relu_max_pool`.
+
+    index: the winner of each window as its place in the window, row by row, or pool^2 where ReLU is off, uint8
+    like dy. statistics: mean and biased variance [2, C] where they do not depend on x; None: those of x. With g
+    = dy at the winners, xhat = (x - mean) / sqrt(var + eps) and n = B H W: dbias = sum g, dweight = sum g xhat, dx =
+    weight / sqrt(var + eps) (g - dbias / n - xhat dweight / n) (Ioffe and Szegedy, 2015), without the last two
+    terms where statistics are given.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    places = torch.arange(pool * pool, dtype=torch.uint8, device=x.device).view(pool, pool)
+    g = torch.where(index[..., None, None] == places, dy.to(dtype)[..., None, None], 0)
+    B, C, rows, columns = index.shape
+    g = g.transpose(3, 4).reshape(B, C, rows * pool, columns * pool)
+    g = F.pad(g, (0, x.shape[3] - columns * pool, 0, x.shape[2] - rows * pool))
+    if statistics is None:
+        var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
+    else:
+        mean, var = statistics.to(dtype)
+    inverse = (var + eps).rsqrt().view(-1, 1, 1)
+    xhat = (x.to(dtype) - mean.view(-1, 1, 1)) * inverse
+    dweight, dbias = (g * xhat).sum((0, 2, 3)), g.sum((0, 2, 3))
+    if statistics is None:
+        n = x.numel() // C
+        g = g - dbias.view(-1, 1, 1) / n - xhat * dweight.view(-1, 1, 1) / n
+    dx = g * inverse if weight is None else g * inverse * weight.to(dtype).view(-1, 1, 1)
+    return dx.to(x.dtype), dweight, dbias

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
 
 FORMAT = "hyperfast-checkpoint"
@@ -87,6 +88,32 @@ def _read(file: BinaryIO, path: str | Path) -> Any:
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged file, check sum of {damaged} is wrong")
     return content
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in a file of any kind: a checkpoint of this project, safetensors, or what `torch.save` made
+    of a state dict or of a dict that holds one under "model_state_dict", "state_dict", "model" or "net".
+
+    Raises CheckpointError for a file that cannot be read or holds no state dict.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(path.read_bytes())
+        with open(path, "rb") as file:
+            content = _read(file, path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read, {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or not safetensors ({one_line(error)})") from error
+    for key in ("model_state_dict", "state_dict", "model", "net"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not (isinstance(content, dict) and content and all(map(torch.is_tensor, content.values()))):
+        raise CheckpointError(f"{path}: holds no state dict")
+    return dict(content)
 
 
 def load_model(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from hyperfast.nn import named_generators
 from train import checkpoint
 from train.data import batches
+from train.transfer import carry_moments, start_from_
 
 EVAL_BATCH = 256
 Row = dict[
@@ -80,12 +81,29 @@ class Config:
     save_every: int = 1  # epochs between two last.pt
 
 
+@dataclass(frozen=True)
+class Stages:
+    """A network of which more layers are generated as the training goes on.
+
+    at: the epochs, counted from 0, before which that happens. build(epoch): network, optimizer and step
+    function as that epoch trains them, newly initialised.
+    """
+
+    at: tuple[int, ...]
+    build: Callable[[int], tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor | float]]]
+
+    def number(self, epoch: int) -> int:
+        """How many changes there were by `epoch`."""
+        return sum(at <= epoch for at in self.at)
+
+
 class Trainer:
     """Trains `model` on `data` and keeps `out`: last.pt, best.pt, metrics.csv and TensorBoard files.
 
     `step()` clips, updates the parameters and returns the gradient norm before clipping; it may raise
     FloatingPointError. `schedule(epoch, step)` gives the learning rate of the step to come, both counted
     from 0. `recipe` (plain values) must be equal on resume; `circumstances` may differ, which is said.
+    `stages`: the network changes, outputs kept; the first three arguments are those of epoch 0.
     """
 
     def __init__(
@@ -99,10 +117,12 @@ class Trainer:
         out: Path,
         recipe: dict[str, Any],
         circumstances: dict[str, Any] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.model, self.optimizer, self.step, self.schedule = model, optimizer, step, schedule
         self.config, self.out = config, out
         self.recipe, self.circumstances = recipe, circumstances or {}
+        self.stages, self.epoch_built = stages, 0
         self.device = torch.device(config.device)
         self.data = data.to(self.device)
         self.steps_per_epoch = len(data.train[1]) // config.batch_size
@@ -140,6 +160,7 @@ class Trainer:
     def _run_epoch(self, board: SummaryWriter) -> None:
         """One epoch with evaluation; the records and checkpoints are written last."""
         epoch = len(self.history) + 1
+        self._change(epoch - 1)
         row: Row = {"epoch": epoch, **self._train(epoch - 1)}
         start = time.perf_counter()
         for part in ("validation", "test"):
@@ -160,6 +181,25 @@ class Trainer:
             if name != "epoch":
                 board.add_scalar(name, value, epoch)
         print(summary(row, self.config.epochs), flush=True)
+
+    def _change(self, epoch: int) -> None:
+        """Generates the layers that are generated from `epoch` on: weights and moments go on as they are."""
+        model, optimizer = self.model, self.optimizer
+        if self._build(epoch):
+            start_from_(self.model, model.state_dict(), f"epoch {epoch}")
+            carry_moments(model, optimizer, self.model, self.optimizer)
+            before = dict(named_generators(model))
+            names = [name for name, _ in named_generators(self.model) if name not in before]
+            print(f"epoch {epoch + 1}: generated from here on: {', '.join(names)}", flush=True)
+
+    def _build(self, epoch: int) -> bool:
+        """Builds the network that `epoch` trains if it is another one; whether it was."""
+        if self.stages is None or self.stages.number(epoch) == self.stages.number(self.epoch_built):
+            return False
+        torch.manual_seed(derive_seed(self.config.seed, epoch, "stage"))
+        self.model, self.optimizer, self.step = self.stages.build(epoch)
+        self.epoch_built = epoch
+        return True
 
     def _last_is_due(self, row: Row) -> bool:
         """At every `save_every`-th epoch's end and the last; never where `max_steps` cut an epoch short."""
@@ -283,6 +323,7 @@ class Trainer:
         state = checkpoint.load(path, ("model", "optimizer", "history", "recipe", "steps"))
         if differences := _differences(state["recipe"], self.recipe):
             raise RunError(f"{path}: the run had another recipe: {'; '.join(differences)}")
+        self._build(len(state["history"]) - 1)
         checkpoint.load_model(self.model, state["model"], path)
         checkpoint.load_optimizer(self.optimizer, state["optimizer"], path)
         self.history, self.steps, self.initial_z = state["history"], state["steps"], state["initial_z"]
@@ -293,7 +334,9 @@ class Trainer:
     def load_best(self) -> None:
         """Put the weights of `best.pt` into the model."""
         path = self.out / "best.pt"
-        checkpoint.load_model(self.model, checkpoint.load(path, ("model",))["model"], path)
+        state = checkpoint.load(path, ("model", "row"))
+        self._build(state["row"]["epoch"] - 1)
+        checkpoint.load_model(self.model, state["model"], path)
 
 
 # -- helpers -------------------------------------------------------------------------------------
@@ -326,6 +369,11 @@ def cosine(epochs: int, lr: float, min_lr: float) -> Callable[[int, int], float]
     return lambda epoch, step: min_lr + (lr - min_lr) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def exponential(lr: float, decay: float) -> Callable[[int, int], float]:
+    """lr of an epoch: times `decay` after each, as in ExponentialLR."""
+    return lambda epoch, step: lr * decay**epoch
+
+
 def z_statistics(model: nn.Module) -> Row:
     """Smallest, largest, mean, std (population) and norm of every embedding: {"z/conv1/min": ...}."""
     row: Row = {}
@@ -340,9 +388,10 @@ def z_statistics(model: nn.Module) -> Row:
 
 
 def write_csv(path: Path, history: list[Row]) -> None:
-    """One line per epoch, written whole and atomically: a resumed run leaves no duplicate."""
+    """One line per epoch, written whole and atomically: a resumed run leaves no duplicate. Empty where an
+    epoch has no such figure."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in history for k in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))

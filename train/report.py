@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-import platform
-import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import nn
 
-import hyperfast
-from hyperfast.nn import named_generators, parameter_counts, plain_state_dict
+from train import summary
 from train.checkpoint import write_atomically
+from train.summary import MB, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from train.loop import Row, Trainer
 
-MB = 2**20
 STYLE = {
     "font.size": 9,
     "axes.grid": True,
@@ -58,92 +53,88 @@ def write(
     published: Published | None = None,
     frozen: Path | None = None,
 ) -> Path:
-    """Write report.md with its pictures to the run's folder; the model holds the best epoch's weights.
+    """Write report.md, its pictures and summary.json to the run's folder; the model holds the best epoch's
+    weights.
 
     reason: why the training ended. frozen: the plain network's file, if written. Returns report.md's path.
     """
-    out, history, model = trainer.out, trainer.history, trainer.model
+    out, history = trainer.out, trainer.history
+    figures = summary.collect(trainer, title, reason, command, published, frozen)
     save_figure(curves(history, trainer.best["epoch"]), out / "curves.png")
     parts = [
         f"# {title}\n",
-        _result(trainer, reason, published),
-        _files(trainer, published, frozen),
+        _result(figures),
+        _files(figures),
         "## Curves\n\n![accuracy and loss](curves.png)\n\nTraining figures are those of the steps: "
         "augmented images, dropout, weights still moving.\n",
-        _parameters(model),
+        _parameters(figures["parameters"]),
     ]
-    layers = [name for name, _ in named_generators(model)]
+    layers = list(figures["parameters"]["layers"])
     if layers:
         save_figure(z_evolution([trainer.initial_z, *history], layers), out / "z.png")
         parts.append(_embeddings(history[-1], layers, published))
-    parts += [_time(history), _recipe(trainer, command), _machine(trainer)]
+    parts += [_time(figures["time"]), _recipe(figures), _machine(figures["machine"])]
     path = out / "report.md"
     text = "\n".join(parts)
     write_atomically(path, lambda file: file.write(text.encode()))
+    summary.write(out, figures)
     return path
 
 
 # -- sections ------------------------------------------------------------------------------------
 
 
-def _result(trainer: Trainer, reason: str, published: Published | None) -> str:
-    best, config = trainer.best, trainer.config
-    epochs = f"{len(trainer.history)} of {config.epochs} epochs, {trainer.steps} steps ({reason})"
+def _result(figures: Summary) -> str:
+    best, published = figures["best"], figures["published"]
+    ended = f"{figures['steps']} steps ({figures['reason']})"
     rows = [
         ["this run, best validation epoch", best["epoch"], percent(best, "validation"), percent(best, "test")]
     ]
     if published:
-        rows.append(["published, best test epoch", "", "", f"{published.accuracy:.2f} %"])
-    lines = [f"Trained {epochs}.\n", table(["", "epoch", "validation accuracy", "test accuracy"], rows)]
-    if config.eval_batches is not None:
-        lines.append(f"\nEvaluated on {config.eval_batches} batches only: not comparable.")
-    if best["steps"] < trainer.steps_per_epoch:
+        rows.append(["published, best test epoch", "", "", f"{published['accuracy']:.2f} %"])
+    lines = [
+        f"Trained {figures['epochs']} of {figures['planned_epochs']} epochs, {ended}.\n",
+        table(["", "epoch", "validation accuracy", "test accuracy"], rows),
+    ]
+    if figures["eval_batches"] is not None:
+        lines.append(f"\nEvaluated on {figures['eval_batches']} batches only: not comparable.")
+    if figures["cut_short"]:
         lines.append("\nThe best epoch was cut short by --max-steps.")
     return "\n".join(lines) + "\n"
 
 
-def _files(trainer: Trainer, published: Published | None, frozen: Path | None) -> str:
+def _files(figures: Summary) -> str:
     """Sizes, and megabytes for each point of test accuracy."""
-    accuracy = trainer.best["test_accuracy"]
-
-    def row(name: str, size: float, points: float) -> list[str]:
-        return [name, f"{size:.1f}", f"{size / points:.2f}" if points else "-"]
-
-    rows = [row("best.pt, weights", _megabytes(trainer.out / "best.pt"), accuracy)]
-    if frozen:
-        rows.append(row(f"{frozen.name}, plain network", _megabytes(frozen), accuracy))
-    elif any(named_generators(trainer.model)):
-        size = sum(t.nbytes for t in plain_state_dict(trainer.model).values()) / MB
-        rows.append(row("plain network (not written; --save-frozen)", size, accuracy))
-    last = trainer.out / "last.pt"
-    rows.append(["last.pt, to resume from", f"{_megabytes(last):.1f}", ""])
-    if published and published.megabytes:
-        rows.append(row("published, saved model", published.megabytes, published.accuracy))
+    accuracy, sizes, published = figures["best"]["test_accuracy"], figures["bytes"], figures["published"]
+    rows = [["best.pt, weights", *size_cells(sizes["best"] / MB, accuracy)]]
+    if "plain" in sizes:
+        name = figures["plain_file"]
+        name = f"{name}, plain network" if name else "plain network (not written; --save-frozen)"
+        rows.append([name, *size_cells(sizes["plain"] / MB, accuracy)])
+    rows.append(["last.pt, to resume from", f"{sizes['last'] / MB:.1f}", ""])
+    if published and published["megabytes"]:
+        rows.append(["published, saved model", *size_cells(published["megabytes"], published["accuracy"])])
     text = table(["file", "MB", "MB per point of test accuracy"], rows)
     return f"## Files\n\n{text}\n\n1 MB is 2^20 bytes.\n"
 
 
-def _parameters(model: nn.Module) -> str:
-    counts = parameter_counts(model)
+def _parameters(counts: dict[str, Any]) -> str:
+    layers, plain = counts["layers"], counts["generated"] + counts["other"]
     text = "## Parameters\n\n"
-    generators = list(named_generators(model))
-    if generators:
-        rows = []
-        for name, generator in generators:
-            n, z = sum(math.prod(shape) for shape in generator.shapes), generator.z.numel()
-            own = sum(p.numel() for p in generator.parameters()) - z
-            rows.append([name, f"{n:,}", f"{own:,}", f"{z:,}", f"{own / n:.2f}"])
-        n, own = counts["generated"], counts["generator"]
-        rows.append(["all layers", f"{n:,}", f"{own:,}", f"{counts['embedding']:,}", f"{own / n:.2f}"])
+    if layers:
+        rows = [
+            [name, *(f"{row[key]:,}" for key in ("generated", "generator", "embedding")),
+             f"{row['generator'] / row['generated']:.2f}"]
+            for name, row in (layers | {"all layers": counts}).items()
+        ]  # fmt: skip
         text += (
             table(["layer", "generated weights", "generator", "z", "generator / generated"], rows) + "\n\n"
         )
-    plain = counts["generated"] + counts["other"]
     rows = [[name, f"{counts[key]:,}"] for name, key in (("generator", "generator"), ("z", "embedding"))]
     rows += [["other (biases, batch norm, ordinary weights)", f"{counts['other']:,}"]]
     rows += [["**total**", f"**{counts['total']:,}**"], ["main network after generation", f"{plain:,}"]]
     rows += [["expansion (total / main network)", f"{counts['total'] / plain:.2f}"]]
-    return text + table(["parameters", "number"], rows if generators else rows[2:4]) + "\n"
+    return text + table(["parameters", "number"], rows if layers else rows[2:4]) + "\n"
 
 
 def _embeddings(last: Row, layers: list[str], published: Published | None) -> str:
@@ -160,45 +151,26 @@ def _embeddings(last: Row, layers: list[str], published: Published | None) -> st
     return f"## Embeddings z after epoch {last['epoch']}\n\n{text}\n\n![evolution of z](z.png)\n"
 
 
-def _time(history: list[Row]) -> str:
-    def mean(key: str) -> float:
-        return sum(row[key] for row in history) / len(history)
-
-    steps = sum(row["steps"] for row in history)
-    seconds = sum(row["seconds"] for row in history)
-    rate = sum(row["images_per_second"] * row["seconds"] for row in history) / seconds
+def _time(time: dict[str, float]) -> str:
     rows = [
-        ["training, s per epoch", f"{mean('seconds'):.1f}"],
-        ["evaluation (validation and test), s per epoch", f"{mean('evaluation_seconds'):.1f}"],
-        ["training step, ms", f"{1000 * seconds / steps:.1f}"],
-        ["of it waiting for data, %", f"{100 * sum(row['input_seconds'] for row in history) / seconds:.1f}"],
-        ["images/s in training", f"{rate:.0f}"],
-        [
-            "peak memory of the process, MB",
-            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}",
-        ],
+        ["training, s per epoch", f"{time['epoch']:.1f}"],
+        ["evaluation (validation and test), s per epoch", f"{time['evaluation']:.1f}"],
+        ["training step, ms", f"{1000 * time['step']:.1f}"],
+        ["of it waiting for data, %", f"{100 * time['input']:.1f}"],
+        ["images/s in training", f"{time['images_per_second']:.0f}"],
+        ["peak memory of the process, MB", f"{time['peak_memory'] / MB:.0f}"],
     ]
     return f"## Time and memory\n\n{table(['', 'value'], rows)}\n"
 
 
-def _recipe(trainer: Trainer, command: str) -> str:
-    options = trainer.recipe | trainer.circumstances
+def _recipe(figures: Summary) -> str:
+    options = figures["recipe"] | figures["circumstances"]
     rows = [[name.replace("_", " "), v] for name, v in options.items() if name not in ("threads", "torch")]
-    return f"## Recipe\n\n```\n{command}\n```\n\n{table(['option', 'value'], rows)}\n"
+    return f"## Recipe\n\n```\n{figures['command']}\n```\n\n{table(['option', 'value'], rows)}\n"
 
 
-def _machine(trainer: Trainer) -> str:
-    rows = [["CPU", cpu_name()]]
-    if trainer.device.type == "cuda":
-        rows.append(["GPU", torch.cuda.get_device_name(trainer.device)])
-    rows += [
-        ["threads", torch.get_num_threads()],
-        ["torch", torch.__version__],
-        ["hyperfast", hyperfast.__version__],
-        ["Python", platform.python_version()],
-        ["system", f"{platform.system()} {platform.machine()}"],
-    ]
-    return f"## Machine\n\n{table(['', 'value'], rows)}\n"
+def _machine(machine: dict[str, Any]) -> str:
+    return f"## Machine\n\n{table(['', 'value'], [list(row) for row in machine.items()])}\n"
 
 
 # -- pictures ------------------------------------------------------------------------------------
@@ -215,7 +187,14 @@ def curves(history: list[Row], best_epoch: int) -> Figure:
         ):
             for i, (part, style) in enumerate(PARTS.items()):
                 values = [row[f"{part}_{kind}"] for row in history]
-                axis.plot(epochs, values, label=part, markevery=marks(len(epochs), i), linewidth=1.3, **style)
+                axis.plot(
+                    epochs,
+                    values,
+                    label=part,
+                    markevery=marks(len(epochs), i, len(PARTS)),
+                    linewidth=1.3,
+                    **style,
+                )
             axis.axvline(best_epoch, color="0.4", linewidth=0.7, label="best validation epoch")
             axis.set(xlabel="epoch", ylabel=label)
             axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
@@ -241,7 +220,10 @@ def z_evolution(states: list[Row], layers: list[str]) -> Figure:
             _z_panel(
                 axis,
                 epochs,
-                {k: [s[f"z/{layer}/{k}"] for s in states] for k in ("min", "max", "mean", "std")},
+                {
+                    k: [s.get(f"z/{layer}/{k}", math.nan) for s in states]
+                    for k in ("min", "max", "mean", "std")
+                },
             )
             axis.set_title(layer, fontsize=9)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -265,10 +247,10 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=STYLE["savefig.dpi"]))
 
 
-def marks(points: int, i: int) -> tuple[int, int]:
-    """First and every how many points curve `i` has a marker: about twelve, beside those of other curves."""
+def marks(points: int, i: int, curves: int) -> tuple[int, int]:
+    """First and every how many points curve `i` of so many has a marker: about twelve, beside the others'."""
     every = max(1, points // 12)
-    return min(i * every // len(PARTS), points - 1), every
+    return min(i * every // curves, points - 1), every
 
 
 # -- small things --------------------------------------------------------------------------------
@@ -282,18 +264,10 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     )
 
 
+def size_cells(megabytes: float, accuracy: float) -> list[str]:
+    """Size, and megabytes for each point of test accuracy."""
+    return [f"{megabytes:.1f}", f"{megabytes / accuracy:.2f}" if accuracy else "-"]
+
+
 def percent(row: Row, part: str) -> str:
     return f"{row[f'{part}_accuracy']:.2f} %"
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux gives it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _megabytes(path: Path) -> float:
-    return path.stat().st_size / MB

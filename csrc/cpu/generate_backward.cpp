@@ -2,49 +2,17 @@
 // Floor: the N K weights are read once. dz adds N terms: each block of at most 1024 rows sums in the compute
 // type, the blocks are added in double, one after another, so that the result depends neither on thread
 // timing nor on the number of threads.
-#include "blocks.h"
+#include "rows.h"
 
 namespace hyperfast {
 namespace {
 
-// partial[k] = sum over the block's rows of weight[n, k] dw[n], four vectors of columns at a time
-template <class T, int W>
-void backward_rows(Simd<T, W>, const GenerateBackwardSegment& s, int64_t begin, int64_t end,
-                   double* partial) {
-  using S = Simd<T, W>;
-  using V = typename S::V;
-  using C = typename S::C;
-  const T* weight = static_cast<const T*>(s.weight);
-  const T* dw = static_cast<const T*>(s.dw);
-  const auto flush = [&](V acc, int64_t k) {
-    C lanes[W];
-    Simd<C, W>::store(lanes, acc);
-    for (int64_t i = 0; i < W && k + i < s.K; ++i) partial[k + i] = lanes[i];
-  };
-  int64_t k = 0;
-  for (; k + 4 * W <= s.K; k += 4 * W) {
-    V acc[4] = {};
-    for (int64_t n = begin; n < end; ++n) {
-      const C g = widen(dw[n]);
-      for (int i = 0; i < 4; ++i) acc[i] += g * S::load(weight + n * s.K + k + i * W);
-    }
-    for (int i = 0; i < 4; ++i) flush(acc[i], k + i * W);
-  }
-  for (; k + W <= s.K; k += W) {  // four rows at a time: more loads in flight
-    V acc[4] = {};
-    int64_t n = begin;
-    for (; n + 4 <= end; n += 4) {
-      if (k == 0) prefetch_ahead(weight + n * s.K, 4 * s.K * sizeof(T));
-      for (int i = 0; i < 4; ++i) acc[i] += widen(dw[n + i]) * S::load(weight + (n + i) * s.K + k);
-    }
-    for (; n < end; ++n) acc[0] += widen(dw[n]) * S::load(weight + n * s.K + k);
-    flush((acc[0] + acc[1]) + (acc[2] + acc[3]), k);
-  }
-  if (k < s.K) {
-    V acc{};
-    for (int64_t n = begin; n < end; ++n) acc += widen(dw[n]) * S::load(weight + n * s.K + k, int(s.K - k));
-    flush(acc, k);
-  }
+template <class T>
+void backward_block(const GenerateBackwardSegment& s, int64_t begin, int64_t end, double* partial) {
+  const T *weight = static_cast<const T*>(s.weight) + begin * s.K, *dw = static_cast<const T*>(s.dw);
+  for (int64_t k = 0; k < s.K; ++k) partial[k] = 0;
+  with_width<T>(s.K,
+                [&](auto simd) { add_weighted_rows(simd, weight, dw + begin, s.K, end - begin, partial); });
   double norm = 0;
   for (int64_t n = begin; n < end; ++n) norm += double(widen(dw[n])) * double(widen(dw[n]));
   partial[s.K] = norm;
@@ -76,7 +44,7 @@ void generate_backward(const GenerateBackwardSegment* segments, int64_t count, D
     for_each_block(segments, count, threads,
                    [&](const GenerateBackwardSegment& s, int64_t begin, int64_t end, int64_t) {
                      double* partial = partials(s) + begin / rows_per_block(s.K) * (s.K + 1);
-                     with_width<T>(s.K, [&](auto simd) { backward_rows(simd, s, begin, end, partial); });
+                     backward_block<T>(s, begin, end, partial);
                    });
     for (int64_t i = 0; i < count; ++i) sum_blocks<T>(segments[i], partials(segments[i]));
   });

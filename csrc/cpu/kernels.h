@@ -7,7 +7,8 @@
 
 namespace hyperfast {
 
-constexpr int64_t kMaxK = 512;  // z is held on the stack of each thread
+constexpr int64_t kMaxK = 512;      // z is held on the stack of each thread
+constexpr int64_t kColumnPad = 16;  // columns of a matrix product come in multiples of this
 
 enum class DType { float32, float64, bfloat16 };
 
@@ -49,6 +50,81 @@ struct AdamWGenerateSegment {
   AdamWCoefficients weight_adamw, bias_adamw;
 };
 
+// A matrix product with weights that are generated a tile at a time and never written as a whole:
+// y[m, g O + o] = sum_i x[g, m, i] w[g, o, i] + layer_bias[g O + o], w[n] = sum_k weight[n, k] z[k] + bias[n]
+// with n = (g O + o) I + i. x, y and layer_bias are in the type computed with, float for bfloat16 generators.
+// A convolution of G groups is this product over its columns, a linear layer has G = 1.
+struct HyperLinearSizes {
+  int64_t G, M, O, I, K;
+  int64_t padded() const { return (I + kColumnPad - 1) / kColumnPad * kColumnPad; }
+};
+struct HyperLinear {
+  const void *weight, *bias, *z;  // [G O I, K], [G O I] or null, [K]
+  const void* x;                  // [G, M, padded I], zeros beyond I
+  const void* layer_bias;         // [G O] or null
+  void* y;                        // [M, G O]
+  HyperLinearSizes sizes;
+};
+// dx[g, m, i] = sum_o dy[g O + o, m] w[g, o, i], dw[g, o, i] = sum_m dy[g O + o, m] x[g, m, i],
+// dz[k] = sum_n dw[n] weight[n, k]. Each of the three is made where its pointer is not null.
+struct HyperLinearBackward {
+  const void *weight, *bias, *z, *x;  // as above
+  const void* dy;                     // [G O, M], in the type computed with
+  void* dx;                           // [G, M, padded I], in the type computed with
+  void *dz, *dw;                      // [K], [G O I]
+  HyperLinearSizes sizes;
+};
+
+// Between images and the columns of a convolution: columns[g, m, (c, r, s)] = image[b, g C / G + c, y, x]
+// with m = (b, h', w'), y = h' stride + r dilation - padding, x likewise, zero outside the image.
+struct Im2col {
+  void* image;    // [B, C, H, W] with image_strides
+  void* columns;  // [G, B H' W', padded C / G R S]
+  int64_t B, C, H, W, R, S, out_H, out_W, G;
+  int64_t stride[2], padding[2], dilation[2];
+  int64_t image_strides[4];
+};
+
+// Batch norm, ReLU and P x P max pool of channels_last images. Letters: B batch, H x W image, C channels, P
+// side and stride of a window. Rows and columns that fill no window count in the statistics alone.
+struct PooledImages {
+  int64_t B, H, W, C, P;  // P is 1 (no pooling) or 2
+  int64_t window_rows() const { return B * (H / P); }
+  int64_t pixels() const { return B * H * W; }
+  // Sums over the batch are taken tile by tile: whole pixels or rows of windows, about 32,768 elements.
+  int64_t tile_pixels() const { return C < 512 ? 32768 / C / 64 * 64 : 64; }
+  int64_t tile_window_rows() const { return P * W * C < 32768 ? 32768 / (P * W * C) : 1; }
+  int64_t tiles() const { return (pixels() + tile_pixels() - 1) / tile_pixels(); }
+  int64_t window_tiles() const { return (window_rows() + tile_window_rows() - 1) / tile_window_rows(); }
+  // Doubles: two sums for each tile and channel, coefficients of each channel.
+  int64_t scratch() const { return C * (2 * (tiles() > window_tiles() ? tiles() : window_tiles()) + 4); }
+};
+
+// y = max over the window of max(0, (x - mean) / sqrt(var + eps) weight + bias)
+struct BatchNormSegment {
+  PooledImages images;
+  const void* x;              // [B, H, W, C]
+  const void *weight, *bias;  // [C], float where x is bfloat16; null: 1 and 0
+  double *mean, *var;         // [C], biased; written, or read where they are given
+  bool given;
+  double eps;
+  void* y;         // [B, H / P, W / P, C]
+  uint8_t* index;  // like y: the winner's place in its window, row by row, P * P where ReLU is off; or null
+};
+
+struct BatchNormBackwardSegment {
+  PooledImages images;
+  const void* x;         // [B, H, W, C]
+  const void* dy;        // [B, H / P, W / P, C]
+  const uint8_t* index;  // like dy
+  const void* weight;    // [C], float where x is bfloat16; null: 1
+  const double *mean, *var;
+  bool given;  // mean and var do not depend on x
+  double eps;
+  void* dx;               // like x, or null
+  void *dweight, *dbias;  // like weight
+};
+
 // Blocks of rows: at most 1024 rows, about 64 KiB of float32 weights.
 inline int64_t rows_per_block(int64_t K) {
   const int64_t rows = 16384 / K;
@@ -64,6 +140,14 @@ struct Kernels {
                             int threads);
   // every dw is multiplied by grad_scale first (gradient clipping)
   void (*adamw_generate)(const AdamWGenerateSegment*, int64_t count, DType, double grad_scale, int threads);
+  // scratch: forward_scratch and backward_scratch bytes (hyper_linear.h)
+  void (*hyper_linear)(const HyperLinear&, DType, void* scratch, int threads);
+  void (*hyper_linear_backward)(const HyperLinearBackward&, DType, void* scratch, int threads);
+  void (*im2col)(const Im2col&, DType, int threads);
+  void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
+  // scratch: images.scratch() doubles
+  void (*batch_norm)(const BatchNormSegment&, DType, double* scratch, int threads);
+  void (*batch_norm_backward)(const BatchNormBackwardSegment&, DType, double* scratch, int threads);
 };
 
 #define HYPERFAST_DECLARE_KERNELS(isa)                                                  \
@@ -71,6 +155,12 @@ struct Kernels {
   void generate(const GenerateSegment*, int64_t, DType, int);                           \
   void generate_backward(const GenerateBackwardSegment*, int64_t, DType, double*, int); \
   void adamw_generate(const AdamWGenerateSegment*, int64_t, DType, double, int);        \
+  void hyper_linear(const HyperLinear&, DType, void*, int);                             \
+  void hyper_linear_backward(const HyperLinearBackward&, DType, void*, int);            \
+  void im2col(const Im2col&, DType, int);                                               \
+  void col2im(const Im2col&, DType, int);                                               \
+  void batch_norm(const BatchNormSegment&, DType, double*, int);                        \
+  void batch_norm_backward(const BatchNormBackwardSegment&, DType, double*, int);       \
   }
 HYPERFAST_DECLARE_KERNELS(scalar)
 #ifdef __x86_64__

@@ -126,6 +126,11 @@ struct Simd {
   static V load(const T* p, int n) {
     show_to_sanitizer(p, n * sizeof(T));
 #if defined(__AVX512VL__)
+    if constexpr (std::is_same_v<T, bfloat16> && W >= 4) {
+      uint16_t lanes[16];
+      _mm256_storeu_si256((__m256i*)lanes, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+      return load(reinterpret_cast<const T*>(lanes));
+    }
     if constexpr (std::is_same_v<T, float> && W == 16)
       return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
     if constexpr (std::is_same_v<T, float> && W == 8)
@@ -161,6 +166,25 @@ struct Simd {
     store(lanes, v);
     for (int i = 0; i < W; ++i)
       if (i < n) p[i] = lanes[i];
+  }
+
+  // Past the caches, for what is not read again soon; p on a multiple of the vector's bytes.
+  static void stream(T* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (W * sizeof(T) == 64) {
+      alignas(64) T lanes[W];
+      store(lanes, v);
+      return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(lanes));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (W * sizeof(T) == 32) {
+      alignas(32) T lanes[W];
+      store(lanes, v);
+      return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)lanes));
+    }
+#endif
+    store(p, v);
   }
 
   static V sqrt(V v) {

@@ -1,7 +1,15 @@
 """Generators, layers with generated weights, and their initialisation."""
 
 from hyperfast.nn import init
-from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+from hyperfast.nn.batch_norm import BatchNormReLUMaxPool2d
+from hyperfast.nn.generator import (
+    Generator,
+    LinearGenerator,
+    TwoLayerGenerator,
+    generate_together,
+    generated_l2_,
+)
+from hyperfast.nn.hyperize import hyperize
 from hyperfast.nn.layers import (
     HyperConv2d,
     HyperLayer,
@@ -14,14 +22,18 @@ from hyperfast.nn.layers import (
 )
 
 __all__ = [
+    "BatchNormReLUMaxPool2d",
     "Generator",
     "HyperConv2d",
     "HyperLayer",
     "HyperLinear",
     "LinearGenerator",
+    "TwoLayerGenerator",
     "generate_layers",
     "generate_together",
+    "generated_l2_",
     "hyper_layers",
+    "hyperize",
     "init",
     "named_generators",
     "parameter_counts",

@@ -17,6 +17,7 @@ from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.ops._library import check_backend
+from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
 
 
@@ -24,12 +25,14 @@ class Generator(nn.Module):
     """What every generator does.
 
     shapes: shapes of the weights it makes, in order. backend: "auto" (fused kernels) or "reference" (plain
-    PyTorch). factored: whether `weight.grad` stays None and the optimizer works on `factors()`.
+    PyTorch). factored: whether `weight.grad` stays None and the optimizer works on `factors()`. l2: the
+    backward adds l2 w to the gradient of every generated weight w (`generated_l2_` sets it).
     """
 
     shapes: tuple[torch.Size, ...]
     backend: str
     factored: bool
+    l2: float = 0.0
 
     @abstractmethod
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -60,6 +63,13 @@ class Generator(nn.Module):
     @abstractmethod
     def ddp_ignored_names(self) -> list[str]:
         """Own parameters and buffers that distributed data parallel leaves alone in factored mode."""
+
+    def keep_(self, weight: Tensor) -> None:
+        """Starts from a trained weight of one of `shapes`: from now on, until trained, makes just that.
+
+        Raises ValueError where this kind of generator cannot make a given weight, and for a wrong shape.
+        """
+        raise ValueError(f"{type(self).__name__} cannot start from a given weight")
 
 
 class LinearGenerator(Generator):
@@ -120,8 +130,26 @@ class LinearGenerator(Generator):
                 "embedding is not the rank-one gradient the optimizer knows; "
                 "hyperfast.factored_(module, False) for dense gradients"
             )
-        (w,) = ops.generate([self.weight], [self.bias], [z.reshape(-1)], backend=self.backend)
+        options = {"l2": [self.l2], "backend": self.backend}
+        (w,) = ops.generate([self.weight], [self.bias], [z.reshape(-1)], **options)
         return (w.view(self.shapes[0]),)
+
+    @torch.no_grad()
+    def keep_(self, weight: Tensor) -> None:
+        """Starts from a trained weight [*shape]: bias = weight, own weight 0, z normal with std 0.01.
+
+        The weight made is equal bit for bit, and all three train from there. As d bias = dw, an optimizer's
+        moments of the old weight are those of the bias. Raises ValueError for a generator without bias and
+        for a wrong shape.
+        """
+        if self.bias is None:
+            raise ValueError("a generator without bias cannot start from a given weight")
+        if weight.shape != self.shapes[0]:
+            raise ValueError(f"weight must be {list(self.shapes[0])}, got shape {list(weight.shape)}")
+        self.drop_next_weights()
+        self.weight.zero_()
+        self.bias.copy_(weight.reshape(-1))
+        nn.init.normal_(self.z, std=0.01)
 
     @property
     def gradient_bias(self) -> nn.Parameter | None:
@@ -209,6 +237,83 @@ class LinearGenerator(Generator):
         return f"{shape}, N={n}, z_dim={k}, bias={bias}, factored={self.factored}"
 
 
+class TwoLayerGenerator(Generator):
+    """The two-layer generator of Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3.1, for one layer.
+
+    For `shape` (out, in, *kernel): `a = z w2 + b2` viewed as [in, K], `a w1 + b1` [in, out * prod(kernel)]
+    viewed directly as `shape`, as the public code does. Parameters: z [K], w2 [K, in * K], b2 [in * K],
+    w1 [K, out * prod(kernel)], b1 [out * prod(kernel)]. fan_in, init: as in `LinearGenerator`. Its gradients
+    are dense, in factored mode as well. Raises ValueError for sizes below 1, fewer than two dimensions and
+    unknown names.
+    """
+
+    factored = False
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        z_dim: int = 4,
+        *,
+        fan_in: int | None = None,
+        init: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if z_dim < 1 or len(shape) < 2 or min(shape) < 1:
+            raise ValueError(
+                "shape must be (out, in, ...), it and z_dim at least 1, "
+                f"got shape {tuple(shape)}, z_dim {z_dim}"
+            )
+        self.shapes = (torch.Size(shape),)
+        self.z_dim = z_dim
+        self.backend = check_backend(backend)
+        self.init = initialisations.check(init)
+        self.fan_in = fan_in or math.prod(shape[1:])
+        rows, columns = shape[1], math.prod(shape) // shape[1]
+        sizes = {"z": (z_dim,), "w2": (z_dim, rows * z_dim), "b2": (rows * z_dim,)}
+        sizes |= {"w1": (z_dim, columns), "b1": (columns,)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialisations.initialise_two_layer_(
+            self.w1, self.b1, self.w2, self.b2, self.z, self.fan_in, self.init
+        )
+
+    def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The weight, [*shape]. z [K]: another embedding than the generator's own."""
+        z = self.z if z is None else z
+        if z.numel() != self.z_dim:
+            raise ValueError(f"z must have {self.z_dim} elements, got shape {list(z.shape)}")
+        a = torch.addmm(self.b2, z.reshape(1, -1), self.w2).view(-1, self.z_dim)
+        w = torch.addmm(self.b1, a, self.w1).view(self.shapes[0])
+        return (penalize_l2(w, self.l2),)
+
+    def factors(self) -> list[Factors]:
+        return []
+
+    def next_weights(self) -> list[Tensor]:
+        return []
+
+    def next_weights_written(self) -> None:
+        pass
+
+    def drop_next_weights(self) -> None:
+        pass
+
+    def set_factored(self, enabled: bool) -> None:
+        pass
+
+    def ddp_ignored_names(self) -> list[str]:
+        return []
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shapes[0])}, z_dim={self.z_dim}"
+
+
 def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:
     """The weights of several generators, in their order; linear ones of one kind in one launch, each made
     once."""
@@ -230,6 +335,7 @@ def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...
             [g.z for g in batch],
             next_weights=[g.next_weight for g in batch],
             factored=is_factored,
+            l2=[g.l2 for g in batch],
             backend=backend,
         )
         for g, w in zip(batch, weights, strict=True):
@@ -264,6 +370,24 @@ def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
         names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
         ignored = ignored | names if enabled else ignored - names
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
+    return module
+
+
+def generated_l2_(module: nn.Module, coefficient: float) -> nn.Module:
+    """L2 regularisation of the generated weights (Ha, Dai, Le, "HyperNetworks", ICLR 2017): in place, the
+    backward of every generator in `module` acts as if the loss had the term coefficient / 2 |w|^2 for each
+    weight w it generates; returns `module`.
+
+    It adds coefficient * w to dw, and so to the gradients of weight, bias and z, factored or dense; the value
+    of the loss stays without the term. A weight generated twice in one forward counts twice
+    (`generate_layers` generates once). What scales the loss (GradScaler, accumulation) does not scale this
+    term, and every backward adds it: for jacobians and second derivatives write it into the loss instead. 0
+    switches it off. Raises ValueError for a negative or non-finite coefficient.
+    """
+    if not 0 <= coefficient < math.inf:
+        raise ValueError(f"coefficient must be at least 0 and finite, got {coefficient}")
+    for _, generator in generators(module):
+        generator.l2 = float(coefficient)
     return module
 
 

@@ -37,7 +37,14 @@ def he_bias_(weight: Tensor, bias: Tensor | None, z: Tensor, fan_in: int) -> Non
     nn.init.normal_(bias, std=math.sqrt(2 / fan_in))
 
 
-INITIALISATIONS = {"report": report_, "hyperfan": hyperfan_, "he_bias": he_bias_}
+def kaiming_(weight: Tensor, bias: Tensor | None, z: Tensor, fan_in: int) -> None:
+    """He's initialisation of the generator itself (weight normal, variance 2 / K), z normal with std 0.01,
+    bias 0: generated weights start at std 0.014 whatever the layer."""
+    nn.init.normal_(weight, std=math.sqrt(2 / z.numel()))
+    nn.init.normal_(z, std=0.01)
+
+
+INITIALISATIONS = {"report": report_, "hyperfan": hyperfan_, "he_bias": he_bias_, "kaiming": kaiming_}
 DEFAULT = "he_bias"
 
 
@@ -56,3 +63,22 @@ def initialise_(weight: Tensor, bias: Tensor | None, z: Tensor, fan_in: int, nam
     if bias is not None:
         nn.init.zeros_(bias)
     INITIALISATIONS[check(name)](weight, bias, z, fan_in)
+
+
+@torch.no_grad()
+def initialise_two_layer_(
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, z: Tensor, fan_in: int, name: str | None = None
+) -> None:
+    """Initialises a two-layer generator, kernel = (z w2 + b2) w1 + b1, in place; biases start at 0.
+
+    report: all normal with std 0.01. kaiming: both layers He's, z std 0.01. hyperfan: every stage keeps its
+    variance and generated weights have He's, 2 / fan_in; he_bias is the same, b1 cannot carry a weight of its
+    own for every input channel.
+    """
+    k = z.numel()
+    stds = {"report": (0.01, 0.01, 0.01), "kaiming": (math.sqrt(2 / k), math.sqrt(2 / k), 0.01)}
+    hyperfan = (math.sqrt(2 / fan_in), 1 / math.sqrt(k), 1 / math.sqrt(k))
+    for tensor, std in zip((w1, w2, z), stds.get(check(name), hyperfan), strict=True):
+        nn.init.normal_(tensor, std=std)
+    for bias in (b1, b2):
+        nn.init.zeros_(bias)

@@ -12,6 +12,7 @@ from torch.nn.modules.utils import _pair
 
 from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+from hyperfast.ops import conv2d
 from hyperfast.ops._library import no_autocast
 
 
@@ -124,7 +125,7 @@ class HyperConv2d(HyperLayer):
         if isinstance(x, Tensor) and x.dim() == 4 and _only_channels_last(x):
             # once here instead of once in the convolution's forward and once in its backward
             weight = weight.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return (

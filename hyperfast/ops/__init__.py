@@ -1,8 +1,20 @@
 """The ops: library registration, autograd and the public functions with their checks, one file each."""
 
 from hyperfast.ops.adamw_generate import adamw_generate
+from hyperfast.ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
+from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
 from hyperfast.ops.generate_backward import generate_backward
+from hyperfast.ops.hyper_layers import hyper_conv2d, hyper_linear
 from hyperfast.reference import AdamWCoefficients
 
-__all__ = ["AdamWCoefficients", "adamw_generate", "generate", "generate_backward"]
+__all__ = [
+    "AdamWCoefficients",
+    "adamw_generate",
+    "batch_norm_relu_max_pool",
+    "conv2d",
+    "generate",
+    "generate_backward",
+    "hyper_conv2d",
+    "hyper_linear",
+]

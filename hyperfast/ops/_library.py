@@ -61,6 +61,35 @@ def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`tensors` with views in place of repetitions: a compiled autograd Function returns half the gradient of
+    a tensor given twice (torch 2.11)."""
+    seen: set[int] = set()
+    made = []
+    for tensor in tensors:
+        made.append(tensor if tensor is None or id(tensor) not in seen else tensor.view_as(tensor))
+        if tensor is not None:  # torch 2.11: no id() of None in traced code
+            seen.add(id(tensor))
+    return made
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether an op on `tensors` must go through its autograd Function, which costs 20 to 40 us: a gradient
+    is needed, or a transform of torch.func is at work. (And dynamo of torch 2.11 shifts the arguments of a
+    Function with *tensors where no gradient is needed.)"""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """The dtype autocast wants of a result made with `weight`, None where it leaves it alone."""
+    device = weight.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or weight.dtype != torch.float32:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor | None], str]) -> None:
     """Checks generators before native code sees them: weight [N, K] dense, floating point, of one dtype and
     device.

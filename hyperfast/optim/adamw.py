@@ -37,7 +37,7 @@ def param_groups(
     role_of = {}
     for _, g in generators(model):
         for name, p in g.named_parameters(recurse=False):
-            role_of[id(p)] = {"weight": "weight", "z": "z"}.get(name, "bias")
+            role_of[id(p)] = "z" if name == "z" else "weight" if p.dim() > 1 else "bias"
     members: dict[str, list[Tensor]] = {role: [] for role in roles}
     for p in model.parameters():
         members[role_of.get(id(p), "other")].append(p)

@@ -63,12 +63,12 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
 def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float = 2.0) -> Tensor:
     """Norm of all gradients as one vector, the factored ones included without forming them: a p-norm of dw
     outer z is the product of the p-norms of dw and z."""
-    grads = [p.grad for p in parameters if p.grad is not None and not is_stand_in(p)]
+    with_grad = [p for p in parameters if p.grad is not None]
     # one norm for each tensor, as torch.nn.utils.get_total_norm does it
-    norms = [torch.linalg.vector_norm(g, norm_type) for g in grads]
+    norm_of = {id(p): torch.linalg.vector_norm(p.grad, norm_type) for p in with_grad}
+    norms = [norm_of[id(p)] for p in with_grad if not is_stand_in(p)]
     for f in factors:
-        if f.bias.grad is not None:
-            dw = torch.linalg.vector_norm(f.bias.grad, norm_type)
+        if (dw := norm_of.get(id(f.bias))) is not None:
             norms.append(dw * torch.linalg.vector_norm(f.z, norm_type))
     if not norms:
         return torch.tensor(0.0)

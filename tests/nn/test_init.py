@@ -21,6 +21,13 @@ def test_report():
     assert 0.003 < g.z.std().item() < 0.03
 
 
+@pytest.mark.parametrize("K", [4, 16])
+def test_kaiming(K):
+    g, _ = generated("kaiming", K)
+    assert abs(g.weight.std().item() / math.sqrt(2 / K) - 1) < 0.02
+    assert g.bias.count_nonzero() == 0 and g.z.abs().max() < 0.05
+
+
 @pytest.mark.parametrize("K", [4, 64])
 def test_hyperfan_makes_hes_variance_on_average(K):
     made = torch.stack([generated("hyperfan", K)[1] for _ in range(40)])
@@ -58,7 +65,9 @@ def test_seeded_and_repeatable(name):
 
 def test_names():
     assert init.check(None) == init.DEFAULT and init.DEFAULT in init.INITIALISATIONS
-    with pytest.raises(ValueError, match="init must be one of report, hyperfan, he_bias, got 'xavier'"):
+    with pytest.raises(
+        ValueError, match="init must be one of report, hyperfan, he_bias, kaiming, got 'xavier'"
+    ):
         LinearGenerator((2, 2), init="xavier")
     with pytest.raises(ValueError, match="init must be one of"):
         HyperConv2d(2, 2, 3, init="He")

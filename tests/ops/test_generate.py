@@ -101,7 +101,7 @@ def test_lazily_negated_tensors():
 
 @pytest.mark.parametrize("negated", [0, 1, 2])
 def test_one_lazily_negated_contiguous_tensor(negated):
-    """torch negates tensors and lists of tensors before an op sees them, not lists of optional tensors."""
+    """torch negates tensors and lists of them before an op sees them, but not lists of optional tensors."""
     tensors = [torch.randn(3, 2), torch.randn(3), torch.randn(2)]
     expected = [t.neg() if i == negated else t for i, t in enumerate(tensors)]
     tensors[negated] = torch._neg_view(tensors[negated])

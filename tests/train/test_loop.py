@@ -386,3 +386,5 @@ def test_csv_is_written_whole(tmp_path):
         epoch,loss
         1,0.5
         """)
+    loop.write_csv(path, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25, "z/conv/min": -1.0}])
+    assert path.read_text() == "epoch,loss,z/conv/min\n1,0.5,\n2,0.25,-1.0\n"

@@ -85,6 +85,128 @@ def test_parameter_counts(full):
     assert not list(named_generators(plain))
 
 
+LISTED = {
+    "full": 85_160_676,
+    "enhanced": 10_913_412,
+    "standard_deep": 5_015_140,
+    "fixed": 1_087_404,
+    "all_layers": 6_095_564,
+    "mnist_style": 643_308,
+    "standard": 677_796,
+}
+FIXED_SHAPES = {
+    "conv1": (32, 3, 5, 5),
+    "conv2": (64, 32, 5, 5),
+    "conv3": (128, 64, 3, 3),
+    "fc1": (256, 2048),
+    "fc2": (100, 256),
+}
+TWINS = {
+    "full": "standard_deep",
+    "enhanced": "standard_deep",
+    "fixed": "standard",
+    "all_layers": "standard",
+    "mnist_style": "standard",
+}
+
+
+def test_listed_parameter_counts():
+    assert {name: parameter_counts(build_model(name))["total"] for name in MODELS} == LISTED
+    enhanced = parameter_counts(build_model("enhanced"))
+    assert enhanced["generator"] + enhanced["embedding"] == 6_266_912
+
+
+GENERATED = {
+    "enhanced": ["conv2", "conv3"],
+    "fixed": ["conv2"],
+    "all_layers": list(FIXED_SHAPES),
+    "mnist_style": ["conv2"],
+}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_names_of_the_other_models(name):
+    shapes = FIXED_SHAPES if "conv4.bias" not in build_model(name).state_dict() else SHAPES
+    generated = GENERATED[name]
+    parts = ("z", "w1", "b1", "w2", "b2") if name == "mnist_style" else ("weight", "bias", "z")
+    expected = {f"{n}.generator.{p}" for n in generated for p in parts} | {f"{n}.bias" for n in shapes}
+    expected |= {f"{n}.weight" for n in shapes if n not in generated}
+    model = build_model(name)
+    assert {n for n, _ in model.named_parameters() if not n.startswith("bn")} == expected
+    assert {n: tuple(g.shapes[0]) for n, g in named_generators(model)} == {n: shapes[n] for n in generated}
+    z_dim = 16 if name == "enhanced" else 8
+    assert all(g.z.shape == (z_dim,) for _, g in named_generators(model))
+
+
+def fixed_logits(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The `fixed` network in evaluation, written down once more from the report's text."""
+    for i in (1, 2, 3):
+        x = F.conv2d(x, state[f"conv{i}.weight"], state[f"conv{i}.bias"], padding="same")
+        x = F.max_pool2d(F.relu(x), 2)
+    x = F.relu(F.linear(x.reshape(-1, 2048), state["fc1.weight"], state["fc1.bias"]))
+    return F.linear(x, state["fc2.weight"], state["fc2.bias"])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["fixed", "all_layers", "mnist_style", "standard"])
+def test_the_fixed_network(name, fused):
+    model = build_model(name, fused=fused, init="hyperfan").eval()
+    assert {n: tuple(t.shape) for n, t in plain_state_dict(model).items() if "weight" in n} == {
+        f"{n}.weight": shape for n, shape in FIXED_SHAPES.items()
+    }
+    with torch.no_grad():
+        expected = fixed_logits(plain_state_dict(model), images())
+        assert expected.std() > 0.05
+        torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+    dropped = model.train()(images())
+    assert not torch.allclose(dropped, expected) and model.dropout.p == 0.5
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_plain_state_dict_gives_the_twin(name):
+    model, plain = build_model(name, init="hyperfan").eval(), build_model(TWINS[name]).eval()
+    plain.load_state_dict(plain_state_dict(model), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images()), model(images()), rtol=1e-4, atol=1e-5)
+
+
+def stds(model) -> dict[str, float]:
+    return {name: p.std().item() for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def test_the_reports_initialisation():
+    enhanced = build_model("enhanced", init="report")
+    for name, std in stds(enhanced).items():
+        K_or_fan_in = 16 if "generator" in name else enhanced.get_parameter(name)[0].numel()
+        assert std == pytest.approx((2 / K_or_fan_in) ** 0.5, rel=0.1), name  # Kaiming everywhere
+    for name in ("fixed", "all_layers", "mnist_style", "standard"):
+        model = build_model(name, init="report")
+        assert stds(model) == pytest.approx(dict.fromkeys(stds(model), 0.01), rel=0.1)
+        assert all(g.z.abs().max() < 0.05 for _, g in named_generators(model))
+        biases = [p for n, p in model.named_parameters() if p.dim() == 1 and not n.endswith(".z")]
+        assert all(p.count_nonzero() == 0 for p in biases)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ordinary_weights_start_at_hes(name):
+    model = build_model(name)
+    for n, std in stds(model).items():
+        if "generator" not in n:
+            assert std == pytest.approx((2 / model.get_parameter(n)[0].numel()) ** 0.5, rel=0.1), n
+
+
+def test_subsets_and_embedding_sizes():
+    model = build_model("standard", generated=["fc1", "conv3"], z_dim={"fc1": 5})
+    assert {n: g.z_dim for n, g in named_generators(model)} == {"conv3": 8, "fc1": 5}
+    model = build_model("full", generated=["conv1"], z_dim=3)
+    assert {n: g.z_dim for n, g in named_generators(model)} == {"conv1": 3}
+    assert not list(named_generators(build_model("all_layers", generated=[])))
+    for wrong in ({"generated": ["conv4"]}, {"z_dim": {"conv4": 3}}):
+        message = "fixed has no layer 'conv4'; its layers are conv1, conv2, conv3, fc1, fc2"
+        with pytest.raises(ValueError, match=message):
+            build_model("fixed", **wrong)
+
+
 def test_names_of_parameters(full):
     expected = {f"{n}.generator.{p}" for n in NAMES for p in ("weight", "bias", "z")} | {
         f"{n}.bias" for n in NAMES
@@ -189,7 +311,7 @@ def test_other_numbers_of_classes_and_batches_of_one(name):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown model 'fulll'; choose one of full, standard_deep"):
+    with pytest.raises(ValueError, match="unknown model 'fulll'; choose one of full, enhanced"):
         build_model("fulll")
     with pytest.raises(ValueError, match="init must be one of"):
         build_model("full", init="xavier")

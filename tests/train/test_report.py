@@ -1,4 +1,5 @@
 import io
+import math
 
 import matplotlib.image
 import pytest
@@ -104,10 +105,18 @@ def test_pictures(trained, tmp_path, epochs):
     assert len(figures[1].axes[0].lines[0].get_xdata()) == epochs + 1
 
 
+def test_a_layer_generated_later_has_no_earlier_embeddings(trained):
+    early = {key: value for key, value in trained.history[0].items() if not key.startswith("z/fc")}
+    figure = report.z_evolution([early, early, *trained.history], ["conv", "fc"])
+    conv, fc = (axis.lines[0].get_ydata() for axis in figure.axes)
+    assert len(conv) == len(fc) == 4
+    assert [math.isnan(y) for y in fc] == [True, True, False, False] and not any(map(math.isnan, conv))
+
+
 def test_every_curve_has_a_marker():
     for points in (1, 2, 5, 30, 100):
         for curve in range(3):
-            first, every = report.marks(points, curve)
+            first, every = report.marks(points, curve, 3)
             assert 0 <= first < points and every >= 1
 
 

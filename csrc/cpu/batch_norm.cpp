@@ -1,0 +1,397 @@
+// Batch norm -> ReLU -> P x P max pool of channels_last images, forward and backward.
+//
+// Floor, in passes over x: the forward reads it for the statistics and again to normalise, and writes P^-2 of
+// it (y, and a byte for each output); the backward reads it for the sums and again for dx, and writes dx.
+// Neither the normalised nor the rectified images exist: the byte says which pixel of the window won, or that
+// ReLU is off. All channels of a pixel are taken together, so everything streams; panels of channels that fit
+// L2 for the second read, and going backwards the second time, gained nothing on a Xeon of model 207.
+//
+// Sums over the batch are shifted by the tile's first pixel (forward) or the mean (backward). A few terms are
+// added in the compute type, the rest in double, and tiles are merged in order (Chan, Golub and LeVeque,
+// 1983), so threads do not change a bit. The mean is subtracted as a number of the compute type and its rest
+// goes into the offset: nothing cancels where |mean| is much larger than the deviation.
+#include <algorithm>
+
+#include "blocks.h"
+
+namespace hyperfast {
+namespace {
+
+constexpr int64_t kStreamBytes = 1 << 20;  // a dx beyond this does not stay in cache until it is read
+
+// f(c) for every whole vector of channels, then f(c, n) for the n that are left
+template <int W, class F>
+inline void for_channels(int64_t C, F f) {
+  int64_t c = 0;
+  for (; c + W <= C; c += W) f(c);
+  if (c < C) f(c, int(C - c));
+}
+
+template <class S, size_t... I>
+inline void add_halves(double* sums, typename S::V v, std::index_sequence<I...>) {
+  constexpr int half = S::width / 2;
+  using D = Simd<double, half>;
+  const auto low = __builtin_shufflevector(v, v, I...), high = __builtin_shufflevector(v, v, (half + I)...);
+  D::store(sums, D::load(sums) + __builtin_convertvector(low, typename D::V));
+  D::store(sums + half, D::load(sums + half) + __builtin_convertvector(high, typename D::V));
+}
+
+// sums[i] += v[i] for all lanes, or the first n
+template <class S>
+inline void add_lanes(double* sums, typename S::V v) {
+  if constexpr (S::width == 1) *sums += v;
+  else if constexpr (sizeof(typename S::C) == 8) S::store(sums, S::load(sums) + v);
+  else add_halves<S>(sums, v, std::make_index_sequence<S::width / 2>());
+}
+template <class S>
+inline void add_lanes(double* sums, typename S::V v, int n) {
+  typename S::C lanes[S::width];
+  Simd<typename S::C, S::width>::store(lanes, v);
+  for (int i = 0; i < n; ++i) sums[i] += lanes[i];
+}
+
+// Bytes as integers as wide as the lanes of S. By hand where it counts: gcc 12 takes such vectors apart.
+template <class S>
+struct Bytes {
+  static constexpr int W = S::width;
+  using Lane = std::conditional_t<sizeof(typename S::C) == 4, int32_t, int64_t>;
+  using V = typename VectorOf<Lane, W>::type;
+
+  static V load(const uint8_t* p) {
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return (V)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    if constexpr (W == 8 && sizeof(Lane) == 8)
+      return (V)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+#endif
+#if defined(__AVX2__)
+    if constexpr (W == 8 && sizeof(Lane) == 4)
+      return (V)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#endif
+    if constexpr (W == 1) {
+      return *p;
+    } else {
+      V v;
+      for (int i = 0; i < W; ++i) v[i] = p[i];
+      return v;
+    }
+  }
+
+  static void store(uint8_t* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+    if constexpr (W == 8 && sizeof(Lane) == 8)
+      return _mm_storel_epi64((__m128i*)p, _mm512_cvtepi64_epi8((__m512i)v));
+#endif
+#if defined(__AVX2__)
+    if constexpr (W == 8 && sizeof(Lane) == 4) {
+      const __m128i words =
+          _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+      return _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+    }
+#endif
+    if constexpr (W == 1) *p = uint8_t(v);
+    else
+      for (int i = 0; i < W; ++i) p[i] = uint8_t(v[i]);
+  }
+
+  // The first n < W lanes; the others are zero.
+  static V load(const uint8_t* p, int n) {
+    uint8_t bytes[W] = {};
+    for (int i = 0; i < W; ++i)
+      if (i < n) bytes[i] = p[i];
+    return load(bytes);
+  }
+  static void store(uint8_t* p, V v, int n) {
+    uint8_t bytes[W];
+    store(bytes, v);
+    for (int i = 0; i < W; ++i)
+      if (i < n) p[i] = bytes[i];
+  }
+};
+
+template <class S, class T>
+struct Forward {
+  using A = typename S::C;
+  using V = typename S::V;
+  using Channel = Simd<A, S::width>;
+  const BatchNormSegment& s;
+  const PooledImages& im;
+  const T* x;
+  A *center, *scale, *offset;  // [C]: y = (x - center) scale + offset
+  double* partial;             // [tiles, 2, C]
+
+  Forward(const BatchNormSegment& s, double* scratch)
+      : s(s), im(s.images), x(static_cast<const T*>(s.x)), partial(scratch + 4 * im.C) {
+    center = reinterpret_cast<A*>(scratch), scale = center + im.C, offset = scale + im.C;
+  }
+
+  int64_t tiles() const { return s.given ? 0 : im.tiles(); }
+  int64_t rows() const { return im.window_rows(); }
+
+  // Sums of d = x - the tile's first pixel and of d^2
+  void sum_tile(int64_t tile) const {
+    const int64_t begin = tile * im.tile_pixels(), end = std::min(begin + im.tile_pixels(), im.pixels());
+    const T* first = x + begin * im.C;
+    double *sum = partial + tile * 2 * im.C, *square = sum + im.C;
+    std::fill_n(sum, 2 * im.C, 0.0);
+    const auto add_pixels = [&](const T* pixels, auto count) {
+      for_channels<S::width>(im.C, [&](int64_t c, auto... n) {
+        const V shift = S::load(first + c, n...);
+        V d1{}, d2{};
+        for (int i = 0; i < count; ++i) {
+          __builtin_prefetch(pixels + i * im.C + c + 2048 / sizeof(T));
+          const V d = S::load(pixels + i * im.C + c, n...) - shift;
+          d1 += d, d2 += d * d;
+        }
+        add_lanes<S>(sum + c, d1, n...), add_lanes<S>(square + c, d2, n...);
+      });
+    };
+    int64_t pixel = begin;
+    for (; pixel + 8 <= end; pixel += 8) add_pixels(x + pixel * im.C, std::integral_constant<int, 8>());
+    for (; pixel < end; ++pixel) add_pixels(x + pixel * im.C, std::integral_constant<int, 1>());
+  }
+
+  // Mean, variance and coefficients of the channels [c0, c1)
+  void merge(int64_t c0, int64_t c1) const {
+    for (int64_t tile = 0; tile < tiles(); ++tile) {
+      const double *sum = partial + tile * 2 * im.C, *square = sum + im.C;
+      const int64_t begin = tile * im.tile_pixels();
+      const double n = double(std::min(im.tile_pixels(), im.pixels() - begin)), share = n / (begin + n);
+      for (int64_t c = c0; c < c1; ++c) {
+        const double shift = sum[c] / n, mean = double(widen(x[begin * im.C + c])) + shift;
+        const double before = tile ? s.mean[c] : mean, squares = tile ? s.var[c] : 0.0, delta = mean - before;
+        s.mean[c] = before + delta * share;
+        s.var[c] = squares + (square[c] - sum[c] * shift) + delta * delta * share * begin;
+      }
+    }
+    const A *weight = static_cast<const A*>(s.weight), *bias = static_cast<const A*>(s.bias);
+    for (int64_t c = c0; c < c1; ++c) {
+      if (!s.given) s.var[c] /= double(im.pixels());
+      const double factor = (weight ? double(weight[c]) : 1.0) / std::sqrt(s.var[c] + s.eps);
+      center[c] = A(s.mean[c]), scale[c] = A(factor);
+      offset[c] = A((bias ? double(bias[c]) : 0.0) - (s.mean[c] - double(center[c])) * factor);
+    }
+  }
+
+  // One row of windows
+  template <int P>
+  void apply(int64_t row) const {
+    const int64_t rows = im.H / P, C = im.C, begin = row * (im.W / P) * C, end = begin + im.W / P * C;
+    const T* window = x + (row / rows * im.H + row % rows * P) * im.W * C;
+    T* y = static_cast<T*>(s.y);
+    uint8_t* index = s.index;
+    const A *center = this->center, *scale = this->scale, *offset = this->offset;
+    for (int64_t to = begin; to < end; to += C, window += P * C)
+      for_channels<S::width>(C, [&](int64_t c, auto... n) {
+        const V m = Channel::load(center + c, n...), a = Channel::load(scale + c, n...);
+        const V b = Channel::load(offset + c, n...);
+        V best = (S::load(window + c, n...) - m) * a + b;
+        typename Bytes<S>::V winner{};
+        for (int i = 1; i < P * P; ++i) {
+          const V v = (S::load(window + (i / P * im.W + i % P) * C + c, n...) - m) * a + b;
+          winner = v > best ? winner - winner + i : winner;
+          best = v > best ? v : best;
+          winner = v != v ? winner - winner + i : winner;  // as torch: the last NaN wins
+          best = v != v ? v : best;
+        }
+        S::store(y + to + c, best <= 0 ? V{} : best, n...);
+        if (index) Bytes<S>::store(index + to + c, best <= 0 ? winner - winner + P * P : winner, n...);
+      });
+  }
+};
+
+template <class S, class T>
+struct Backward {
+  using A = typename S::C;
+  using V = typename S::V;
+  using Channel = Simd<A, S::width>;
+  using Winner = typename Bytes<S>::V;
+  const BatchNormBackwardSegment& s;
+  const PooledImages& im;
+  const T *x, *dy;
+  T* dx;
+  A *center, *factor, *slope, *offset;  // [C]: dx = factor g + (x - center) slope + offset
+  double* partial;                      // [tiles, 2, C]
+  bool streams;
+
+  Backward(const BatchNormBackwardSegment& s, double* scratch)
+      : s(s),
+        im(s.images),
+        x(static_cast<const T*>(s.x)),
+        dy(static_cast<const T*>(s.dy)),
+        dx(static_cast<T*>(s.dx)),
+        partial(scratch + 4 * im.C) {
+    center = reinterpret_cast<A*>(scratch), factor = center + im.C;
+    slope = factor + im.C, offset = slope + im.C;
+    for (int64_t c = 0; c < im.C; ++c) center[c] = A(s.mean[c]);
+    streams = (reinterpret_cast<uintptr_t>(dx) | im.C * sizeof(T)) % (S::width * sizeof(T)) == 0 &&
+              im.pixels() * im.C * int64_t(sizeof(T)) > kStreamBytes;
+  }
+
+  int64_t tiles() const { return im.window_tiles(); }
+  int64_t rows() const { return dx ? im.B * ((im.H + im.P - 1) / im.P) : 0; }
+
+  // Sums of g and of g (x - center) over the windows of a tile; g: dy where ReLU is on
+  template <int P>
+  void sum_tile(int64_t tile) const {
+    const int64_t first = tile * im.tile_window_rows();
+    const int64_t last = std::min(first + im.tile_window_rows(), im.window_rows());
+    const int64_t rows = im.H / P, columns = im.W / P, C = im.C;
+    double *sum = partial + tile * 2 * C, *product = sum + C;
+    std::fill_n(sum, 2 * C, 0.0);
+    const uint8_t* index = s.index;
+    const T* dy = this->dy;
+    const A* center = this->center;
+    const auto add_windows = [&](const T* window, int64_t from, auto count) {
+      for_channels<S::width>(C, [&](int64_t c, auto... n) {
+        V g1{}, g2{};
+        for (int k = 0; k < count; ++k) {
+          const T* pixel = window + k * P * C + c;
+          const Winner winner = Bytes<S>::load(index + from + k * C + c, n...);
+          V v = S::load(pixel, n...);
+          for (int i = 1; i < P * P; ++i)
+            v = winner == i ? S::load(pixel + (i / P * im.W + i % P) * C, n...) : v;
+          const V g = winner < P * P ? S::load(dy + from + k * C + c, n...) : V{};
+          g1 += g, g2 += g * (winner < P * P ? v - Channel::load(center + c, n...) : V{});
+        }
+        add_lanes<S>(sum + c, g1, n...), add_lanes<S>(product + c, g2, n...);
+      });
+    };
+    for (int64_t row = first; row < last; ++row) {
+      const T* window = x + (row / rows * im.H + row % rows * P) * im.W * C;
+      int64_t from = row * columns * C, column = 0;
+      for (; column + 4 <= columns; column += 4, from += 4 * C, window += 4 * P * C)
+        add_windows(window, from, std::integral_constant<int, 4>());
+      for (; column < columns; ++column, from += C, window += P * C)
+        add_windows(window, from, std::integral_constant<int, 1>());
+    }
+  }
+
+  // dweight, dbias and the coefficients of dx, channels [c0, c1)
+  void merge(int64_t c0, int64_t c1) const {
+    double *sum = partial, *product = partial + im.C;
+    for (int64_t tile = 1; tile < tiles(); ++tile)
+      for (int64_t c = c0; c < c1; ++c) {
+        sum[c] += sum[tile * 2 * im.C + c];
+        product[c] += product[tile * 2 * im.C + c];
+      }
+    const A* weight = static_cast<const A*>(s.weight);
+    for (int64_t c = c0; c < c1; ++c) {
+      const double rest = s.mean[c] - double(center[c]), inverse = 1 / std::sqrt(s.var[c] + s.eps);
+      const double dweight = (product[c] - rest * sum[c]) * inverse, n = double(im.pixels());
+      const double a = (weight ? double(weight[c]) : 1.0) * inverse, k = -a * inverse * dweight / n;
+      static_cast<A*>(s.dweight)[c] = A(dweight), static_cast<A*>(s.dbias)[c] = A(sum[c]);
+      factor[c] = A(a), slope[c] = A(k), offset[c] = A(-a * sum[c] / n - k * rest);
+    }
+  }
+
+  // dx of pixels that are in no window
+  template <bool given>
+  void outside(int64_t pixel, int64_t count) const {
+    for (int64_t at = pixel * im.C; at < (pixel + count) * im.C; at += im.C)
+      for_channels<S::width>(im.C, [&](int64_t c, auto... n) {
+        V d{};
+        if constexpr (!given)
+          d = (S::load(x + at + c, n...) - Channel::load(center + c, n...)) * Channel::load(slope + c, n...) +
+              Channel::load(offset + c, n...);
+        S::store(dx + at + c, d, n...);
+      });
+  }
+
+  // dx of one row of windows, or of a last row of pixels that fill none
+  template <int P, bool given, bool streams>
+  void apply(int64_t row) const {
+    const int64_t rows = (im.H + P - 1) / P, columns = im.W / P, C = im.C, below = im.W * C;
+    const int64_t pixel = (row / rows * im.H + row % rows * P) * im.W;
+    if (row % rows == im.H / P) return outside<given>(pixel, im.W);
+    const int64_t begin = (row / rows * (im.H / P) + row % rows) * columns * C;
+    const uint8_t* index = s.index + begin;
+    const T *x = this->x + pixel * C, *dy = this->dy + begin;
+    const A *center = this->center, *factor = this->factor, *slope = this->slope, *offset = this->offset;
+    T* dx = this->dx + pixel * C;
+    for (int64_t column = 0; column < columns; ++column) {
+      for_channels<S::width>(C, [&](int64_t c, auto... n) {
+        const Winner winner = Bytes<S>::load(index + c, n...);
+        const V g = S::load(dy + c, n...) * Channel::load(factor + c, n...);
+        const V m = Channel::load(center + c, n...), k = Channel::load(slope + c, n...);
+        const V b = Channel::load(offset + c, n...);
+        V d[P * P];
+        for (int i = 0; i < P * P; ++i) {
+          d[i] = winner == i ? g : V{};
+          if constexpr (!given) d[i] += (S::load(x + i / P * below + i % P * C + c, n...) - m) * k + b;
+        }
+        for (int i = 0; i < P * P; ++i) {
+          T* to = dx + i / P * below + i % P * C + c;
+          if constexpr (streams && sizeof...(n) == 0) S::stream(to, d[i]);
+          else S::store(to, d[i], n...);
+        }
+      });
+      index += C, dy += C, x += P * C, dx += P * C;
+    }
+    if (im.W % P)
+      for (int i = 0; i < P; ++i) outside<given>(pixel + i * im.W + im.W - 1, 1);
+  }
+};
+
+// Sums of all tiles, coefficients of all channels, then all rows. Tiles and rows are handed out in order, so
+// a thread meets in the second pass what it read in the first.
+template <class Work, class SumTile, class Apply>
+void run(const Work& work, int threads, SumTile sum_tile, Apply apply) {
+  const int64_t tiles = work.tiles(), rows = work.rows(), C = work.im.C;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles; ++tile) sum_tile(tile);
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < C; c += 16) work.merge(c, std::min<int64_t>(c + 16, C));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) apply(row);
+  }
+}
+
+// f(P, given) with constants
+template <class F>
+void with_constants(int64_t P, bool given, F f) {
+  const auto with_window = [&](auto window) {
+    if (given) f(window, std::true_type());
+    else f(window, std::false_type());
+  };
+  if (P == 1) with_window(std::integral_constant<int, 1>());
+  else with_window(std::integral_constant<int, 2>());
+}
+
+}  // namespace
+
+namespace HYPERFAST_ISA {
+
+void batch_norm(const BatchNormSegment& segment, DType dtype, double* scratch, int threads) {
+  with_dtype(dtype, [&](auto t) {
+    with_width<decltype(t)>(segment.images.C, [&](auto simd) {
+      const Forward<decltype(simd), decltype(t)> work(segment, scratch);
+      with_constants(segment.images.P, segment.given, [&](auto P, auto) {
+        run(
+            work, threads, [&](int64_t tile) { work.sum_tile(tile); },
+            [&](int64_t row) { work.template apply<P>(row); });
+      });
+    });
+  });
+}
+
+void batch_norm_backward(const BatchNormBackwardSegment& segment, DType dtype, double* scratch, int threads) {
+  with_dtype(dtype, [&](auto t) {
+    with_width<decltype(t)>(segment.images.C, [&](auto simd) {
+      const Backward<decltype(simd), decltype(t)> work(segment, scratch);
+      with_constants(segment.images.P, segment.given, [&](auto P, auto given) {
+        run(
+            work, threads, [&](int64_t tile) { work.template sum_tile<P>(tile); },
+            [&](int64_t row) {
+              if (work.streams) work.template apply<P, given, true>(row);
+              else work.template apply<P, given, false>(row);
+            });
+      });
+    });
+  });
+}
+
+}  // namespace HYPERFAST_ISA
+}  // namespace hyperfast

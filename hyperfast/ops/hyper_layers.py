@@ -1,0 +1,170 @@
+"""`hyper_linear` and `hyper_conv2d`: layers with generated weights, and the choice between merging generation
+with the layer and generating first."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from hyperfast.ops._library import autocast_dtype, check_generators, check_like, distinct, needs_function
+from hyperfast.ops.generate import generate
+from hyperfast.ops.merged import Geometry, HyperConv2dFunction
+
+PATHS = ("auto", "merged", "separate")
+
+
+def merged_wins(rows: int, weight: Tensor, needs_grad: bool) -> bool:
+    """The measured rule (benchmarks/bench_merged.py): whether merging generation with a layer of `rows` rows
+    (B, or B H' W') beats generating first."""
+    return weight.device.type == "cpu" and rows <= 256
+
+
+def hyper_linear(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    layer_bias: Tensor | None = None,
+    *,
+    factored: bool = False,
+    path: str = "auto",
+) -> Tensor:
+    """A linear layer on generated weights: y = x w^T + layer_bias, w = weight z + bias viewed as [O, I].
+
+    x [..., I], z [K], weight [O I, K], bias [O I] or None, layer_bias [O] or None, all of one floating dtype
+    -> [..., O]. path: "merged" makes the weights a tile at a time, in cache, and reads the generator once in
+    the forward and once in the backward; "separate" is `generate`, then `F.linear`; "auto" is the faster by
+    `merged_wins`. factored: no gradient of weight is formed; it is dw outer z, and dw is the gradient of
+    bias. Under autocast x may have another floating dtype, and the result has autocast's. Raises ValueError
+    or TypeError for wrong shapes, dtypes or devices.
+    """
+    _check_x(x, weight, lambda dim: dim >= 1, "[..., I]")
+    _check_generator(z, weight, bias, layer_bias, x.shape[-1], "I")
+    needs_grad = needs_function(x, z, weight, bias, layer_bias)
+    if not _merge(path, x.numel() // x.shape[-1], weight, needs_grad):
+        (w,) = generate([weight], [bias], [z], factored=factored)
+        return F.linear(x, w.view(-1, x.shape[-1]), layer_bias)
+    images = x.reshape(-1, x.shape[-1], 1, 1)
+    y = _merged(images, z, weight, bias, layer_bias, Geometry(), factored, needs_grad)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def hyper_conv2d(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_bias: Tensor | None,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    factored: bool = False,
+    path: str = "auto",
+) -> Tensor:
+    """A convolution with a generated kernel [O, I/groups, R, S], as `F.conv2d` computes it.
+
+    x [B, I, H, W], z [K], weight [O I/groups R S, K], bias [O I/groups R S] or None, layer_bias [O] or None
+    -> [B, O, H', W'], in channels_last if x is. kernel_size: (R, S), which N alone does not tell. padding:
+    int, pair, "same" or "valid". factored, path, dtypes and errors as in `hyper_linear`; "separate" is
+    `generate`, then `F.conv2d`.
+    """
+    _check_x(x, weight, lambda dim: dim == 4, "[B, I, H, W]")
+    geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    unit = x.shape[1] // groups * math.prod(geometry.kernel_size)
+    _check_generator(z, weight, bias, layer_bias, unit, "I / groups R S", groups)
+    needs_grad = needs_function(x, z, weight, bias, layer_bias)
+    if _merge(path, x.shape[0] * math.prod(geometry.output(x.shape)), weight, needs_grad):
+        return _merged(x, z, weight, bias, layer_bias, geometry, factored, needs_grad)
+    (w,) = generate([weight], [bias], [z], factored=factored)
+    w = w.view(-1, x.shape[1] // groups, *geometry.kernel_size)
+    return convolve(x, w, layer_bias, stride, padding, dilation, groups)
+
+
+def convolve(x: Tensor, weight: Tensor, *arguments) -> Tensor:
+    """`F.conv2d` with a weight that was just generated."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        # once here instead of once in the convolution's forward and once in its backward
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, *arguments)
+
+
+def _merge(path: str, rows: int, weight: Tensor, needs_grad: bool) -> bool:
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+    return path == "merged" or path == "auto" and merged_wins(rows, weight, needs_grad)
+
+
+def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, needs_grad: bool) -> Tensor:
+    dtype = autocast_dtype(weight)
+    tensors = distinct([x if dtype is None else x.to(weight.dtype), z, weight, bias, layer_bias])
+    function = HyperConv2dFunction.apply if needs_grad else HyperConv2dFunction.forward
+    y = function(*tensors, geometry, factored)
+    return y if dtype is None else y.to(dtype)
+
+
+def _check_x(x: Tensor, weight: Tensor, good_dim, shape: str) -> None:
+    """TypeError or ValueError unless x fits a layer on generated weights of weight's dtype and device."""
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not good_dim(x.dim()):
+        raise ValueError(f"x must be {shape}, got shape {list(x.shape)}")
+    if x.dtype != weight.dtype and not (autocast_dtype(weight) and x.dtype.is_floating_point):
+        raise TypeError(f"x must be {weight.dtype} like weight, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on {weight.device} like weight, got {x.device}")
+
+
+def _check_generator(z, weight, bias, layer_bias, unit: int, what: str, groups: int = 1) -> None:
+    """ValueError or TypeError unless weight makes outputs of `unit` weights each, in `groups` groups."""
+    check_generators([weight], bias=([bias], "N?"), z=([z], "K"))
+    if unit < 1 or weight.shape[0] < 1 or weight.shape[0] % (unit * groups):
+        of = f" and of groups {groups}" if groups > 1 else ""
+        raise ValueError(
+            f"weight must be [N, K] with N a multiple of {what} = {unit}{of}, got {list(weight.shape)}"
+        )
+    if layer_bias is not None:
+        if not isinstance(layer_bias, Tensor):
+            raise TypeError(f"layer_bias must be a tensor, got {type(layer_bias).__name__}")
+        check_like("layer_bias", layer_bias, weight, [weight.shape[0] // unit])
+
+
+def _pair_of(name: str, value, least: int) -> tuple[int, int]:
+    pair = _pair(value)
+    if len(pair) != 2 or any(not isinstance(n, int) or n < least for n in pair):
+        raise ValueError(f"{name} must be an int or a pair of at least {least}, got {value!r}")
+    return tuple(pair)
+
+
+def _geometry(x: Tensor, kernel_size, stride, padding, dilation, groups: int) -> Geometry:
+    """The arguments of a convolution of x, checked; ValueError naming the one that is wrong."""
+    kernel_size, stride = _pair_of("kernel_size", kernel_size, 1), _pair_of("stride", stride, 1)
+    dilation = _pair_of("dilation", dilation, 1)
+    if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups!r}")
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f'padding="same" needs stride 1, got {stride}')
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        pads = tuple(n for t in total for n in (t // 2, t - t // 2))
+    elif padding == "valid":
+        pads = (0, 0, 0, 0)
+    elif isinstance(padding, str):
+        raise ValueError(f'padding must be a size, "same" or "valid", got {padding!r}')
+    else:
+        vertical, horizontal = _pair_of("padding", padding, 0)
+        pads = (vertical, vertical, horizontal, horizontal)
+    geometry = Geometry(kernel_size, stride, pads, dilation, groups)
+    if min(geometry.output(x.shape)) < 1:
+        raise ValueError(
+            f"x of shape {list(x.shape)} is smaller than kernel_size {kernel_size} with padding {padding}, "
+            f"dilation {dilation}"
+        )
+    return geometry

@@ -1,0 +1,276 @@
+"""Generation merged with the layer that uses the weights: the op, its backward, and autograd.
+
+One op serves both layers: a linear layer is a 1x1 convolution of 1x1 images. Where the kernels do not serve
+(CUDA, float16, K over 512, empty tensors) the reference expression runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperfast.ops._library import _cpu, kernel_dtype, library, no_autocast
+
+
+class Geometry(NamedTuple):
+    """Of a convolution. padding: (top, bottom, left, right)."""
+
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output(self, size: torch.Size) -> tuple[int, int]:
+        """(H', W') for images [B, C, H, W]."""
+        top, bottom, left, right = self.padding
+        padded = size[2] + top + bottom, size[3] + left + right
+        reach = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, self.stride, strict=True))
+
+    def outputs(self, x: Tensor, weight: Tensor) -> int:
+        """Output channels: N / (C / groups R S)."""
+        return weight.shape[0] * self.groups // (x.shape[1] * math.prod(self.kernel_size))
+
+    def shape(self, x: Tensor, weight: Tensor) -> list[int]:
+        return [x.shape[0], self.outputs(x, weight), *self.output(x.shape)]
+
+
+_COMPUTE = {"bfloat16": torch.float32}  # the type the kernels take x, y and their gradients in; else the same
+_GEOMETRY = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+library.define(
+    "hyper_conv2d(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? layer_bias, "
+    f"{_GEOMETRY}) -> Tensor"
+)
+library.define(
+    "hyper_conv2d_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor? bias, "
+    f"{_GEOMETRY}, bool need_x, bool need_z, bool need_w) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout of what a convolution of x returns."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _kernel(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    w = F.linear(z, weight, bias)
+    return w.view(geometry.outputs(x, weight), x.shape[1] // geometry.groups, *geometry.kernel_size)
+
+
+def _pad(x: Tensor, geometry: Geometry) -> Tensor:
+    top, bottom, left, right = geometry.padding
+    return F.pad(x, (left, right, top, bottom)) if any(geometry.padding) else x
+
+
+def expression(x, z, weight, bias, layer_bias, geometry: Geometry) -> Tensor:
+    """The op in plain PyTorch."""
+    w = _kernel(x, z, weight, bias, geometry)
+    x = _pad(x, geometry)
+    return F.conv2d(x, w, layer_bias, geometry.stride, 0, geometry.dilation, geometry.groups)
+
+
+def backward_expression(
+    dy, x, z, weight, bias, geometry: Geometry, need_x: bool, need_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dw [N] in plain PyTorch, which can be differentiated again; None where not needed."""
+    w = _kernel(x, z, weight, bias, geometry)
+    top, _, left, _ = geometry.padding
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, _pad(x, geometry), w, None, geometry.stride, [0, 0], geometry.dilation, False, [0, 0],
+        geometry.groups, [need_x, need_w, False],
+    )  # fmt: skip
+    if need_x:
+        dx = dx[..., top : top + x.shape[2], left : left + x.shape[3]]
+    return dx, dw.reshape(-1) if need_w else None
+
+
+@torch.library.impl(library, "hyper_conv2d", "CompositeExplicitAutograd")
+def _forward_reference(x, z, weight, bias, layer_bias, *geometry):
+    geometry = Geometry(*geometry)
+    with no_autocast([x]):
+        y = expression(x, z, weight, bias, layer_bias, geometry)
+    return y.contiguous(memory_format=_layout(x))
+
+
+@torch.library.impl(library, "hyper_conv2d_backward", "CompositeExplicitAutograd")
+def _backward_reference(dy, x, z, weight, bias, *options):
+    geometry, (need_x, need_z, need_w) = Geometry(*options[:5]), options[5:]
+    with no_autocast([x]):
+        dx, dw = backward_expression(dy, x, z, weight, bias, geometry, need_x, need_z or need_w)
+        dz = weight.t() @ dw if need_z else None
+    return (
+        dx.contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0),
+        dz if need_z else x.new_empty(0),
+        dw.contiguous() if need_w else x.new_empty(0),
+    )
+
+
+class _Plan(NamedTuple):
+    """What the kernels are told of one call; it depends on shapes alone."""
+
+    geometry: Geometry
+    sizes: tuple[int, int, int, int, int]  # groups, rows, outputs and columns of a group, K
+    padded: int  # columns of a group, a multiple of 16
+    out: tuple[int, int]  # H', W'
+    plain: bool  # the rows of x are its columns, as in a linear layer
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(shape: torch.Size, weight_shape: torch.Size, *options) -> _Plan:
+    geometry = Geometry(*options)
+    out = geometry.output(shape)
+    I = shape[1] // geometry.groups * math.prod(geometry.kernel_size)
+    N, K = weight_shape
+    sizes = (geometry.groups, shape[0] * out[0] * out[1], N // (I * geometry.groups), I, K)
+    padded = -(-I // 16) * 16
+    return _Plan(geometry, sizes, padded, out, shape[2:] == (1, 1) and geometry == Geometry() and I == padded)
+
+
+def _plan_of(x: Tensor, weight: Tensor, kernel_size, stride, padding, dilation, groups: int) -> _Plan:
+    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    return _plan(x.shape, weight.shape, *pairs, groups)
+
+
+def _columns_kernel(kernel, image: Tensor, columns: Tensor, plan: _Plan) -> None:
+    g = plan.geometry
+    kernel(
+        image.data_ptr(), image.shape, image.stride(), columns.data_ptr(), g.kernel_size, plan.out, g.stride,
+        g.padding[::2], g.dilation, g.groups, str(image.dtype)[6:], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _gather(x: Tensor, compute: torch.dtype, plan: _Plan) -> Tensor:
+    """The columns of x: [groups, M, padded I] in the type computed with."""
+    x = x.to(compute)
+    if plan.plain:
+        return x.contiguous()
+    columns = torch.empty(*plan.sizes[:2], plan.padded, dtype=compute)
+    _columns_kernel(_cpu.im2col, x, columns, plan)
+    return columns
+
+
+def _scatter(columns: Tensor, x: Tensor, plan: _Plan) -> Tensor:
+    """The gradient of x from that of its columns, in the layout of x."""
+    if plan.plain:
+        return columns.view(x.shape).to(x.dtype)
+    image = torch.empty(x.shape, dtype=columns.dtype, memory_format=_layout(x))
+    _columns_kernel(_cpu.col2im, image, columns, plan)
+    return image.to(x.dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@torch.library.impl(library, "hyper_conv2d", "CPU")
+def _forward_cpu(x, z, weight, bias, layer_bias, *options):
+    dtype = kernel_dtype([weight])
+    if dtype is None or not x.numel() or not weight.numel():
+        return _forward_reference(x, z, weight, bias, layer_bias, *options)
+    plan, compute = _plan_of(x, weight, *options), _COMPUTE.get(dtype, x.dtype)
+    columns = _gather(x, compute, plan)
+    weight, bias, z = _contiguous(weight, bias, z)
+    layer_bias = None if layer_bias is None else layer_bias.to(compute).contiguous()
+    groups, rows, outputs, *_ = plan.sizes
+    y = torch.empty(rows, groups * outputs, dtype=compute)
+    tensors = [_address(t) for t in (weight, bias, z, columns, layer_bias, y)]
+    _cpu.hyper_linear(tensors, plan.sizes, dtype, torch.get_num_threads())
+    if plan.out == (1, 1):
+        return y.view(*y.shape, 1, 1).to(x.dtype)
+    y = y.view(x.shape[0], *plan.out, -1).permute(0, 3, 1, 2)
+    return y.to(x.dtype).contiguous(memory_format=_layout(x))
+
+
+@torch.library.impl(library, "hyper_conv2d_backward", "CPU")
+def _backward_cpu(dy, x, z, weight, bias, *options):
+    *geometry, need_x, need_z, need_w = options
+    dtype = kernel_dtype([weight])
+    if dtype is None or not x.numel() or not weight.numel():
+        return _backward_reference(dy, x, z, weight, bias, *options)
+    plan, compute = _plan_of(x, weight, *geometry), _COMPUTE.get(dtype, x.dtype)
+    columns = _gather(x, compute, plan)
+    dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None
+    weight, bias, z = _contiguous(weight, bias, z)
+    dy = dy.transpose(0, 1).to(compute).contiguous()  # [outputs, rows]
+    dz, dw = weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
+    wanted = dcolumns, dz if need_z else None, dw if need_w else None
+    tensors = [_address(t) for t in (weight, bias, z, columns, dy, *wanted)]
+    _cpu.hyper_linear_backward(tensors, plan.sizes, dtype, torch.get_num_threads())
+    return _scatter(dcolumns, x, plan) if need_x else x.new_empty(0), dz, dw
+
+
+@torch.library.register_fake("hyperfast::hyper_conv2d", lib=library)
+def _forward_fake(x, z, weight, bias, layer_bias, *options):
+    shape = Geometry(*options).shape(x, weight)
+    return x.new_empty(shape).contiguous(memory_format=_layout(x))
+
+
+@torch.library.register_fake("hyperfast::hyper_conv2d_backward", lib=library)
+def _backward_fake(dy, x, z, weight, bias, *options):
+    need_x, need_z, need_w = options[5:]
+    dx = x.new_empty(x.shape).contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0)
+    return dx, x.new_empty(z.shape if need_z else 0), x.new_empty(weight.shape[0] if need_w else 0)
+
+
+class HyperConv2dFunction(torch.autograd.Function):
+    """A layer merged with the generation of its weight; see `expression`."""
+
+    @staticmethod
+    def forward(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool):
+        return torch.ops.hyperfast.hyper_conv2d(x, z, weight, bias, layer_bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, z, weight, bias, _, ctx.geometry, ctx.factored = inputs
+        ctx.save_for_backward(x, z, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, z, weight, bias = ctx.saved_tensors
+        need_x, need_z, need_weight, need_bias, need_layer_bias = ctx.needs_input_grad[:5]
+        # create_graph and torch.func: a backward that can be differentiated again, dense weight gradients
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ctx.factored = ctx.factored and not again  # stays dense in the second backward through this node
+        need_weight = need_weight and not ctx.factored
+        need_w = need_weight or need_bias
+        if again:
+            dx, dw = backward_expression(dy, x, z, weight, bias, ctx.geometry, need_x, need_w or need_z)
+            dz = weight.t() @ dw if need_z else None
+        elif need_x or need_z or need_w:
+            dx, dz, dw = torch.ops.hyperfast.hyper_conv2d_backward(
+                dy, x, z, weight, bias, *ctx.geometry, need_x, need_z, need_w
+            )
+        return (
+            dx if need_x else None,
+            dz if need_z else None,
+            torch.outer(dw, z) if need_weight else None,
+            dw if need_bias else None,
+            dy.sum((0, 2, 3)) if need_layer_bias else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        *tensors, geometry, _ = inputs
+
+        def one(*tensors):
+            return expression(*tensors, geometry)
+
+        return torch.vmap(one, in_dims[:5])(*tensors), 0
+
+
+# Function.apply asks for it at every call, which took 18 of 70 us
+HyperConv2dFunction.forward.__signature__ = inspect.signature(HyperConv2dFunction.forward)

@@ -1,0 +1,204 @@
+"""Models side by side: `python -m train.compare --models full,standard_deep --epochs 1 --out runs/compare`.
+
+Every model is an ordinary run of `python -m train.cifar100` in OUT/MODEL, in a process of its own, so that
+times and peak memory are those of the model alone and a model that fails leaves the others. All other
+options go to it. compare.md, its tables and pictures, is written anew after every model; `--runs` adds runs
+that were finished before, or compares those alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from train import cifar100, comparison
+from train.checkpoint import CheckpointError
+from train.loop import Interrupted, RunError
+from train.models import MODELS
+from train.summary import FILE, Run, load_run
+
+TRAIN = [sys.executable, "-m", "train.cifar100"]
+
+
+@dataclass
+class Plan:
+    """A model to train: its run's folder, and the arguments of the training command but `--resume`."""
+
+    model: str
+    folder: Path
+    arguments: list[str]
+
+    @property
+    def started(self) -> bool:
+        return (self.folder / "last.pt").exists()
+
+    @property
+    def command(self) -> str:
+        return cifar100.command_line([*self.arguments, *self.resume])
+
+    @property
+    def resume(self) -> list[str]:
+        return ["--resume"] if self.started else []
+
+    def finished(self) -> Run | None:
+        """The run if it is finished and was made with these very arguments."""
+        if not (self.folder / FILE).exists():
+            return None
+        run = load_run(self.folder)
+        command = run.summary["command"].removesuffix(" --resume")
+        return run if command == cifar100.command_line(self.arguments) else None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what it does not know is for the training command."""
+    p = cifar100.Parser(
+        "python -m train.compare",
+        description="Train several models and compare them.",
+        epilog="All other options go to python -m train.cifar100.",
+        allow_abbrev=False,  # --model is not --models
+    )
+    p.add_argument(
+        "--models", type=_models, help=f"names with commas between them; all: {','.join(MODELS)} "
+        "(all; none with --runs)"
+    )  # fmt: skip
+    p.add_argument("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished runs to add")
+    p.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (%(default)s)")
+    p.add_argument("--resume", action="store_true", help="continue: finished models are not trained again")
+    return p
+
+
+def _models(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MODELS:
+            raise argparse.ArgumentTypeError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name} is named twice")
+    return names
+
+
+def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
+    """The runs to make. Raises RunError for options that belong to one run, and for runs that exist."""
+    models = args.models if args.models is not None else [] if args.runs else list(MODELS)
+    if options and not models:
+        raise RunError(f"{shlex.join(options)}: options of the training, but no --models to train")
+    own = cifar100.parser()
+    own.set_defaults(model=None)
+    if own.parse_args(options).model is not None:
+        raise RunError("--model: every model is one of --models")
+    plans = []
+    for model in models:
+        folder = args.out / model
+        plans.append(Plan(model, folder, ["--model", model, "--out", str(folder), *options]))
+        cifar100.parse(plans[-1].arguments)  # leaves with one line if an option does not fit the model
+    exist = [str(p.folder) for p in plans if p.started]
+    if exist and not args.resume:
+        raise RunError(f"{', '.join(exist)}: already there; continue with --resume, or choose another --out")
+    return plans
+
+
+def train(p: Plan) -> tuple[int, int | None]:
+    """Train one model in a process of its own: its exit status, and the signal that came meanwhile, if any.
+
+    Its process group is its own too: a signal reaches it once, from here, and it stops after a whole step.
+    """
+    received: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    command = [*TRAIN, *p.arguments, *p.resume]
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process = subprocess.Popen(command, process_group=0)
+        if received:  # before there was a process to forward it to
+            process.send_signal(received[0])
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status, received[0] if received else None
+
+
+def run(args: argparse.Namespace, options: list[str], command: str) -> int:
+    """Train what is to be trained, compare what there is; the exit status.
+
+    Raises RunError, CheckpointError, before anything is trained, for bad input; Interrupted.
+    """
+    earlier = [load_run(folder) for folder in args.runs]
+    plans = plan(args, options)
+    before = [p.finished() for p in plans]
+    _make(args.out)
+    finished: list[Run] = []
+    failures: dict[str, str] = {}
+
+    def write() -> None:
+        if finished or earlier:
+            comparison.write([*finished, *earlier], args.out, command, failures)
+
+    for i, (p, done) in enumerate(zip(plans, before, strict=True), start=1):
+        print(f"\n== {p.model}, {i} of {len(plans)}: {'finished before' if done else p.command}", flush=True)
+        if done is None:
+            status, stopped = train(p)
+            if stopped is not None:
+                write()
+                raise Interrupted(stopped)
+            try:
+                done = _outcome(p, status)
+            except (RunError, CheckpointError) as error:
+                failures[p.model] = str(error)
+        if done is not None:
+            finished.append(done)
+        write()
+    if not plans:
+        write()
+    for name, why in failures.items():
+        print(f"error: {name}: {why}", file=sys.stderr)
+    if finished or earlier:
+        print(f"\n{args.out / comparison.FILE}")
+    return 1 if failures else 0
+
+
+def _outcome(p: Plan, status: int) -> Run:
+    """The run that a training with this exit status left. Raises RunError or CheckpointError if none."""
+    if status:
+        ending = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+        raise RunError(f"{ending}; continue with: {p.command}")
+    return load_run(p.folder)
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out}: cannot be written, {error.strerror or error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 if a model failed, 2 after an error (one line), 128 + signal if interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args, options = parser().parse_known_args(arguments)
+    command = f"python -m train.compare {shlex.join(arguments)}".strip()
+    try:
+        return run(args, options, command)
+    except (RunError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        again = command if args.resume else f"{command} --resume"
+        print(f"stopped; continue with: {again}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
