@@ -96,7 +96,7 @@ def build_file(nvcc: str | None, cxx: str) -> str:
     sanitize = os.environ.get("HYPERFAST_SANITIZE")
     if sanitize:  # every report ends the process
         sanitize = f"-fsanitize={sanitize} -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS"
-        sanitize = f" -g -fno-omit-frame-pointer {sanitize}"
+        sanitize = f" -O1 -g -fno-omit-frame-pointer {sanitize}"
     sanitize = sanitize or ""
     common = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra" + sanitize
     includes = {pybind11.get_include(), *(sysconfig.get_path(name) for name in ("include", "platinclude"))}

@@ -40,6 +40,22 @@ void check_sizes(int64_t N, int64_t K, int threads) {
   if (threads < 1) throw py::value_error("threads must be at least 1");
 }
 
+int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// The kernels read elements where elements may lie.
+void check_aligned(int64_t address, int64_t size) {
+  if (address % size)
+    throw py::value_error("a tensor begins at an address that is no multiple of its elements' " +
+                          std::to_string(size) + " bytes: clone() it");
+}
+
+// Addresses come first in a row, then N and K.
+template <size_t Fields>
+void check_aligned(const Table<Fields>& table, DType dtype) {
+  for (const auto& row : table)
+    for (size_t f = 0; f + 2 < Fields; ++f) check_aligned(row[f], element_size(dtype));
+}
+
 void generate(const Table<6>& table, const std::string& dtype, int threads) {
   std::vector<GenerateSegment> segments;
   for (const auto& [weight, bias, z, w, N, K] : table) {
@@ -47,6 +63,7 @@ void generate(const Table<6>& table, const std::string& dtype, int threads) {
     segments.push_back({pointer(weight), pointer(bias), pointer(z), pointer(w), N, K});
   }
   const DType type = dtype_of(dtype);
+  check_aligned(table, type);
   py::gil_scoped_release release;
   kernels().generate(segments.data(), segments.size(), type, threads);
 }
@@ -60,6 +77,7 @@ void generate_backward(const Table<6>& table, const std::string& dtype, int thre
     scratch += num_blocks(N, K) * (K + 1);
   }
   const DType type = dtype_of(dtype);
+  check_aligned(table, type);
   py::gil_scoped_release release;
   std::vector<double> partials(scratch);
   kernels().generate_backward(segments.data(), segments.size(), type, partials.data(), threads);
@@ -108,6 +126,13 @@ void update_generate(const Table<18>& table, const std::vector<std::vector<doubl
   const Storage stored = storage_of(storage);
   if (stored != Storage::plain && type != DType::float32)
     throw py::value_error("states are stored as " + storage + " beside float32 weights only, got " + dtype);
+  const int64_t size = element_size(type);
+  const int64_t state_size = stored == Storage::plain ? size : stored == Storage::bfloat16 ? 2 : 1;
+  for (const auto& row : table) {
+    for (const int field : {0, 5, 10, 11, 12, 13}) check_aligned(row[field], size);
+    for (const int field : {1, 3, 6, 8}) check_aligned(row[field], state_size);
+    for (const int field : {2, 4, 7, 9}) check_aligned(row[field], sizeof(float));
+  }
   py::gil_scoped_release release;
   kernels().update_generate(segments.data(), segments.size(), type, kind, stored, grad_scale, threads);
 }

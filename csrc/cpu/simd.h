@@ -72,6 +72,13 @@ inline C sum_halves(typename VectorOf<C, W>::type v, std::index_sequence<I...>) 
                              __builtin_shufflevector(v, v, (W / 2 + I)...));
 }
 
+// AddressSanitizer does not see masked loads and stores: this shows it the bytes.
+inline void show_to_sanitizer([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  for (size_t i = 0; i < bytes; ++i) (void)static_cast<const volatile char*>(p)[i];
+#endif
+}
+
 template <class T, int W>
 struct Simd {
   using C = compute_t<T>;
@@ -117,6 +124,7 @@ struct Simd {
 
   // The first n < W lanes; the others are zero.
   static V load(const T* p, int n) {
+    show_to_sanitizer(p, n * sizeof(T));
 #if defined(__AVX512VL__)
     if constexpr (std::is_same_v<T, bfloat16> && W >= 4) {
       uint16_t lanes[16];
@@ -141,6 +149,7 @@ struct Simd {
   }
 
   static void store(T* p, V v, int n) {
+    show_to_sanitizer(p, n * sizeof(T));
 #if defined(__AVX512VL__)
     if constexpr (std::is_same_v<T, float> && W == 16)
       return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);

@@ -96,7 +96,7 @@ LAYOUTS: dict[str, Change] = {
     "odd strides of size 1": odd_strides_of_one,
     "values": special_values,
 }
-# valid to read, not always to write
+# valid for torch, refused by some
 FOREIGN: dict[str, Change] = {"misaligned": misaligned, "inference tensor": inference}
 
 FAULTS: dict[str, Change] = {
@@ -202,11 +202,11 @@ def mutate(draw: Draw, arguments: dict[str, Any], written: tuple[str, ...]) -> b
         if get(arguments, name, i).is_inference():
             continue
         put(arguments, name, i, layouts[draw.choice(list(layouts))](draw, get(arguments, name, i)))
+    tensors = [get(arguments, *place) for place in places]
     valid = all(writable(get(arguments, name, i)) for name, i in places if name in written)
-    if any(
-        get(arguments, *place).requires_grad for place in places
-    ):  # autograd cannot save inference tensors
-        valid = valid and not any(get(arguments, *place).is_inference() for place in places)
+    valid = valid and all(t.data_ptr() % t.itemsize == 0 for t in tensors)
+    if any(t.requires_grad for t in tensors):  # autograd cannot save inference tensors
+        valid = valid and not any(t.is_inference() for t in tensors)
     if draw.chance(0.4) and places:
         valid = False
         for _ in range(draw.choice((1, 1, 2))):

@@ -110,6 +110,21 @@ def test_one_lazily_negated_contiguous_tensor(negated):
     assert torch.equal(made, ops.generate(*([t] for t in expected))[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_address_between_elements_is_refused(dtype):
+    """torch takes such memory from others; the compiler counts on there being none."""
+    size = torch.empty(0, dtype=dtype).itemsize
+    memory = torch.zeros(4 * size + size // 2, dtype=torch.uint8).numpy()[size // 2 :]
+    weight = torch.frombuffer(memory, dtype=dtype).view(2, 2)
+    assert weight.data_ptr() % size
+    rest = [torch.zeros(2, dtype=dtype)], [torch.zeros(2, dtype=dtype)]
+    with pytest.raises(ValueError, match="no multiple of its elements"):
+        ops.generate([weight], *rest)
+    with pytest.raises(ValueError, match="no multiple of its elements"):
+        ops.generate_backward([weight], rest[0])
+    ops.generate([weight.clone()], *rest)
+
+
 def test_inference_tensors():
     weights, biases, zs = small(torch.float32, requires_grad=False)
     with torch.inference_mode():
