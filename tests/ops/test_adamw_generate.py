@@ -252,7 +252,7 @@ BAD = {
     "exp_avg sparse": (first("exp_avgs", torch.Tensor.to_sparse), TypeError, "exp_avg 0 must be a dense"),
     "one number less": (
         lambda p: p["coefficients"].__setitem__(slice(2), [coefficients()[:5], (*coefficients(), 1.0)]),
-        ValueError, "coefficients 0 must be 6 numbers, got 5",
+        ValueError, "coefficients 0 must be 7 numbers, got 5",
     ),
     "coefficient None": (
         lambda p: (p["coefficients"].__setitem__(1, (None, *coefficients()[1:])),
