@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <stdexcept>
@@ -39,15 +40,20 @@ void check_sizes(int64_t N, int64_t K, int threads) {
   if (threads < 1) throw py::value_error("threads must be at least 1");
 }
 
-// Addresses come first in a row, then N and K. The kernels read elements where elements may lie.
+int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// The kernels read elements where elements may lie.
+void check_aligned(int64_t address, int64_t size) {
+  if (address % size)
+    throw py::value_error("a tensor begins at an address that is no multiple of its elements' " +
+                          std::to_string(size) + " bytes: clone() it");
+}
+
+// Addresses come first in a row, then N and K.
 template <size_t Fields>
 void check_aligned(const Table<Fields>& table, DType dtype) {
-  const int64_t size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
   for (const auto& row : table)
-    for (size_t f = 0; f + 2 < Fields; ++f)
-      if (row[f] % size)
-        throw py::value_error("a tensor begins at an address that is no multiple of its elements' " +
-                              std::to_string(size) + " bytes: clone() it");
+    for (size_t f = 0; f + 2 < Fields; ++f) check_aligned(row[f], element_size(dtype));
 }
 
 void generate(const Table<6>& table, const std::string& dtype, int threads) {
@@ -77,23 +83,58 @@ void generate_backward(const Table<6>& table, const std::string& dtype, int thre
   kernels().generate_backward(segments.data(), segments.size(), type, partials.data(), threads);
 }
 
-AdamWCoefficients adamw_of(const double* c) { return {c[0], c[1], c[2], c[3], c[4], c[5]}; }
+Updated updated(int64_t values, const std::array<int64_t, 4>& states,
+                const std::vector<double>& coefficients) {
+  Updated made{
+      pointer(values),
+      {{pointer(states[0]), pointer<float>(states[1])}, {pointer(states[2]), pointer<float>(states[3])}},
+      {}};
+  if (coefficients.size() > made.coefficients.size()) throw py::value_error("too many coefficients");
+  std::copy(coefficients.begin(), coefficients.end(), made.coefficients.begin());
+  return made;
+}
 
-void adamw_generate(const Table<12>& table, const std::vector<std::array<double, 12>>& coefficients,
-                    double grad_scale, const std::string& dtype, int threads) {
-  if (table.size() != coefficients.size()) throw py::value_error("one row of coefficients for each segment");
-  std::vector<AdamWGenerateSegment> segments;
+Rule rule_of(const std::string& name) {
+  if (name == "adam") return Rule::adam;
+  if (name == "sgd") return Rule::sgd;
+  throw py::value_error("rule must be adam or sgd, got " + name);
+}
+
+Storage storage_of(const std::string& name) {
+  if (name == "plain") return Storage::plain;
+  if (name == "bfloat16") return Storage::bfloat16;
+  if (name == "8bit") return Storage::eight_bit;
+  throw py::value_error("storage must be plain, bfloat16 or 8bit, got " + name);
+}
+
+void update_generate(const Table<18>& table, const std::vector<std::vector<double>>& coefficients,
+                     const std::vector<std::vector<double>>& bias_coefficients, const std::string& rule,
+                     const std::string& storage, double grad_scale, const std::string& dtype, int threads) {
+  if (table.size() != coefficients.size() || table.size() != bias_coefficients.size())
+    throw py::value_error("one row of coefficients for each segment");
+  std::vector<UpdateGenerateSegment> segments;
   for (size_t i = 0; i < table.size(); ++i) {
-    const auto& [weight, m, v, bias, bias_m, bias_v, dw, z, z_next, w, N, K] = table[i];
+    const auto& [weight, s0, c0, s1, c1, bias, bs0, bc0, bs1, bc1, dw, z, z_next, w, N, K, trained, seed] =
+        table[i];
     check_sizes(N, K, threads);
-    segments.push_back({pointer(weight), pointer(m), pointer(v), pointer(bias), pointer(bias_m),
-                        pointer(bias_v), pointer(dw), pointer(z), pointer(z_next), pointer(w), N, K,
-                        adamw_of(coefficients[i].data()), adamw_of(coefficients[i].data() + 6)});
+    segments.push_back({updated(weight, {s0, c0, s1, c1}, coefficients[i]),
+                        updated(bias, {bs0, bc0, bs1, bc1}, bias_coefficients[i]), trained != 0, pointer(dw),
+                        pointer(z), pointer(z_next), pointer(w), N, K, uint32_t(seed)});
   }
   const DType type = dtype_of(dtype);
-  check_aligned(table, type);
+  const Rule kind = rule_of(rule);
+  const Storage stored = storage_of(storage);
+  if (stored != Storage::plain && type != DType::float32)
+    throw py::value_error("states are stored as " + storage + " beside float32 weights only, got " + dtype);
+  const int64_t size = element_size(type);
+  const int64_t state_size = stored == Storage::plain ? size : stored == Storage::bfloat16 ? 2 : 1;
+  for (const auto& row : table) {
+    for (const int field : {0, 5, 10, 11, 12, 13}) check_aligned(row[field], size);
+    for (const int field : {1, 3, 6, 8}) check_aligned(row[field], state_size);
+    for (const int field : {2, 4, 7, 9}) check_aligned(row[field], sizeof(float));
+  }
   py::gil_scoped_release release;
-  kernels().adamw_generate(segments.data(), segments.size(), type, grad_scale, threads);
+  kernels().update_generate(segments.data(), segments.size(), type, kind, stored, grad_scale, threads);
 }
 
 HyperLinearSizes sizes_of(const std::array<int64_t, 5>& sizes, int threads) {
@@ -215,11 +256,12 @@ PYBIND11_MODULE(_cpu, m) {
         "segments: (weight, bias or 0, z, w, N, K) each.");
   m.def("generate_backward", &generate_backward, py::arg("segments"), py::arg("dtype"), py::arg("threads"),
         "segments: (weight, dw, dz, squared_norm, N, K) each; squared_norm addresses one float64.");
-  m.def("adamw_generate", &adamw_generate, py::arg("segments"), py::arg("coefficients"),
-        py::arg("grad_scale"), py::arg("dtype"), py::arg("threads"),
-        "segments: (weight, exp_avg, exp_avg_sq, bias, bias_exp_avg, bias_exp_avg_sq, dw, z, z_next, w, N, "
-        "K) each; "
-        "coefficients: (decay, step_size, beta1, beta2, sqrt(1 - beta2^t), eps) of weight, then of bias.");
+  m.def("update_generate", &update_generate, py::arg("segments"), py::arg("coefficients"),
+        py::arg("bias_coefficients"), py::arg("rule"), py::arg("storage"), py::arg("grad_scale"),
+        py::arg("dtype"), py::arg("threads"),
+        "segments: (weight, state, scales, second state, scales, bias, its four, dw, z, z_next, w, N, K, "
+        "whether bias is trained, seed) each, 0 for what is not there; coefficients of weight and of bias: a "
+        "row each in the order of hyperfast.reference.");
   m.def("hyper_linear", &hyper_linear, py::arg("tensors"), py::arg("sizes"), py::arg("dtype"),
         py::arg("threads"),
         "tensors: (weight, bias or 0, z, x, layer_bias or 0, y); sizes: (G, M, O, I, K).");

@@ -9,7 +9,7 @@ namespace hyperfast {
 
 #define HYPERFAST_KERNELS(isa)                                                                          \
   Kernels {                                                                                             \
-    #isa, isa::generate, isa::generate_backward, isa::adamw_generate, isa::hyper_linear,                \
+    #isa, isa::generate, isa::generate_backward, isa::update_generate, isa::hyper_linear,               \
         isa::hyper_linear_backward, isa::im2col, isa::col2im, isa::batch_norm, isa::batch_norm_backward \
   }
 

@@ -6,10 +6,12 @@ from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
 from hyperfast.ops.generate_backward import generate_backward
 from hyperfast.ops.hyper_layers import hyper_conv2d, hyper_linear
-from hyperfast.reference import AdamWCoefficients
+from hyperfast.ops.sgd_generate import sgd_generate
+from hyperfast.reference import AdamWCoefficients, SGDCoefficients
 
 __all__ = [
     "AdamWCoefficients",
+    "SGDCoefficients",
     "adamw_generate",
     "batch_norm_relu_max_pool",
     "conv2d",
@@ -17,4 +19,5 @@ __all__ = [
     "generate_backward",
     "hyper_conv2d",
     "hyper_linear",
+    "sgd_generate",
 ]
