@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -47,6 +48,10 @@ void check_aligned(int64_t address, int64_t size) {
   if (address % size)
     throw py::value_error("a tensor begins at an address that is no multiple of its elements' " +
                           std::to_string(size) + " bytes: clone() it");
+}
+
+void check_aligned(std::initializer_list<int64_t> addresses, int64_t size) {
+  for (const int64_t address : addresses) check_aligned(address, size);
 }
 
 // Addresses come first in a row, then N and K.
@@ -157,6 +162,8 @@ void hyper_linear(const std::array<int64_t, 6>& tensors, const std::array<int64_
       pointer(weight), pointer(bias),           pointer(z), pointer(x), pointer(layer_bias),
       pointer(y),      sizes_of(sizes, threads)};
   const DType type = dtype_of(dtype);
+  check_aligned({weight, bias, z}, element_size(type));
+  check_aligned({x, layer_bias, y}, compute_size(type));
   py::gil_scoped_release release;
   const auto scratch = scratch_of(forward_scratch(call.sizes, compute_size(type)));
   kernels().hyper_linear(call, type, scratch.get(), threads);
@@ -169,6 +176,8 @@ void hyper_linear_backward(const std::array<int64_t, 8>& tensors, const std::arr
                                  pointer(x),      pointer(dy),   pointer(dx),
                                  pointer(dz),     pointer(dw),   sizes_of(sizes, threads)};
   const DType type = dtype_of(dtype);
+  check_aligned({weight, bias, z, dz, dw}, element_size(type));
+  check_aligned({x, dy, dx}, compute_size(type));
   py::gil_scoped_release release;
   const auto scratch = scratch_of(backward_scratch(call.sizes, compute_size(type), call.dx));
   kernels().hyper_linear_backward(call, type, scratch.get(), threads);
@@ -199,6 +208,7 @@ void columns(int64_t image, const std::array<int64_t, 4>& shape, const std::arra
   for (int i = 0; i < 2; ++i) p.stride[i] = stride[i], p.padding[i] = padding[i], p.dilation[i] = dilation[i];
   for (int i = 0; i < 4; ++i) p.image_strides[i] = strides[i];
   const DType type = dtype_of(dtype);
+  check_aligned({image, columns}, element_size(type));
   py::gil_scoped_release release;
   (kernels().*kernel)(p, type, threads);
 }
@@ -219,6 +229,8 @@ void batch_norm(const std::array<int64_t, 5>& sizes, int64_t x, int64_t weight, 
       images, pointer(x), pointer(weight), pointer(bias),          mean, mean + images.C,
       given,  eps,        pointer(y),      pointer<uint8_t>(index)};
   const DType type = dtype_of(dtype);
+  check_aligned({x, y}, element_size(type));
+  check_aligned({weight, bias}, compute_size(type));
   py::gil_scoped_release release;
   const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
   kernels().batch_norm(segment, type, scratch.get(), threads);
@@ -233,6 +245,8 @@ void batch_norm_backward(const std::array<int64_t, 5>& sizes, int64_t x, int64_t
       images, pointer(x), pointer(dy), pointer<uint8_t>(index), pointer(weight), mean, mean + images.C,
       given,  eps,        pointer(dx), pointer(dweight),        pointer(dbias)};
   const DType type = dtype_of(dtype);
+  check_aligned({x, dy, dx}, element_size(type));
+  check_aligned({weight, dweight, dbias}, compute_size(type));
   py::gil_scoped_release release;
   const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
   kernels().batch_norm_backward(segment, type, scratch.get(), threads);

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -144,3 +144,33 @@ def check_like(
         raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
     if tensor.device != weight.device:
         raise ValueError(f"{name} must be on {weight.device} like its weight, got {tensor.device}")
+
+
+def check_memory(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError unless every tensor (name, tensor) updated in place is contiguous, may be updated and overlaps
+    nothing."""
+    spans = []  # first byte, end, name, whether it is written
+    for tensors, is_written in ((written, True), (read, False)):
+        for name, tensor in tensors:
+            if is_written:
+                _check_writable(name, tensor)
+            if tensor.numel() and not tensor.is_meta:
+                last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                start = tensor.data_ptr()
+                spans.append((start, start + (last + 1) * tensor.itemsize, name, is_written))
+    spans.sort()
+    reach = {True: (0, ""), False: (0, "")}  # how far written and read tensors reach so far
+    for start, end, name, is_written in spans:
+        for other_written, (other_end, other) in reach.items():
+            if start < other_end and (is_written or other_written):
+                raise ValueError(f"{name} shares memory with {other}: one of them is updated in place")
+        reach[is_written] = max(reach[is_written], (end, name))
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is updated in place and must be contiguous, got strides {tensor.stride()}")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is updated in place and must not be lazily negated: resolve_neg() it")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} was made under inference_mode and cannot be updated outside of it")

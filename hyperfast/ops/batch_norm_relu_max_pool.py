@@ -11,6 +11,7 @@ from hyperfast.ops._library import (
     _cpu,
     check_backend,
     check_dense,
+    check_memory,
     kernel_dtype,
     library,
     needs_function,
@@ -152,6 +153,13 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+    given = {name: t for name, t in channels.items() if t is not None}
+    if len({t.dtype for t in given.values()}) > 1:
+        kinds = ", ".join(f"{name} {t.dtype}" for name, t in given.items())
+        raise TypeError(f"running statistics, weight and bias must have one dtype, got {kinds}")
+    running = [(name, given.pop(name)) for name in ("running_mean", "running_var") if name in given]
+    if training and not torch.compiler.is_compiling():
+        check_memory(running, (("x", x), *given.items()))
     if (channels["running_mean"] is None) != (channels["running_var"] is None):
         raise ValueError("running_mean and running_var must both be tensors or both None")
     if not training and channels["running_mean"] is None:
@@ -195,13 +203,17 @@ def batch_norm_relu_max_pool(
     (ICML 2015).
     """
     check_backend(backend)
+    momentum, eps = float(momentum), float(eps)
     _check(x, training, pool, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    # running statistics are constants, whatever they are marked as
+    running_mean, running_var = (None if t is None else t.detach() for t in (running_mean, running_var))
+    with_function = needs_function(x, weight, bias, running_mean, running_var)
     if backend == "reference" or not _has_kernel(x, pool):
         return reference.batch_norm_relu_max_pool(
             x, running_mean, running_var, weight, bias, training, momentum, eps, pool
         )
-    statistics = None if training else torch.stack((running_mean.detach(), running_var.detach())).double()
-    if needs_function(x, weight, bias):
+    statistics = None if training else torch.stack((running_mean, running_var)).double()
+    if with_function:
         y, _, made = BatchNormReLUMaxPool.apply(x, weight, bias, statistics, eps, pool)
     else:
         y, _, made = torch.ops.hyperfast.batch_norm_relu_max_pool(

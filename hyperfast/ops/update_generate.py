@@ -5,7 +5,7 @@ The op behind `adamw_generate` and `sgd_generate`, and the checks they share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from hyperfast.ops._library import (
     check_dense,
     check_generators,
     check_like,
+    check_memory,
     kernel_dtype,
     library,
 )
@@ -201,7 +202,7 @@ def _check(u: Update) -> str:
                     storage = storage_of(state, weight.dtype)
                 _check_state(f"{name} {i}", state, weight, weight.shape[: len(letters)], storage)
             lists[name] = column
-    _check_memory(lists, {name: tensors for name, (tensors, _) in read.items()})
+    check_memory(_tensors(lists), _tensors({name: tensors for name, (tensors, _) in read.items()}))
     return storage
 
 
@@ -221,39 +222,9 @@ def _check_state(name: str, state: State, weight: Tensor, shape: Sequence[int], 
         check_like(name, state, weight, shape, torch.bfloat16 if storage == "bfloat16" else weight.dtype)
 
 
-def _check_memory(written: dict[str, list[State | None]], read: dict[str, list[Tensor]]) -> None:
-    """ValueError unless what is updated in place is contiguous, may be updated and overlaps nothing."""
-    spans = []  # first byte, end, name, whether it is written
-    for columns in (written, read):
-        for name, stored in columns.items():
-            for i, state in enumerate(stored):
-                for tensor in state if isinstance(state, EightBit) else (state,):
-                    if tensor is None:
-                        continue
-                    if columns is written:
-                        _check_writable(f"{name} {i}", tensor)
-                    if tensor.numel() == 0 or tensor.is_meta:
-                        continue
-                    spans.append((*_span(tensor), f"{name} {i}", columns is written))
-    spans.sort()
-    reach = {True: (0, ""), False: (0, "")}  # how far written and read tensors reach so far
-    for start, end, name, is_written in spans:
-        for other_written, (other_end, other) in reach.items():
-            if start < other_end and (is_written or other_written):
-                raise ValueError(f"{name} shares memory with {other}: one of them is updated in place")
-        reach[is_written] = max(reach[is_written], (end, name))
-
-
-def _check_writable(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is updated in place and must be contiguous, got strides {tensor.stride()}")
-    if tensor.is_neg():
-        raise ValueError(f"{name} is updated in place and must not be lazily negated: resolve_neg() it")
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{name} was made under inference_mode and cannot be updated outside of it")
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and end of what a tensor covers."""
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+def _tensors(columns: dict[str, list[State | None]]) -> Iterator[tuple[str, Tensor]]:
+    for name, stored in columns.items():
+        for i, state in enumerate(stored):
+            for tensor in state if isinstance(state, EightBit) else (state,):
+                if tensor is not None:
+                    yield f"{name} {i}", tensor

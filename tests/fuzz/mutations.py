@@ -53,7 +53,7 @@ def odd_strides_of_one(draw: Draw, t: Tensor) -> Tensor:
 
 def misaligned(draw: Draw, t: Tensor) -> Tensor:
     """At an address that is no multiple of the size of an element, as memory from elsewhere may be."""
-    if t.dtype == torch.bfloat16 or not t.numel():
+    if t.dtype not in (torch.float16, torch.float32, torch.float64) or not t.numel():
         return t
     values = t.detach().resolve_neg().contiguous().numpy()
     memory = np.zeros(values.nbytes + 64, dtype=np.uint8)
@@ -258,7 +258,8 @@ def other_fault(draw: Draw, arguments: dict[str, Any]) -> None:
         if isinstance(arguments[name][i], tuple):
             arguments[name][i] = draw.choice(ROW_FAULTS)(arguments[name][i])
     else:
-        arguments[name] = draw.choice(VALUES)
+        values = [v for v in VALUES if not (isinstance(arguments[name], bool) and isinstance(v, Tensor))]
+        arguments[name] = draw.choice(values)
 
 
 def overlapping(draw: Draw, t: Tensor, other: Tensor) -> Tensor:

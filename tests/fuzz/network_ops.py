@@ -184,6 +184,11 @@ def batch_norm_outputs(before: Arguments, arguments: Arguments, result: tuple) -
     twin = {name: in_double(value) for name, value in before.items()}
     for name in ("backend", "context"):
         del twin[name]
+    twin |= {
+        "training": bool(twin["training"]),
+        "eps": float(twin["eps"]),
+        "momentum": float(twin["momentum"]),
+    }
     x, training, pool = twin["x"], twin["training"], twin["pool"]
     n = x.numel() // max(x.shape[1], 1)
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
@@ -192,7 +197,8 @@ def batch_norm_outputs(before: Arguments, arguments: Arguments, result: tuple) -
     inverse = (var + twin["eps"]).rsqrt()
     weight = torch.ones_like(mean) if twin["weight"] is None else twin["weight"]
     bias = torch.zeros_like(mean) if twin["bias"] is None else twin["bias"]
-    reach = x.abs() + channelwise(mean.abs())  # of x - mean: what rounds
+    largest = x.abs().amax((0, 2, 3), keepdim=True)[0]  # the kernel subtracts a value of x first
+    reach = (largest + channelwise(mean.abs())).expand(x.shape)  # of x - mean: what rounds
     scale = reach * channelwise((inverse * weight).abs()) + channelwise(bias.abs())
     leaves = [twin[name].requires_grad_() for name in grads]
     exact = reference.batch_norm_relu_max_pool(**twin)
@@ -200,12 +206,16 @@ def batch_norm_outputs(before: Arguments, arguments: Arguments, result: tuple) -
     kernel = kernel and before["x"].is_contiguous(memory_format=torch.channels_last)
     computed = None if kernel else before["x"].dtype
     pooled = F.max_pool2d(scale, pool) if pool > 1 else scale
-    outputs = [Output("y", y, exact.detach(), pooled, 16, computed)]
+    # statistics are float64: beside float32 and bfloat16 their sums are exact
+    terms = 64 + n if x.dtype == before["x"].dtype else 16
+    outputs = [Output("y", y, exact.detach(), pooled, terms, computed)]
     if training and before["running_mean"] is not None:
         tracked = {"running_mean": mean.abs() + x.abs().mean((0, 2, 3)), "running_var": var + mean**2 / n}
         for name, magnitude in tracked.items():
             scale = before[name].double().abs() + 2 * magnitude
-            outputs.append(Output(name, arguments[name], twin[name], scale, n if computed else 16, computed))
+            outputs.append(
+                Output(name, arguments[name], twin[name], scale, terms, computed or arguments[name].dtype)
+            )
     if not grads:
         return outputs
     wanted = torch.autograd.grad(exact, leaves, dy.double())
@@ -220,6 +230,7 @@ def batch_norm_outputs(before: Arguments, arguments: Arguments, result: tuple) -
     dx = g
     if training:
         dx = g + channelwise(dbias) / n + xhat * channelwise(dweight) / n
+    dx = dx + 0 * reach  # not where the mean is not finite
     scales = {"x": dx * channelwise((inverse * weight).abs()), "weight": dweight, "bias": dbias}
     for name, exact_gradient in zip(grads, wanted, strict=True):
         outputs.append(Output(f"d {name}", grads[name], exact_gradient, scales[name].detach(), n, computed))
