@@ -209,6 +209,10 @@ def batch_norm_relu_max_pool(
     running_mean, running_var = (None if t is None else t.detach() for t in (running_mean, running_var))
     with_function = needs_function(x, weight, bias, running_mean, running_var)
     if backend == "reference" or not _has_kernel(x, pool):
+        # torch's own backward in channels_last reads weight and running_var as if they were contiguous
+        running_mean, running_var, weight, bias = (
+            None if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias)
+        )
         return reference.batch_norm_relu_max_pool(
             x, running_mean, running_var, weight, bias, training, momentum, eps, pool
         )

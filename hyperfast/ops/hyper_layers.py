@@ -122,7 +122,9 @@ def _check_x(x: Tensor, weight: Tensor, good_dim, shape: str) -> None:
     check_dense("weight", weight)
     if not good_dim(x.dim()):
         raise ValueError(f"x must be {shape}, got shape {list(x.shape)}")
-    if x.dtype != weight.dtype and not (autocast_dtype(weight) and x.dtype.is_floating_point):
+    # autocast leaves float64 alone
+    cast = autocast_dtype(weight) and x.dtype.is_floating_point and x.dtype != torch.float64
+    if x.dtype != weight.dtype and not cast:
         raise TypeError(f"x must be {weight.dtype} like weight, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on {weight.device} like weight, got {x.device}")

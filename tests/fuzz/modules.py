@@ -177,11 +177,11 @@ def backward(draw: Draw, *both: nn.Module) -> None:
         (torch.sin(part(x)).square().sum() * special).backward()
 
 
-def assert_same_parameters(model: nn.Module, twin: nn.Module) -> None:
+def assert_same_parameters(model: nn.Module, twin: nn.Module, rtol: float) -> None:
     ours, theirs = model.state_dict(), twin.state_dict()
     assert list(ours) == list(theirs)
     for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-9, equal_nan=True, msg=name)
+        torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=0.1 * rtol, equal_nan=True, msg=name)
 
 
 def draw_options(draw: Draw) -> Arguments:
@@ -226,7 +226,7 @@ def adamw_case(draw: Draw) -> str:
             if torch_error is not None and not valid:
                 return "right"
             assert torch_error is None, f"torch refuses: {torch_error}"
-            assert_same_parameters(model, twin)
+            assert_same_parameters(model, twin, 1e-8 if valid else 1e-5)  # float32 options are not valid
             continue
         if error is not None and not (isinstance(error, FloatingPointError) and own["nonfinite"] == "raise"):
             assert_allowed(error, None, valid)

@@ -258,7 +258,12 @@ def other_fault(draw: Draw, arguments: dict[str, Any]) -> None:
         if isinstance(arguments[name][i], tuple):
             arguments[name][i] = draw.choice(ROW_FAULTS)(arguments[name][i])
     else:
-        values = [v for v in VALUES if not (isinstance(arguments[name], bool) and isinstance(v, Tensor))]
+        same = type(arguments[name])  # torch itself does not always take True for 1, or a tensor for True
+        values = [
+            v
+            for v in VALUES
+            if not (same is bool and isinstance(v, Tensor)) and (v is not True or same is bool)
+        ]
         arguments[name] = draw.choice(values)
 
 

@@ -226,7 +226,8 @@ def adamw_outputs(before: Arguments, arguments: Arguments, result: None) -> list
     names = [*WRITTEN[:6], "dws", "zs", "new_zs", "next_weights", "coefficients", "bias_coefficients"]
     given = {name: list(before[name]) for name in names}
     for name in ("coefficients", "bias_coefficients"):
-        given[name] = [ops.AdamWCoefficients(*map(float, row)) for row in given[name]]
+        nothing = [0.0] * 6  # of a bias that is not trained
+        given[name] = [ops.AdamWCoefficients(*map(float, row or nothing)) for row in given[name]]
     after = {name: list(arguments[name]) for name in WRITTEN}
     outputs = []
     computed = computed_in(given["weights"], before["backend"])
