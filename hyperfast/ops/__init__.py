@@ -6,4 +6,11 @@ from hyperfast.ops.generate_backward import generate_backward
 from hyperfast.ops.hyper_layers import hyper_conv2d, hyper_linear
 from hyperfast.reference import AdamWCoefficients
 
-__all__ = ["AdamWCoefficients", "adamw_generate", "generate", "generate_backward", "hyper_conv2d", "hyper_linear"]
+__all__ = [
+    "AdamWCoefficients",
+    "adamw_generate",
+    "generate",
+    "generate_backward",
+    "hyper_conv2d",
+    "hyper_linear",
+]

@@ -74,8 +74,8 @@ def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
-    """Whether an op on `tensors` must go through its autograd Function, which costs 20 to 40 us: a gradient is
-    needed, or a transform of torch.func is at work. (And dynamo of torch 2.11 shifts the arguments of a
+    """Whether an op on `tensors` must go through its autograd Function, which costs 20 to 40 us: a gradient
+    is needed, or a transform of torch.func is at work. (And dynamo of torch 2.11 shifts the arguments of a
     Function with *tensors where no gradient is needed.)"""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True

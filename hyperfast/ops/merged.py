@@ -34,6 +34,10 @@ class Geometry(NamedTuple):
         reach = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
         return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, self.stride, strict=True))
 
+    def rows(self, x: Tensor) -> int:
+        """B H' W'."""
+        return x.shape[0] * math.prod(self.output(x.shape))
+
     def outputs(self, x: Tensor, weight: Tensor) -> int:
         """Output channels: N / (C / groups R S)."""
         return weight.shape[0] * self.groups // (x.shape[1] * math.prod(self.kernel_size))
@@ -127,11 +131,12 @@ class _Plan(NamedTuple):
 def _plan(shape: torch.Size, weight_shape: torch.Size, *options) -> _Plan:
     geometry = Geometry(*options)
     out = geometry.output(shape)
-    I = shape[1] // geometry.groups * math.prod(geometry.kernel_size)
+    columns = shape[1] // geometry.groups * math.prod(geometry.kernel_size)
     N, K = weight_shape
-    sizes = (geometry.groups, shape[0] * out[0] * out[1], N // (I * geometry.groups), I, K)
-    padded = -(-I // 16) * 16
-    return _Plan(geometry, sizes, padded, out, shape[2:] == (1, 1) and geometry == Geometry() and I == padded)
+    sizes = geometry.groups, shape[0] * math.prod(out), N // (columns * geometry.groups), columns, K
+    padded = -(-columns // 16) * 16
+    plain = shape[2:] == (1, 1) and geometry == Geometry() and columns == padded
+    return _Plan(geometry, sizes, padded, out, plain)
 
 
 def _plan_of(x: Tensor, weight: Tensor, kernel_size, stride, padding, dilation, groups: int) -> _Plan:
@@ -170,8 +175,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
 
 @torch.library.impl(library, "hyper_conv2d", "CPU")
@@ -181,12 +186,12 @@ def _forward_cpu(x, z, weight, bias, layer_bias, *options):
         return _forward_reference(x, z, weight, bias, layer_bias, *options)
     plan, compute = _plan_of(x, weight, *options), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
-    weight, bias, z = _contiguous(weight, bias, z)
-    layer_bias = None if layer_bias is None else layer_bias.to(compute).contiguous()
+    weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
+    layer_bias = _contiguous(layer_bias, compute)
     groups, rows, outputs, *_ = plan.sizes
     y = torch.empty(rows, groups * outputs, dtype=compute)
-    tensors = [_address(t) for t in (weight, bias, z, columns, layer_bias, y)]
-    _cpu.hyper_linear(tensors, plan.sizes, dtype, torch.get_num_threads())
+    addresses = weight.data_ptr(), _address(bias), z.data_ptr(), columns.data_ptr(), _address(layer_bias)
+    _cpu.hyper_linear((*addresses, y.data_ptr()), plan.sizes, dtype, torch.get_num_threads())
     if plan.out == (1, 1):
         return y.view(*y.shape, 1, 1).to(x.dtype)
     y = y.view(x.shape[0], *plan.out, -1).permute(0, 3, 1, 2)
@@ -202,7 +207,7 @@ def _backward_cpu(dy, x, z, weight, bias, *options):
     plan, compute = _plan_of(x, weight, *geometry), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
     dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None
-    weight, bias, z = _contiguous(weight, bias, z)
+    weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
     dy = dy.transpose(0, 1).to(compute).contiguous()  # [outputs, rows]
     dz, dw = weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
     wanted = dcolumns, dz if need_z else None, dw if need_w else None
@@ -224,12 +229,17 @@ def _backward_fake(dy, x, z, weight, bias, *options):
     return dx, x.new_empty(z.shape if need_z else 0), x.new_empty(weight.shape[0] if need_w else 0)
 
 
+# the overloads themselves: finding them at each call costs microseconds
+forward_op = torch.ops.hyperfast.hyper_conv2d.default
+_backward_op = torch.ops.hyperfast.hyper_conv2d_backward.default
+
+
 class HyperConv2dFunction(torch.autograd.Function):
     """A layer merged with the generation of its weight; see `expression`."""
 
     @staticmethod
     def forward(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool):
-        return torch.ops.hyperfast.hyper_conv2d(x, z, weight, bias, layer_bias, *geometry)
+        return forward_op(x, z, weight, bias, layer_bias, *geometry)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -249,9 +259,7 @@ class HyperConv2dFunction(torch.autograd.Function):
             dx, dw = backward_expression(dy, x, z, weight, bias, ctx.geometry, need_x, need_w or need_z)
             dz = weight.t() @ dw if need_z else None
         elif need_x or need_z or need_w:
-            dx, dz, dw = torch.ops.hyperfast.hyper_conv2d_backward(
-                dy, x, z, weight, bias, *ctx.geometry, need_x, need_z, need_w
-            )
+            dx, dz, dw = _backward_op(dy, x, z, weight, bias, *ctx.geometry, need_x, need_z, need_w)
         return (
             dx if need_x else None,
             dz if need_z else None,
