@@ -19,7 +19,7 @@ from hyperfast.ops._library import (
     needs_function,
 )
 from hyperfast.ops.generate import generate
-from hyperfast.ops.merged import Geometry, HyperConv2dFunction, forward_op
+from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, forward_op
 
 PATHS = ("auto", "merged", "separate")
 
@@ -58,7 +58,7 @@ def hyper_linear(
         (w,) = generate([weight], [bias], [z], factored=factored)
         return F.linear(x, w.view(-1, x.shape[-1]), layer_bias)
     images = x.reshape(-1, x.shape[-1], 1, 1)
-    y = _merged(images, z, weight, bias, layer_bias, Geometry(), factored, needs_grad)
+    y = _merged(images, z, weight, bias, layer_bias, LINEAR, factored, needs_grad)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -116,7 +116,7 @@ def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, 
     if needs_grad:
         y = HyperConv2dFunction.apply(*distinct(tensors), geometry, factored)
     else:
-        y = forward_op(*tensors, *geometry)
+        y = forward_op(*tensors, geometry.flat())
     return y if dtype is None else y.to(dtype)
 
 

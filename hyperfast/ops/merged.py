@@ -27,6 +27,18 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    def flat(self) -> tuple[int, ...]:
+        """What the ops take: eleven numbers, or none for a linear layer."""
+        return (
+            ()
+            if self == LINEAR
+            else (*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups)
+        )
+
+    @staticmethod
+    def of(flat: tuple[int, ...]) -> Geometry:
+        return Geometry(flat[:2], flat[2:4], flat[4:8], flat[8:10], flat[10]) if flat else LINEAR
+
     def output(self, size: torch.Size) -> tuple[int, int]:
         """(H', W') for images [B, C, H, W]."""
         top, bottom, left, right = self.padding
@@ -46,15 +58,16 @@ class Geometry(NamedTuple):
         return [x.shape[0], self.outputs(x, weight), *self.output(x.shape)]
 
 
+LINEAR = Geometry()
 _COMPUTE = {"bfloat16": torch.float32}  # the type the kernels take x, y and their gradients in; else the same
-_GEOMETRY = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+# geometry: Geometry.flat
 library.define(
-    "hyper_conv2d(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? layer_bias, "
-    f"{_GEOMETRY}) -> Tensor"
+    "hyper_conv2d(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? layer_bias, int[] geometry) "
+    "-> Tensor"
 )
 library.define(
-    "hyper_conv2d_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor? bias, "
-    f"{_GEOMETRY}, bool need_x, bool need_z, bool need_w) -> (Tensor, Tensor, Tensor)"
+    "hyper_conv2d_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor? bias, int[] geometry, "
+    "bool need_x, bool need_z, bool need_w) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -97,16 +110,15 @@ def backward_expression(
 
 
 @torch.library.impl(library, "hyper_conv2d", "CompositeExplicitAutograd")
-def _forward_reference(x, z, weight, bias, layer_bias, *geometry):
-    geometry = Geometry(*geometry)
+def _forward_reference(x, z, weight, bias, layer_bias, geometry):
     with no_autocast([x]):
-        y = expression(x, z, weight, bias, layer_bias, geometry)
+        y = expression(x, z, weight, bias, layer_bias, Geometry.of(tuple(geometry)))
     return y.contiguous(memory_format=_layout(x))
 
 
 @torch.library.impl(library, "hyper_conv2d_backward", "CompositeExplicitAutograd")
-def _backward_reference(dy, x, z, weight, bias, *options):
-    geometry, (need_x, need_z, need_w) = Geometry(*options[:5]), options[5:]
+def _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
+    geometry = Geometry.of(tuple(geometry))
     with no_autocast([x]):
         dx, dw = backward_expression(dy, x, z, weight, bias, geometry, need_x, need_z or need_w)
         dz = weight.t() @ dw if need_z else None
@@ -128,20 +140,15 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(shape: torch.Size, weight_shape: torch.Size, *options) -> _Plan:
-    geometry = Geometry(*options)
+def _plan(shape: torch.Size, weight_shape: torch.Size, flat: tuple[int, ...]) -> _Plan:
+    geometry = Geometry.of(flat)
     out = geometry.output(shape)
     columns = shape[1] // geometry.groups * math.prod(geometry.kernel_size)
     N, K = weight_shape
     sizes = geometry.groups, shape[0] * math.prod(out), N // (columns * geometry.groups), columns, K
     padded = -(-columns // 16) * 16
-    plain = shape[2:] == (1, 1) and geometry == Geometry() and columns == padded
+    plain = shape[2:] == (1, 1) and geometry == LINEAR and columns == padded
     return _Plan(geometry, sizes, padded, out, plain)
-
-
-def _plan_of(x: Tensor, weight: Tensor, kernel_size, stride, padding, dilation, groups: int) -> _Plan:
-    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    return _plan(x.shape, weight.shape, *pairs, groups)
 
 
 def _columns_kernel(kernel, image: Tensor, columns: Tensor, plan: _Plan) -> None:
@@ -180,11 +187,11 @@ def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tens
 
 
 @torch.library.impl(library, "hyper_conv2d", "CPU")
-def _forward_cpu(x, z, weight, bias, layer_bias, *options):
+def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
     dtype = kernel_dtype([weight])
     if dtype is None or not x.numel() or not weight.numel():
-        return _forward_reference(x, z, weight, bias, layer_bias, *options)
-    plan, compute = _plan_of(x, weight, *options), _COMPUTE.get(dtype, x.dtype)
+        return _forward_reference(x, z, weight, bias, layer_bias, geometry)
+    plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
     weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
     layer_bias = _contiguous(layer_bias, compute)
@@ -199,12 +206,11 @@ def _forward_cpu(x, z, weight, bias, layer_bias, *options):
 
 
 @torch.library.impl(library, "hyper_conv2d_backward", "CPU")
-def _backward_cpu(dy, x, z, weight, bias, *options):
-    *geometry, need_x, need_z, need_w = options
+def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     dtype = kernel_dtype([weight])
     if dtype is None or not x.numel() or not weight.numel():
-        return _backward_reference(dy, x, z, weight, bias, *options)
-    plan, compute = _plan_of(x, weight, *geometry), _COMPUTE.get(dtype, x.dtype)
+        return _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w)
+    plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
     dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None
     weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
@@ -217,14 +223,13 @@ def _backward_cpu(dy, x, z, weight, bias, *options):
 
 
 @torch.library.register_fake("hyperfast::hyper_conv2d", lib=library)
-def _forward_fake(x, z, weight, bias, layer_bias, *options):
-    shape = Geometry(*options).shape(x, weight)
+def _forward_fake(x, z, weight, bias, layer_bias, geometry):
+    shape = Geometry.of(tuple(geometry)).shape(x, weight)
     return x.new_empty(shape).contiguous(memory_format=_layout(x))
 
 
 @torch.library.register_fake("hyperfast::hyper_conv2d_backward", lib=library)
-def _backward_fake(dy, x, z, weight, bias, *options):
-    need_x, need_z, need_w = options[5:]
+def _backward_fake(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     dx = x.new_empty(x.shape).contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0)
     return dx, x.new_empty(z.shape if need_z else 0), x.new_empty(weight.shape[0] if need_w else 0)
 
@@ -239,7 +244,7 @@ class HyperConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool):
-        return forward_op(x, z, weight, bias, layer_bias, *geometry)
+        return forward_op(x, z, weight, bias, layer_bias, geometry.flat())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -259,7 +264,7 @@ class HyperConv2dFunction(torch.autograd.Function):
             dx, dw = backward_expression(dy, x, z, weight, bias, ctx.geometry, need_x, need_w or need_z)
             dz = weight.t() @ dw if need_z else None
         elif need_x or need_z or need_w:
-            dx, dz, dw = _backward_op(dy, x, z, weight, bias, *ctx.geometry, need_x, need_z, need_w)
+            dx, dz, dw = _backward_op(dy, x, z, weight, bias, ctx.geometry.flat(), need_x, need_z, need_w)
         return (
             dx if need_x else None,
             dz if need_z else None,

@@ -351,16 +351,16 @@ class TestTransforms:
     @pytest.mark.parametrize("requires_grad", [False, True])
     def test_opcheck(self, requires_grad):
         tensors, _, _ = convolution_operands("groups", 3)
-        geometry = Geometry((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 2)
+        geometry = Geometry((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 2).flat()
         op = torch.ops.hyperfast
         # no autograd formula of its own: the Function has it
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[: 2 if requires_grad else 3]
         tensors = [t.requires_grad_(requires_grad) for t in tensors]
-        torch.library.opcheck(op.hyper_conv2d, (*tensors, *geometry), test_utils=tests)
+        torch.library.opcheck(op.hyper_conv2d, (*tensors, geometry), test_utils=tests)
         for x in (tensors[0], tensors[0].contiguous(memory_format=torch.channels_last)):
             dy = torch.randn(2, 6, 5, 5, dtype=torch.float64)
             for needed in ((True, True, True), (True, False, False), (False, True, False)):
-                args = dy, x, *tensors[1:4], *geometry, *needed
+                args = dy, x, *tensors[1:4], geometry, *needed
                 torch.library.opcheck(op.hyper_conv2d_backward, args, test_utils=tests)
 
     @pytest.mark.parametrize("requires_grad", [False, True])
