@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -62,22 +63,51 @@ void generate_backward(const Table<6>& table, const std::string& dtype, int thre
   kernels().generate_backward(segments.data(), segments.size(), type, partials.data(), threads);
 }
 
-AdamWCoefficients adamw_of(const double* c) { return {c[0], c[1], c[2], c[3], c[4], c[5]}; }
+Updated updated(int64_t values, const std::array<int64_t, 4>& states,
+                const std::vector<double>& coefficients) {
+  Updated made{
+      pointer(values),
+      {{pointer(states[0]), pointer<float>(states[1])}, {pointer(states[2]), pointer<float>(states[3])}},
+      {}};
+  if (coefficients.size() > made.coefficients.size()) throw py::value_error("too many coefficients");
+  std::copy(coefficients.begin(), coefficients.end(), made.coefficients.begin());
+  return made;
+}
 
-void adamw_generate(const Table<12>& table, const std::vector<std::array<double, 12>>& coefficients,
-                    double grad_scale, const std::string& dtype, int threads) {
-  if (table.size() != coefficients.size()) throw py::value_error("one row of coefficients for each segment");
-  std::vector<AdamWGenerateSegment> segments;
+Rule rule_of(const std::string& name) {
+  if (name == "adam") return Rule::adam;
+  if (name == "sgd") return Rule::sgd;
+  throw py::value_error("rule must be adam or sgd, got " + name);
+}
+
+Storage storage_of(const std::string& name) {
+  if (name == "plain") return Storage::plain;
+  if (name == "bfloat16") return Storage::bfloat16;
+  if (name == "8bit") return Storage::eight_bit;
+  throw py::value_error("storage must be plain, bfloat16 or 8bit, got " + name);
+}
+
+void update_generate(const Table<18>& table, const std::vector<std::vector<double>>& coefficients,
+                     const std::vector<std::vector<double>>& bias_coefficients, const std::string& rule,
+                     const std::string& storage, double grad_scale, const std::string& dtype, int threads) {
+  if (table.size() != coefficients.size() || table.size() != bias_coefficients.size())
+    throw py::value_error("one row of coefficients for each segment");
+  std::vector<UpdateGenerateSegment> segments;
   for (size_t i = 0; i < table.size(); ++i) {
-    const auto& [weight, m, v, bias, bias_m, bias_v, dw, z, z_next, w, N, K] = table[i];
+    const auto& [weight, s0, c0, s1, c1, bias, bs0, bc0, bs1, bc1, dw, z, z_next, w, N, K, trained, seed] =
+        table[i];
     check_sizes(N, K, threads);
-    segments.push_back({pointer(weight), pointer(m), pointer(v), pointer(bias), pointer(bias_m),
-                        pointer(bias_v), pointer(dw), pointer(z), pointer(z_next), pointer(w), N, K,
-                        adamw_of(coefficients[i].data()), adamw_of(coefficients[i].data() + 6)});
+    segments.push_back({updated(weight, {s0, c0, s1, c1}, coefficients[i]),
+                        updated(bias, {bs0, bc0, bs1, bc1}, bias_coefficients[i]), trained != 0, pointer(dw),
+                        pointer(z), pointer(z_next), pointer(w), N, K, uint32_t(seed)});
   }
   const DType type = dtype_of(dtype);
+  const Rule kind = rule_of(rule);
+  const Storage stored = storage_of(storage);
+  if (stored != Storage::plain && type != DType::float32)
+    throw py::value_error("states are stored as " + storage + " beside float32 weights only, got " + dtype);
   py::gil_scoped_release release;
-  kernels().adamw_generate(segments.data(), segments.size(), type, grad_scale, threads);
+  kernels().update_generate(segments.data(), segments.size(), type, kind, stored, grad_scale, threads);
 }
 
 std::vector<std::string> isas() {
@@ -98,9 +128,10 @@ PYBIND11_MODULE(_cpu, m) {
         "segments: (weight, bias or 0, z, w, N, K) each.");
   m.def("generate_backward", &generate_backward, py::arg("segments"), py::arg("dtype"), py::arg("threads"),
         "segments: (weight, dw, dz, squared_norm, N, K) each; squared_norm addresses one float64.");
-  m.def("adamw_generate", &adamw_generate, py::arg("segments"), py::arg("coefficients"),
-        py::arg("grad_scale"), py::arg("dtype"), py::arg("threads"),
-        "segments: (weight, exp_avg, exp_avg_sq, bias, bias_exp_avg, bias_exp_avg_sq, dw, z, z_next, w, N, "
-        "K) each; "
-        "coefficients: (decay, step_size, beta1, beta2, sqrt(1 - beta2^t), eps) of weight, then of bias.");
+  m.def("update_generate", &update_generate, py::arg("segments"), py::arg("coefficients"),
+        py::arg("bias_coefficients"), py::arg("rule"), py::arg("storage"), py::arg("grad_scale"),
+        py::arg("dtype"), py::arg("threads"),
+        "segments: (weight, state, scales, second state, scales, bias, its four, dw, z, z_next, w, N, K, "
+        "whether bias is trained, seed) each, 0 for what is not there; coefficients of weight and of bias: a "
+        "row each in the order of hyperfast.reference.");
 }

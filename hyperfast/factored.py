@@ -86,8 +86,8 @@ def _refuse_stock_optimizers(optimizer: torch.optim.Optimizer, args: tuple, kwar
             if generator_of(p) is not None:
                 raise RuntimeError(
                     f"{type(optimizer).__name__} cannot step a generator in factored mode: its weight of "
-                    f"shape {list(p.shape)} has no dense gradient. Use hyperfast.optim.AdamW, or "
-                    "hyperfast.factored_(model, False) for dense gradients"
+                    f"shape {list(p.shape)} has no dense gradient. Use hyperfast.optim.AdamW, Adam or SGD, "
+                    "or hyperfast.factored_(model, False) for dense gradients"
                 )
 
 

@@ -7,17 +7,21 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperfast import states
+from hyperfast.states import State
+
 
 class AdamWCoefficients(NamedTuple):
-    """One AdamW step (Loshchilov and Hutter, 2019): `decay` = 1 - lr weight_decay, `step_size` = lr / (1 -
-    beta1^t), `bias_correction2_sqrt` = sqrt(1 - beta2^t)."""
+    """One step of AdamW (Loshchilov and Hutter, 2019): `decay` = 1 - lr weight_decay, `step_size` = lr / (1 -
+    beta1^t), `bias_correction2_sqrt` = sqrt(1 - beta2^t); or of Adam with weight decay in the gradient:
+    `decay` 1, `l2` = weight_decay."""
 
     decay: float
     step_size: float
@@ -25,6 +29,21 @@ class AdamWCoefficients(NamedTuple):
     beta2: float
     bias_correction2_sqrt: float
     eps: float
+    l2: float = 0.0
+
+
+class SGDCoefficients(NamedTuple):
+    """One step of SGD as in torch: with g the gradient plus `l2` = weight_decay times the parameter, the
+    momentum buffer becomes `keep` buffer + `take` g (momentum and 1 - dampening; 0 and 1 in the first step),
+    and the parameter moves by -`lr` (`gradient` g + `buffer` buffer): 0 and 1, with Nesterov 1 and momentum,
+    without momentum 1 and 0."""
+
+    lr: float
+    l2: float
+    keep: float
+    take: float
+    gradient: float
+    buffer: float
 
 
 def generate(
@@ -45,21 +64,55 @@ def generate_backward(weights: Sequence[Tensor], dws: Sequence[Tensor]) -> tuple
 
 
 def adamw_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, c: AdamWCoefficients) -> None:
-    """One AdamW step in place, as `torch.optim.AdamW` does it."""
+    """One AdamW or Adam step in place, as `torch.optim` does it."""
+    grad = grad + c.l2 * p
     p.mul_(c.decay)
     exp_avg.lerp_(grad, 1 - c.beta1)
     exp_avg_sq.mul_(c.beta2).addcmul_(grad, grad, value=1 - c.beta2)
     p.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / c.bias_correction2_sqrt).add_(c.eps), value=-c.step_size)
 
 
+def sgd_(p: Tensor, momentum_buffer: Tensor, grad: Tensor, c: SGDCoefficients) -> None:
+    """One SGD step with momentum in place, as `torch.optim.SGD` does it."""
+    grad = grad + c.l2 * p
+    momentum_buffer.mul_(c.keep).add_(grad, alpha=c.take)
+    p.add_(c.gradient * grad + c.buffer * momentum_buffer, alpha=-c.lr)
+
+
+def plain_sgd_(p: Tensor, grad: Tensor, c: SGDCoefficients) -> None:
+    """One SGD step without momentum in place."""
+    p.add_(grad + c.l2 * p, alpha=-c.lr)
+
+
+def update_(
+    rule: Callable[..., None],
+    p: Tensor,
+    stored: Sequence[State],
+    grad: Tensor,
+    c: NamedTuple,
+    seed: int = 0,
+    first: int = 0,
+) -> None:
+    """`rule(p, *states, grad, c)` in place with states stored as in `hyperfast.states`: plain, bfloat16 or 8
+    bits. The first state is signed, the second is not. Elements count from `first`, for their rounding."""
+    storage = states.storage_of(stored[0], p.dtype) if stored else "plain"
+    if storage == "plain":
+        return rule(p, *stored, grad, c)
+    values = [states.decode(state, signed=i == 0) for i, state in enumerate(stored)]
+    rule(p, *values, grad, c)
+    random = states.random_halves(seed, first, p.shape, p.device)
+    for i, (state, value) in enumerate(zip(stored, values, strict=True)):
+        states.encode_(state, value, i == 0, random[i])
+
+
 @torch.no_grad()
 def adamw_generate(
     weights: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    exp_avgs: Sequence[State],
+    exp_avg_sqs: Sequence[State],
     biases: Sequence[Tensor],
-    bias_exp_avgs: Sequence[Tensor | None],
-    bias_exp_avg_sqs: Sequence[Tensor | None],
+    bias_exp_avgs: Sequence[State | None],
+    bias_exp_avg_sqs: Sequence[State | None],
     dws: Sequence[Tensor],
     zs: Sequence[Tensor],
     new_zs: Sequence[Tensor],
@@ -67,18 +120,49 @@ def adamw_generate(
     coefficients: Sequence[AdamWCoefficients],
     bias_coefficients: Sequence[AdamWCoefficients],
     grad_scale: float = 1.0,
+    seeds: Sequence[int] | None = None,
 ) -> None:
-    """AdamW on weight [N, K] with the gradient dw outer z and on bias [N] with dw, then the next weights [N]
-    from `new_zs`.
+    """AdamW or Adam on weight [N, K] with the gradient dw outer z and on bias [N] with dw, then the next
+    weights [N] from `new_zs`.
 
     In place: weights, biases, their moments, `next_weights`. A bias whose moments are None is added but not
     trained. `zs` [K] are the embeddings the gradient was taken at, `new_zs` [K] those after their own update.
-    Every dw is first multiplied by `grad_scale`.
+    Every dw is first multiplied by `grad_scale`. Moments are stored like their weight or, beside float32, in
+    bfloat16 or 8 bits, rounded at random by `seeds`, one for each layer.
     """
     for i, (weight, bias, dw) in enumerate(zip(weights, biases, dws, strict=True)):
-        g = dw * grad_scale
-        adamw_(weight, exp_avgs[i], exp_avg_sqs[i], torch.outer(g, zs[i]), coefficients[i])
+        g, seed = dw * grad_scale, seeds[i] if seeds else 0
+        update_(adamw_, weight, (exp_avgs[i], exp_avg_sqs[i]), torch.outer(g, zs[i]), coefficients[i], seed)
         m, v = bias_exp_avgs[i], bias_exp_avg_sqs[i]
         if m is not None and v is not None:
-            adamw_(bias, m, v, g, bias_coefficients[i])
+            update_(adamw_, bias, (m, v), g, bias_coefficients[i], seed, weight.numel())
+        next_weights[i].copy_(F.linear(new_zs[i], weight, bias))
+
+
+@torch.no_grad()
+def sgd_generate(
+    weights: Sequence[Tensor],
+    momentum_buffers: Sequence[State | None],
+    biases: Sequence[Tensor],
+    bias_momentum_buffers: Sequence[State | None],
+    dws: Sequence[Tensor],
+    zs: Sequence[Tensor],
+    new_zs: Sequence[Tensor],
+    next_weights: Sequence[Tensor],
+    coefficients: Sequence[SGDCoefficients],
+    bias_coefficients: Sequence[SGDCoefficients | None],
+    grad_scale: float = 1.0,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """SGD as `adamw_generate` does AdamW. momentum_buffers: all None without momentum. A bias whose
+    coefficients are None is added but not trained."""
+    for i, (weight, bias, dw) in enumerate(zip(weights, biases, dws, strict=True)):
+        g, seed = dw * grad_scale, seeds[i] if seeds else 0
+        for p, buffer, grad, c, first in (
+            (weight, momentum_buffers[i], torch.outer(g, zs[i]), coefficients[i], 0),
+            (bias, bias_momentum_buffers[i], g, bias_coefficients[i], weight.numel()),
+        ):
+            if c is not None:
+                stored = () if buffer is None else (buffer,)
+                update_(sgd_ if stored else plain_sgd_, p, stored, grad, c, seed, first)
         next_weights[i].copy_(F.linear(new_zs[i], weight, bias))

@@ -56,17 +56,16 @@ def carry_moments(
 
     A layer generated since: d bias = dw, so its generator's bias takes the state of the ordinary weight.
     """
-    states = {name: old.state[p] for name, p in old_model.named_parameters() if p in old.state}
+    before = {name: p for name, p in old_model.named_parameters() if p in old.state}
     for name, p in model.named_parameters():
-        before = name
-        if name not in states and name.endswith(".generator.bias"):
-            before = name.removesuffix("generator.bias") + "weight"
-        if before in states:
+        source = name
+        if name not in before and name.endswith(".generator.bias"):
+            source = name.removesuffix("generator.bias") + "weight"
+        if source in before:
+            shape = before[source].shape  # of moments; steps and low-precision states have another one
             optimizer.state[p] = {
-                key: value.reshape(p.shape if value.dim() else ()).clone()
-                if torch.is_tensor(value)
-                else value
-                for key, value in states[before].items()
+                key: (value.reshape(p.shape) if value.shape == shape else value).clone()
+                for key, value in old.state[before[source]].items()
             }
 
 

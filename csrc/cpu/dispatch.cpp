@@ -8,7 +8,7 @@
 namespace hyperfast {
 
 #define HYPERFAST_KERNELS(isa) \
-  Kernels { #isa, isa::generate, isa::generate_backward, isa::adamw_generate }
+  Kernels { #isa, isa::generate, isa::generate_backward, isa::update_generate }
 
 int supported(const Kernels** out, int capacity) {
   static const Kernels scalar_kernels = HYPERFAST_KERNELS(scalar);

@@ -3,6 +3,7 @@
 // One call covers all layers through a table of segments. Every segment is cut into blocks of rows whose size
 // depends on K alone, so that sums over N are added in the same order whatever the number of threads.
 #pragma once
+#include <array>
 #include <cstdint>
 
 namespace hyperfast {
@@ -29,30 +30,55 @@ struct GenerateBackwardSegment {
   int64_t N, K;
 };
 
-// One AdamW update is  p *= decay;  m += (g - m) (1 - beta1);  v = beta2 v + (1 - beta2) g^2;
-// p -= step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps)   with decay = 1 - lr weight_decay, step_size = lr /
-// (1 - beta1^t).
-struct AdamWCoefficients {
-  double decay, step_size, beta1, beta2, bias_correction2_sqrt, eps;
+// Update rules; coefficients in the order of the classes in hyperfast/reference.py.
+//
+// adam: decay, step_size, beta1, beta2, bias_correction2_sqrt, eps, l2. States m (exp_avg), v (exp_avg_sq).
+//   g += l2 p;  p *= decay;  m += (g - m) (1 - beta1);  v = beta2 v + (1 - beta2) g^2;
+//   p -= step_size m / (sqrt(v) / bias_correction2_sqrt + eps)
+// sgd: lr, l2, keep, take, gradient, buffer. State b (momentum_buffer), or none.
+//   g += l2 p;  b = keep b + take g;  p -= lr (gradient g + buffer b)
+enum class Rule { adam, sgd };
+constexpr int kMaxStates = 2;
+using Coefficients = std::array<double, 7>;
+
+// How states are stored: in the type of the weights, or (with float32 weights) as in state_storage.h.
+enum class Storage { plain, bfloat16, eight_bit };
+
+struct State {
+  void* values;   // the shape of what is updated; null: no such state
+  float* scales;  // eight_bit: one for every rows_per_scale(K) rows
 };
 
-// AdamW on weight with the gradient dw outer z, on bias with dw, then w[n] = sum_k weight[n, k] z_next[k] +
-// bias[n].
-struct AdamWGenerateSegment {
-  void *weight, *exp_avg, *exp_avg_sq;  // [N, K]
-  void *bias, *bias_exp_avg,
-      *bias_exp_avg_sq;    // [N]; all null: no bias. Null moments: a bias that is not trained
+// What a rule updates: weight [N, K], or bias [N]
+struct Updated {
+  void* values;
+  State states[kMaxStates];
+  Coefficients coefficients;
+};
+
+// The rule on weight with the gradient dw outer z, on bias with dw, then w[n] = sum_k weight[n, k] z_next[k]
+// + bias[n].
+struct UpdateGenerateSegment {
+  Updated weight, bias;
+  bool bias_is_trained;    // or only added
   const void* dw;          // [N]
   const void *z, *z_next;  // [K]; before and after the update of z
   void* w;                 // [N], the next weights
   int64_t N, K;
-  AdamWCoefficients weight_adamw, bias_adamw;
+  uint32_t seed;  // of stochastic rounding
 };
 
-// Blocks of rows: at most 1024 rows, about 64 KiB of float32 weights.
+// Rows that share one scale of 8-bit states: at most 256 elements, or one row.
+inline int64_t rows_per_scale(int64_t K) {
+  int64_t rows = 32;
+  while (rows > 1 && rows * K > 256) rows /= 2;
+  return rows;
+}
+
+// Blocks of rows: at most 1024 rows, about 64 KiB of float32 weights; a multiple of rows_per_scale.
 inline int64_t rows_per_block(int64_t K) {
-  const int64_t rows = 16384 / K;
-  return rows < 1 ? 1 : rows > 1024 ? 1024 : rows;
+  const int64_t rows = 16384 / K / 32 * 32;
+  return rows < 32 ? 32 : rows > 1024 ? 1024 : rows;
 }
 inline int64_t num_blocks(int64_t N, int64_t K) { return (N + rows_per_block(K) - 1) / rows_per_block(K); }
 
@@ -63,14 +89,15 @@ struct Kernels {
   void (*generate_backward)(const GenerateBackwardSegment*, int64_t count, DType, double* scratch,
                             int threads);
   // every dw is multiplied by grad_scale first (gradient clipping)
-  void (*adamw_generate)(const AdamWGenerateSegment*, int64_t count, DType, double grad_scale, int threads);
+  void (*update_generate)(const UpdateGenerateSegment*, int64_t count, DType, Rule, Storage,
+                          double grad_scale, int threads);
 };
 
-#define HYPERFAST_DECLARE_KERNELS(isa)                                                  \
-  namespace isa {                                                                       \
-  void generate(const GenerateSegment*, int64_t, DType, int);                           \
-  void generate_backward(const GenerateBackwardSegment*, int64_t, DType, double*, int); \
-  void adamw_generate(const AdamWGenerateSegment*, int64_t, DType, double, int);        \
+#define HYPERFAST_DECLARE_KERNELS(isa)                                                            \
+  namespace isa {                                                                                 \
+  void generate(const GenerateSegment*, int64_t, DType, int);                                     \
+  void generate_backward(const GenerateBackwardSegment*, int64_t, DType, double*, int);           \
+  void update_generate(const UpdateGenerateSegment*, int64_t, DType, Rule, Storage, double, int); \
   }
 HYPERFAST_DECLARE_KERNELS(scalar)
 #ifdef __x86_64__

@@ -157,8 +157,9 @@ struct Simd {
   static V sqrt(V v) {
     if constexpr (W == 1) return std::sqrt(v);
 #if defined(__AVX512F__)
-    else if constexpr (sizeof(V) == 64 && sizeof(C) == 4) return (V)_mm512_sqrt_ps((__m512)v);
-    else if constexpr (sizeof(V) == 64) return (V)_mm512_sqrt_pd((__m512d)v);
+    else if constexpr (sizeof(V) == 64 && sizeof(C) == 4)
+      return (V)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)v);
+    else if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_sqrt_pd(__mmask8(-1), (__m512d)v);
 #endif
 #if defined(__AVX2__)
     else if constexpr (sizeof(V) == 32 && sizeof(C) == 4) return (V)_mm256_sqrt_ps((__m256)v);

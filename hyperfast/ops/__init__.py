@@ -3,6 +3,14 @@
 from hyperfast.ops.adamw_generate import adamw_generate
 from hyperfast.ops.generate import generate
 from hyperfast.ops.generate_backward import generate_backward
-from hyperfast.reference import AdamWCoefficients
+from hyperfast.ops.sgd_generate import sgd_generate
+from hyperfast.reference import AdamWCoefficients, SGDCoefficients
 
-__all__ = ["AdamWCoefficients", "adamw_generate", "generate", "generate_backward"]
+__all__ = [
+    "AdamWCoefficients",
+    "SGDCoefficients",
+    "adamw_generate",
+    "generate",
+    "generate_backward",
+    "sgd_generate",
+]

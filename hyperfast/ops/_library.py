@@ -89,12 +89,15 @@ def check_generators(weights: Sequence[Tensor], **vectors: tuple[Sequence[Tensor
         raise TypeError(f"all weights must have one dtype and device, got {', '.join(kinds)}")
 
 
-def check_like(name: str, tensor: Tensor, weight: Tensor, shape: Sequence[int]) -> None:
-    """ValueError or TypeError unless `tensor` has `shape` and the dtype and device of `weight`."""
+def check_like(
+    name: str, tensor: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> None:
+    """ValueError or TypeError unless `tensor` has `shape`, and device and dtype (or `dtype`) of `weight`."""
     if list(tensor.shape) != list(shape):
         of = f"for a weight of shape {list(weight.shape)}"
         raise ValueError(f"{name} must be {list(shape)} {of}, got {list(tensor.shape)}")
-    if tensor.dtype != weight.dtype:
-        raise TypeError(f"{name} must be {weight.dtype} like its weight, got {tensor.dtype}")
+    if tensor.dtype != (dtype or weight.dtype):
+        wanted = dtype or f"{weight.dtype} like its weight"
+        raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
     if tensor.device != weight.device:
         raise ValueError(f"{name} must be on {weight.device} like its weight, got {tensor.device}")

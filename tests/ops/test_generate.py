@@ -53,7 +53,7 @@ def no_native(monkeypatch):
     def reached(*args):
         pytest.fail("native code was reached")
 
-    for name in ("generate", "generate_backward", "adamw_generate"):
+    for name in ("generate", "generate_backward", "update_generate"):
         monkeypatch.setattr(_cpu, name, reached)
 
 
