@@ -26,7 +26,7 @@ WAYS = ("eager", "compiled", "separate", "merged")
 
 
 class Case(NamedTuple):
-    """kernel 0: a linear layer of `rows` rows; else a convolution of stride 1 of one image of `rows` places."""
+    """kernel 0: a linear layer of `rows` rows; else a convolution of one image of `rows` places."""
 
     rows: int
     inputs: int

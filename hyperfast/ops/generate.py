@@ -15,7 +15,6 @@ from hyperfast.ops._library import (
     autocast_dtype,
     check_backend,
     check_generators,
-    distinct,
     kernel_dtype,
     library,
     needs_function,
@@ -174,9 +173,15 @@ def generate(
         return ()
     if backend == "reference" and not factored:
         return tuple(reference.generate(weights, biases, zs))
-    L = len(weights)
-    given = distinct([*weights, *biases, *zs])
-    weights, biases, zs = given[:L], given[L : 2 * L], given[2 * L :]
+    # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11): give a view
+    seen: set[int] = set()
+    for tensors in (weights, biases, zs):
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            if id(tensor) in seen:
+                tensors[i] = tensor.view_as(tensor)
+            seen.add(id(tensor))
     inputs = (*weights, *biases, *zs, *next_weights)
     out = (Generate.apply if needs_function(*inputs) else Generate.forward)(factored, backend, *inputs)
     dtype = autocast_dtype(weights[0])

@@ -14,7 +14,6 @@ from hyperfast.ops._library import (
     autocast_dtype,
     check_generators,
     check_like,
-    distinct,
     kernel_dtype,
     needs_function,
 )
@@ -114,7 +113,9 @@ def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, 
     dtype = autocast_dtype(weight)
     tensors = (x if dtype is None else x.to(weight.dtype)), z, weight, bias, layer_bias
     if needs_grad:
-        y = HyperConv2dFunction.apply(*distinct(tensors), geometry, factored)
+        if torch.compiler.is_compiling():  # as in `generate`: a tensor given twice
+            tensors = (None if t is None else t.view_as(t) for t in tensors)
+        y = HyperConv2dFunction.apply(*tensors, geometry, factored)
     else:
         y = forward_op(*tensors, geometry.flat())
     return y if dtype is None else y.to(dtype)
