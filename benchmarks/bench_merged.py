@@ -26,7 +26,7 @@ WAYS = ("eager", "compiled", "separate", "merged")
 
 
 class Case(NamedTuple):
-    """kernel 0: a linear layer of `rows` rows; else a convolution of stride 1 of one image of `rows` places."""
+    """kernel 0: a linear layer of `rows` rows; else a convolution of one image of `rows` places."""
 
     rows: int
     inputs: int
@@ -64,6 +64,7 @@ CASES = {
     "linear": [
         *linears([1, 16, 64, 256]),
         *linears([1, 16, 256], torch.bfloat16),
+        Case(16, 512, 1024, 16, torch.float64),
         Case(1, 512, 1024, 4),
         Case(16, 512, 1024, 64),
         Case(16, 4096, 10, 16),
@@ -71,6 +72,7 @@ CASES = {
     ],
     "convolution": [
         Case(16, 512, 512, 16, kernel=3),
+        Case(16, 128, 256, 16, kernel=3),
         Case(64, 128, 256, 16, kernel=3),
         Case(64, 128, 256, 16, torch.bfloat16, kernel=3),
         Case(256, 64, 128, 16, kernel=3),
@@ -140,7 +142,8 @@ def bench_merged(benchmark, report, group):
                 assert (got - wanted).norm() <= tolerance * wanted.norm()
             times = interleaved(functions, 25 if case.weights < 1_000_000 else 11)
             ratios = {way: paired_ratio(times[way], times["merged"]) for way in WAYS[:3]}
-            taken = merged_wins(case.rows, torch.empty(1, case.K, dtype=case.dtype), case.backward)
+            weight = torch.empty(1, case.K, dtype=case.dtype)
+            taken = merged_wins(case.rows, weight, case.backward, case.kernel > 0)
             cells = [f"{ratio:.2f}" for ratio in ratios.values()]
             path = "merged" if taken else "separate"
             rows.append([*case.label(), f"{1e6 * median(times['merged']):.0f} us", *cells, path])

@@ -46,7 +46,7 @@ class HyperLayer(nn.Module):
     def generated_weight(self) -> Tensor:
         return self.generator()[0]
 
-    def operands(self, x: Tensor, rows: int) -> tuple[Tensor | None, ...] | None:
+    def operands(self, x: Tensor, rows: int, convolution: bool = False) -> tuple[Tensor | None, ...] | None:
         """(z, weight, bias) of the generator, to be merged with this layer's product of `rows` rows, or None
         where the weight is to be generated first: `ops.hyper_layers.merged_wins` says so, the next weights
         are at hand, or the generator is not plainly linear."""
@@ -61,7 +61,7 @@ class HyperLayer(nn.Module):
         ):
             return None
         operands = g.z, g.weight, g.gradient_bias
-        wins = merged_wins(rows, g.weight, needs_function(x, *operands, self.bias))
+        wins = merged_wins(rows, g.weight, needs_function(x, *operands, self.bias), convolution)
         return operands if wins else None
 
 
@@ -146,7 +146,7 @@ class HyperConv2d(HyperLayer):
         options = self.stride, self.padding, self.dilation, self.groups
         if weight is None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.in_channels:
             rows = geometry_of(x, self.kernel_size, *options).rows(x)
-            if (operands := self.operands(x, rows)) is not None:
+            if (operands := self.operands(x, rows, convolution=True)) is not None:
                 arguments = self.kernel_size, *options
                 return ops.hyper_conv2d(
                     x, *operands, self.bias, *arguments, factored=self.generator.factored, path="merged"

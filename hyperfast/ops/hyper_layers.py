@@ -14,7 +14,6 @@ from hyperfast.ops._library import (
     autocast_dtype,
     check_generators,
     check_like,
-    distinct,
     kernel_dtype,
     needs_function,
 )
@@ -25,12 +24,18 @@ from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, forward_
 PATHS = ("auto", "merged", "separate")
 
 
-def merged_wins(rows: int, weight: Tensor, needs_grad: bool) -> bool:
-    """The measured rule (benchmarks/bench_merged.py): whether merging generation with a layer of `rows` rows
-    (B, or B H' W') beats generating first."""
-    if weight.device.type != "cpu" or needs_grad or kernel_dtype([weight]) is None:
+def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool = False) -> bool:
+    """Whether merging generation with a layer of `rows` rows (B, or B H' W') beats generating first.
+
+    The measured rule (benchmarks/bench_merged.py, benchmarks/results/merged.md): on the CPU up to 64 rows,
+    256 in bfloat16, a quarter of that in a convolution. Beyond, oneDNN's product is worth more than what
+    merging saves. Never with gradients: merging wins there only up to about 16 rows, and the forwards of a
+    training must not depend, in the last bit, on whether the optimizer left the next weights.
+    """
+    if needs_grad or weight.device.type != "cpu" or kernel_dtype([weight]) is None:
         return False
-    return rows <= (256 if weight.dtype == torch.bfloat16 else 64)
+    limit = 256 if weight.dtype == torch.bfloat16 else 64
+    return rows <= (limit // 4 if convolution else limit)
 
 
 def hyper_linear(
@@ -90,24 +95,26 @@ def hyper_conv2d(
     unit = x.shape[1] // groups * math.prod(geometry.kernel_size)
     _check_generator(z, weight, bias, layer_bias, unit, "I / groups R S", groups)
     needs_grad = needs_function(x, z, weight, bias, layer_bias)
-    if _merge(path, geometry.rows(x), weight, needs_grad):
+    if _merge(path, geometry.rows(x), weight, needs_grad, convolution=True):
         return _merged(x, z, weight, bias, layer_bias, geometry, factored, needs_grad)
     (w,) = generate([weight], [bias], [z], factored=factored)
     w = w.view(-1, x.shape[1] // groups, *geometry.kernel_size)
     return conv2d(x, w, layer_bias, stride, padding, dilation, groups)
 
 
-def _merge(path: str, rows: int, weight: Tensor, needs_grad: bool) -> bool:
+def _merge(path: str, *rule, **options) -> bool:
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    return path == "merged" or path == "auto" and merged_wins(rows, weight, needs_grad)
+    return path == "merged" or path == "auto" and merged_wins(*rule, **options)
 
 
 def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, needs_grad: bool) -> Tensor:
     dtype = autocast_dtype(weight)
     tensors = (x if dtype is None else x.to(weight.dtype)), z, weight, bias, layer_bias
     if needs_grad:
-        y = HyperConv2dFunction.apply(*distinct(tensors), geometry, factored)
+        if torch.compiler.is_compiling():  # as in `generate`: a tensor given twice
+            tensors = (None if t is None else t.view_as(t) for t in tensors)
+        y = HyperConv2dFunction.apply(*tensors, geometry, factored)
     else:
         y = forward_op(*tensors, geometry.flat())
     return y if dtype is None else y.to(dtype)
