@@ -32,6 +32,7 @@ from train.models import MODELS, build_model
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 VALIDATION = 5000
 BETAS = (0.9, 0.999)
+STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"}
 PUBLISHED = {
     "full": report.Published(
         accuracy=54.16,
@@ -81,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    add(
+        "--state-dtype",
+        choices=list(STATE_DTYPES),
+        default="fp32",
+        help="how the moments of generators are stored; needs --fused (%(default)s)",
+    )
     add("--threads", type=count, help="CPU threads (torch's choice)")
     add("--epochs", type=count, default=100)
     add("--batch-size", type=count, default=64)
@@ -109,7 +116,8 @@ def adamw(
     """AdamW with clipping, fused or plain: the optimizer, and what makes a step and returns the norm."""
     options: dict[str, Any] = {"lr": args.lr, "betas": BETAS, "weight_decay": args.weight_decay}
     if args.fused:
-        fused = hyperfast.optim.AdamW(model, max_grad_norm=args.clip, **options)
+        state_dtype = STATE_DTYPES[args.state_dtype]
+        fused = hyperfast.optim.AdamW(model, max_grad_norm=args.clip, state_dtype=state_dtype, **options)
 
         def fused_step() -> float:
             fused.step()
@@ -145,7 +153,7 @@ def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Tr
     model = build_model(args.model, fused=args.fused, init=args.init)
     model = model.to(args.device, memory_format=torch.channels_last)
     optimizer, step = adamw(model, args)
-    same = "model init precision epochs batch_size lr min_lr weight_decay clip seed".split()
+    same = "model init precision state_dtype epochs batch_size lr min_lr weight_decay clip seed".split()
     recipe = {name: getattr(args, name) for name in (*same, "eval_batches")}
     recipe |= {"validation_images": VALIDATION, "label_checksum": checksum}
     free = ("fused", "device", "patience", "max_steps", "save_every")
@@ -184,6 +192,8 @@ def run(args: argparse.Namespace, command: str) -> None:
     """Train and report. Raises RunError, CheckpointError, DataError, Interrupted."""
     if args.min_lr > args.lr:
         raise RunError(f"--min-lr {args.min_lr} is larger than --lr {args.lr}")
+    if args.state_dtype != "fp32" and not args.fused:
+        raise RunError(f"--state-dtype {args.state_dtype} needs --fused")
     check_device(args.device)
     keep_freed_memory()
     open_run(args.out, args.resume)
