@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.fuzz.harness import Draw
-from tests.fuzz.ops import OPS
-from tests.fuzz.run import CASES, run
+from tests.fuzz.run import CASES, OPS, run
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT, SLOW = 80, 2000  # cases of each

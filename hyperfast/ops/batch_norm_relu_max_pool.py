@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.ops._library import _cpu, check_backend, kernel_dtype, library
+from hyperfast.ops._library import (
+    _DTYPES,
+    _cpu,
+    check_backend,
+    check_dense,
+    kernel_dtype,
+    library,
+    needs_function,
+)
 
 # statistics: float64 [2, C], mean and biased variance; given, or of x and returned. index: uint8 like y, the
 # winner of each window, empty without with_index
@@ -120,12 +128,11 @@ class BatchNormReLUMaxPool(torch.autograd.Function):
 def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> None:
     """ValueError or TypeError unless x is [B, C, H, W] floating point with room for a window and `channels` are
     [C]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    check_dense("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got shape {list(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be floating point ({', '.join(_DTYPES.values())}), got {x.dtype}")
     if not isinstance(pool, int) or pool < 1:
         raise ValueError(f"pool must be an integer of at least 1, got {pool!r}")
     if min(x.shape[2:]) < pool:
@@ -134,8 +141,7 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
     for name, tensor in channels.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if list(tensor.shape) != [x.shape[1]]:
             raise ValueError(
                 f"{name} must be [{x.shape[1]}] for x of shape {list(x.shape)}, got {list(tensor.shape)}"
@@ -195,7 +201,7 @@ def batch_norm_relu_max_pool(
             x, running_mean, running_var, weight, bias, training, momentum, eps, pool
         )
     statistics = None if training else torch.stack((running_mean.detach(), running_var.detach())).double()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if needs_function(x, weight, bias):
         y, _, made = BatchNormReLUMaxPool.apply(x, weight, bias, statistics, eps, pool)
     else:
         y, _, made = torch.ops.hyperfast.batch_norm_relu_max_pool(

@@ -215,11 +215,7 @@ def generate(
                 tensors[i] = tensor.view_as(tensor)
             seen.add(id(tensor))
     inputs = (*weights, *biases, *zs, *next_weights)
-    with_function = needs_function(*inputs)
-    if with_function and not torch.compiler.is_compiling() and any(t.is_inference() for t in (*weights, *zs)):
-        raise ValueError(
-            "a weight or z made under inference_mode cannot be part of a graph with gradients: clone it"
-        )
+    with_function = needs_function(*weights, *biases, *zs)
     out = (Generate.apply if with_function else Generate.forward)(factored, backend, *inputs)
     out = tuple(penalize_l2(w, c) for w, c in zip(out, l2, strict=True))
     dtype = autocast_dtype(weights[0])

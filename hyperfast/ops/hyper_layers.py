@@ -12,6 +12,7 @@ from torch.nn.modules.utils import _pair
 
 from hyperfast.ops._library import (
     autocast_dtype,
+    check_dense,
     check_generators,
     check_like,
     kernel_dtype,
@@ -122,9 +123,8 @@ def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, 
 
 def _check_x(x: Tensor, weight: Tensor, good_dim, shape: str) -> None:
     """TypeError or ValueError unless x fits a layer on generated weights of weight's dtype and device."""
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_dense("x", x)
+    check_dense("weight", weight)
     if not good_dim(x.dim()):
         raise ValueError(f"x must be {shape}, got shape {list(x.shape)}")
     if x.dtype != weight.dtype and not (autocast_dtype(weight) and x.dtype.is_floating_point):
@@ -143,8 +143,7 @@ def _check_generator(z, weight, bias, layer_bias, unit: int, what: str, groups: 
             f"weight must be [N, K] with N a multiple of {what} = {unit}{of}, got {list(weight.shape)}"
         )
     if layer_bias is not None:
-        if not isinstance(layer_bias, Tensor):
-            raise TypeError(f"layer_bias must be a tensor, got {type(layer_bias).__name__}")
+        check_dense("layer_bias", layer_bias)
         check_like("layer_bias", layer_bias, weight, [weight.shape[0] // unit])
 
 

@@ -268,7 +268,7 @@ def _double_one(t: Any) -> Any:
     return double([t])[0] if isinstance(t, Tensor) else t
 
 
-OPS: dict[str, OpCase] = {
+GENERATOR_OPS: dict[str, OpCase] = {
     "generate": OpCase(
         draw_generate, call_generate, generate_outputs, draw_large=lambda d: draw_generate(d, True)
     ),
