@@ -81,7 +81,9 @@ class TestFormats:
             values = torch.full((6250, 16), value)
             values[::16, 0] = 1.0
             state = states.zeros(values, storage)
-            states.encode_(state, values, signed, states.random_bits(12345678, 0, values.shape, values.device))
+            states.encode_(
+                state, values, signed, states.random_bits(12345678, 0, values.shape, values.device)
+            )
             got = states.decode(state, signed)[values != 1.0]
             assert got.unique().numel() <= 2  # the neighbours
             assert abs(got.double().mean() / value - 1) < 2e-3
@@ -271,7 +273,19 @@ def test_a_moment_that_falls_follows_its_mean():
         for t in range(steps):
             dw = torch.full((N,), 1.0 if t == 0 else 0.0)
             ops.adamw_generate(
-                [w], [m], [v], [b], [None], [None], [dw], [z], [z], [torch.empty(N)], [row], [row], seeds=[0x9E3779B1 * t % 2**32]
+                [w],
+                [m],
+                [v],
+                [b],
+                [None],
+                [None],
+                [dw],
+                [z],
+                [z],
+                [torch.empty(N)],
+                [row],
+                [row],
+                seeds=[0x9E3779B1 * t % 2**32],
             )
             if t < 50:
                 states.encode_(nearest, states.decode(nearest, False) * 0.999, False)
