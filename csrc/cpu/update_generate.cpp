@@ -124,20 +124,27 @@ void update_rows(Simd<T, W>, const R& rule, const PaddedZ<T>& z, const PaddedZ<T
   T* w = static_cast<T*>(s.w);
   const int64_t whole = s.K / W * W;
   const int tail = int(s.K - whole);
-  for (int64_t n = begin; n < end; ++n) {
-    T* p = static_cast<T*>(s.weight.values) + n * s.K;
-    const int64_t row = (n - begin) * s.K;
-    prefetch_ahead<1>(p, s.K * sizeof(T));
-    if (storage == Storage::plain)
-      for (int j = 0; j < R::states; ++j) prefetch_ahead<1>(states[j] + row, s.K * sizeof(T));
-    const C g = widen(dw[n]) * scale;
-    typename S::V acc{};
-    for (int64_t k = 0; k < whole; k += W)
-      acc += step<S>(rule, p + k, states, row + k, g * Z::load(z.values + k)) * Z::load(z_next.values + k);
-    if (tail)
-      acc += step<S>(rule, p + whole, states, row + whole, g * Z::load(z.values + whole), tail) *
-             Z::load(z_next.values + whole);
-    w[n] = narrow<T>(S::sum(acc) + (bias ? widen(bias[n]) : C(0)));
+  constexpr int64_t rows = 16;  // added up across lanes together: their long chains of operations overlap
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t last = std::min(first + rows, end);
+    typename S::V sums[rows];
+    for (int64_t n = first; n < last; ++n) {
+      T* p = static_cast<T*>(s.weight.values) + n * s.K;
+      const int64_t row = (n - begin) * s.K;
+      prefetch_ahead<1>(p, s.K * sizeof(T));
+      if (storage == Storage::plain)
+        for (int j = 0; j < R::states; ++j) prefetch_ahead<1>(states[j] + row, s.K * sizeof(T));
+      const C g = widen(dw[n]) * scale;
+      typename S::V acc{};
+      for (int64_t k = 0; k < whole; k += W)
+        acc += step<S>(rule, p + k, states, row + k, g * Z::load(z.values + k)) * Z::load(z_next.values + k);
+      if (tail)
+        acc += step<S>(rule, p + whole, states, row + whole, g * Z::load(z.values + whole), tail) *
+               Z::load(z_next.values + whole);
+      sums[n - first] = acc;
+    }
+    for (int64_t n = first; n < last; ++n)
+      w[n] = narrow<T>(S::sum(sums[n - first]) + (bias ? widen(bias[n]) : C(0)));
   }
 }
 
