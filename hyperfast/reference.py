@@ -126,9 +126,9 @@ def update_(
         return rule(p, *stored, grad, c)
     values = [states.decode(state, signed=i == 0) for i, state in enumerate(stored)]
     rule(p, *values, grad, c)
-    random = states.random_halves(seed, first, p.shape, p.device)
+    random = states.random_bits(seed, first, p.shape, p.device)
     for i, (state, value) in enumerate(zip(stored, values, strict=True)):
-        states.encode_(state, value, i == 0, random[i])
+        states.encode_(state, value, i == 0, random)
 
 
 @torch.no_grad()

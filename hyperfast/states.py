@@ -87,12 +87,10 @@ def decode(state: State, signed: bool) -> Tensor:
 
 
 def encode_(state: State, values: Tensor, signed: bool, random: Tensor | None = None) -> None:
-    """Stores float32 `values`. random: int64 in [0, 2^16) for each element; None rounds to nearest."""
-    if random is None:
-        random = torch.full(values.shape, 0x8000, dtype=torch.int64, device=values.device)
+    """Stores float32 `values`. random: 32 bits for each element, int64; None rounds to nearest."""
     if not isinstance(state, EightBit):
-        bits = _bits(values) + random >> 16 << 16
-        state.copy_(_signed32(bits).view(torch.float32))
+        up = 0x8000 if random is None else random & 0xFFFF if signed else random >> 16
+        state.copy_(_signed32(_bits(values) + up >> 16 << 16).view(torch.float32))
         return
     top = _SIGNED_TOP if signed else _UNSIGNED_TOP
     largest = _groups(values).abs().amax(1)
@@ -101,21 +99,22 @@ def encode_(state: State, values: Tensor, signed: bool, random: Tensor | None = 
     inverse = torch.where(normal, top * _BELOW_TOP / largest, 0.0)
     y = values * _per_element(inverse, values.shape)
     if signed:
-        codes = _bits(y.abs() + _SHIFT) - _SIGNED_OFFSET + (random << 4) >> 20
+        up = 0x80000 if random is None else random << 8 & 0xFFFFF
+        codes = _bits(y.abs() + _SHIFT) - _SIGNED_OFFSET + up >> 20
         codes = codes | (y.signbit().long() << 7)
     else:
-        codes = _bits(y).clamp(min=_UNSIGNED_OFFSET) - _UNSIGNED_OFFSET + (random << 4) >> 20
+        up = 0x80000 if random is None else random >> 12
+        codes = _bits(y).clamp(min=_UNSIGNED_OFFSET) - _UNSIGNED_OFFSET + up >> 20
     state.codes.copy_(codes)
 
 
-def random_halves(seed: int, first: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two times 16 random bits, int64, for each element: lowbias32 (Wellons) of seed + first + its index."""
-    count = torch.Size(shape).numel()
-    x = torch.arange(count, dtype=torch.int64, device=device) + (seed + first) & 0xFFFFFFFF
+def random_bits(seed: int, first: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """32 random bits, int64, for each element: a Weyl sequence over first + index from a seed that is random
+    itself, mixed once. The first moment takes the lower, the second the higher of them."""
+    index = torch.arange(torch.Size(shape).numel(), dtype=torch.int64, device=device) + first
+    x = (index & 0xFFFFFFFF) * 0x9E3779B9 + seed & 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
-    x = (x ^ x >> 15) * 0xD35A2D97 & 0xFFFFFFFF
-    x = (x ^ x >> 15).view(shape)
-    return x & 0xFFFF, x >> 16
+    return (x ^ x >> 15).view(shape)
 
 
 def converted(state: State, like: Tensor, storage: str, signed: bool) -> State:

@@ -141,6 +141,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         if i < len(parameters)
         and torch.is_tensor(value)
         and value.dim()
+        and not key.endswith("_scales")  # of 8-bit states; the optimizer knows their shape
         and value.shape != parameters[i].shape
     ]
     if faults:

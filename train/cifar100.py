@@ -48,6 +48,7 @@ from train.transfer import start_from_
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 VALIDATION = 5000
 BETAS = (0.9, 0.999)
+STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"}
 PUBLISHED = {
     "full": report.Published(
         accuracy=54.16,
@@ -140,6 +141,12 @@ def parser() -> argparse.ArgumentParser:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    add(
+        "--state-dtype",
+        choices=list(STATE_DTYPES),
+        default="fp32",
+        help="how the moments of generators are stored; needs --fused (%(default)s)",
+    )
     add("--threads", type=count, help="CPU threads (torch's choice)")
     recipe = p.add_argument_group("recipe (each model has its own, see below)")
     own = recipe.add_argument
@@ -208,7 +215,7 @@ def make_optimizer(
     options: dict[str, Any] = {"lr": args.lr, "betas": BETAS, "weight_decay": args.weight_decay}
     if args.fused:
         fused = getattr(hyperfast.optim, OPTIMIZERS[args.optimizer])(
-            model, max_grad_norm=args.clip, **options
+            model, max_grad_norm=args.clip, state_dtype=STATE_DTYPES[args.state_dtype], **options
         )
 
         def fused_step() -> float:
@@ -260,7 +267,7 @@ def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Tr
         start_from_(model, state, args.init_from)
     at = tuple(sorted({epoch for epoch in args.generated_from.values() if epoch}))
     stages = Stages(at, partial(build, args)) if at else None
-    same = ("model", "init", "precision", *vars(RECIPES[args.model]), "seed", "eval_batches")
+    same = ("model", "init", "precision", "state_dtype", *vars(RECIPES[args.model]), "seed", "eval_batches")
     recipe = {name: getattr(args, name) for name in same if name != "patience"}
     recipe |= describe(args.generated_from, args.z_dims)
     recipe |= {"generated_l2": args.generated_l2, "init_from": str(args.init_from or "none")}
@@ -304,6 +311,8 @@ def run(args: argparse.Namespace, command: str) -> Trainer:
     """
     if args.schedule == "cosine" and args.min_lr > args.lr:
         raise RunError(f"--min-lr {args.min_lr} is larger than --lr {args.lr}")
+    if args.state_dtype != "fp32" and not args.fused:
+        raise RunError(f"--state-dtype {args.state_dtype} needs --fused")
     check_device(args.device)
     keep_freed_memory()
     open_run(args.out, args.resume)

@@ -234,7 +234,7 @@ def accuracy_against_size(named: Labelled) -> Figure:
                     axis.plot(
                         theirs, published["accuracy"], **style | {"markerfacecolor": "white", "zorder": 3}
                     )
-                axis.plot(ours, accuracy, **style)
+                axis.plot(ours, accuracy, clip_on=False, **style)
         for axis, label in zip(axes, ("size of the weights' file (MB)", "parameters"), strict=True):
             axis.set(xscale="log", xlabel=label)
             axis.margins(x=0.1)
@@ -255,11 +255,12 @@ def accuracy_against_size(named: Labelled) -> Figure:
 def z_ranges(named: Labelled) -> Figure:
     """A panel for each generated layer: z after the last epoch of every run that generates it, and the
     published range."""
-    layers = list(dict.fromkeys(layer for run in named.values() for layer in run.layers))
+    most_first = sorted((run.layers for run in named.values()), key=len, reverse=True)
+    layers = list(dict.fromkeys(layer for layers in most_first for layer in layers))
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.75 * columns + 0.6, 1.9 * rows + 0.5), layout="constrained")
+        figure = Figure(figsize=(max(1.75 * columns + 0.6, 5.8), 1.9 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         for axis in axes.flat[len(layers) :]:
             axis.set_visible(False)

@@ -211,7 +211,7 @@ def z_evolution(states: list[Row], layers: list[str]) -> Figure:
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     with matplotlib.rc_context(STYLE):
-        size = (1.9 * columns + 0.4, 1.65 * rows + 0.5)
+        size = (max(1.9 * columns + 0.4, 5.2), 1.65 * rows + 0.5)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axis in axes.flat[len(layers) :]:

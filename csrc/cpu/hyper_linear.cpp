@@ -1,8 +1,10 @@
 // y = x w^T + layer_bias and its gradients with w = weight z + bias generated a tile at a time, in cache.
 // Floor: the generator's N K numbers are read once, in the forward and in the backward; x, y and their
-// gradients are small for the few rows this is for. Against generating first it saves writing and reading the
-// N weights (and in the backward a second reading of the generator), and the multiplications hide behind the
-// loads. Work is cut into units whose number and sums depend on the sizes alone, not on the threads.
+// gradients are small for the few rows this is for. Against generating first it saves writing the N weights
+// to fresh memory and reading them again. 512 -> 1024, K = 16, float32, one row, two cores: 690 us, where
+// summing the generator takes 670 and generating alone 710. Work is cut into units whose number and sums
+// depend on the sizes alone, not on the threads. Asking for the next tile's part of the generator while
+// multiplying gained nothing; asking for the rows of x that come next gained 5 %.
 #include "hyper_linear.h"
 
 #include "rows.h"

@@ -202,6 +202,28 @@ struct Simd {
 #endif
   }
 
+  // sqrt and a / b to about 1e-7, without the units that compute one at a time; v >= 0, and 0 counts as 1e-37
+  static V fast_sqrt(V v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && sizeof(C) == 4) {
+      v = v > 1e-37f ? v : V{} + 1e-37f;
+      const V r = (V)_mm512_maskz_rsqrt14_ps(__mmask16(-1), (__m512)v), root = v * r;
+      return root + 0.5f * r * (v - root * root);
+    } else
+#endif
+      return sqrt(v);
+  }
+
+  static V fast_divide(V a, V b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && sizeof(C) == 4) {
+      const V r = (V)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)b);
+      return a * (r * (2.0f - b * r));
+    } else
+#endif
+      return a / b;
+  }
+
   static C sum(V v) { return sum_lanes<C, W>(v); }
 };
 

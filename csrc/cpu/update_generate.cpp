@@ -10,12 +10,15 @@ namespace hyperfast {
 namespace {
 
 // The rules in the compute type C: update<S>(p, states, g) for vectors of S. kernels.h has the equations.
-template <class C>
+// exact: IEEE's square root and quotient, for states that are exact themselves.
+template <class C, bool exact>
 struct Adam {
   static constexpr int states = 2;
+  // f(format of state j in 8 bits, in bfloat16, j)
   template <class F>
   static void for_each_format(F f) {
-    f(SignedCode(), std::integral_constant<int, 0>()), f(UnsignedCode(), std::integral_constant<int, 1>());
+    f(Signed8(), BFloat16Low(), 0);
+    f(Unsigned8(), BFloat16High(), 1);
   }
   C decay, step_size, one_minus_beta1, beta2, one_minus_beta2, inverse_correction2, eps, l2;
   explicit Adam(const Coefficients& c)
@@ -34,7 +37,8 @@ struct Adam {
     g += l2 * p;
     m += (g - m) * one_minus_beta1;
     v = beta2 * v + one_minus_beta2 * g * g;
-    p = decay * p - step_size * m / (S::sqrt(v) * inverse_correction2 + eps);
+    if constexpr (exact) p = decay * p - step_size * m / (S::sqrt(v) * inverse_correction2 + eps);
+    else p = decay * p - S::fast_divide(step_size * m, S::fast_sqrt(v) * inverse_correction2 + eps);
   }
 };
 
@@ -56,7 +60,7 @@ struct Momentum : SGD<C> {
   static constexpr int states = 1;
   template <class F>
   static void for_each_format(F f) {
-    f(SignedCode(), std::integral_constant<int, 0>());
+    f(Signed8(), BFloat16Low(), 0);
   }
   using SGD<C>::SGD;
 
@@ -120,28 +124,35 @@ void update_rows(Simd<T, W>, const R& rule, const PaddedZ<T>& z, const PaddedZ<T
   T* w = static_cast<T*>(s.w);
   const int64_t whole = s.K / W * W;
   const int tail = int(s.K - whole);
-  for (int64_t n = begin; n < end; ++n) {
-    T* p = static_cast<T*>(s.weight.values) + n * s.K;
-    const int64_t row = (n - begin) * s.K;
-    prefetch_ahead<1>(p, s.K * sizeof(T));
-    if (storage == Storage::plain)
-      for (int j = 0; j < R::states; ++j) prefetch_ahead<1>(states[j] + row, s.K * sizeof(T));
-    const C g = widen(dw[n]) * scale;
-    typename S::V acc{};
-    for (int64_t k = 0; k < whole; k += W)
-      acc += step<S>(rule, p + k, states, row + k, g * Z::load(z.values + k)) * Z::load(z_next.values + k);
-    if (tail)
-      acc += step<S>(rule, p + whole, states, row + whole, g * Z::load(z.values + whole), tail) *
-             Z::load(z_next.values + whole);
-    w[n] = narrow<T>(S::sum(acc) + (bias ? widen(bias[n]) : C(0)));
+  constexpr int64_t rows = 16;  // added up across lanes together: their long chains of operations overlap
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t last = std::min(first + rows, end);
+    typename S::V sums[rows];
+    for (int64_t n = first; n < last; ++n) {
+      T* p = static_cast<T*>(s.weight.values) + n * s.K;
+      const int64_t row = (n - begin) * s.K;
+      prefetch_ahead<1>(p, s.K * sizeof(T));
+      if (storage == Storage::plain)
+        for (int j = 0; j < R::states; ++j) prefetch_ahead<1>(states[j] + row, s.K * sizeof(T));
+      const C g = widen(dw[n]) * scale;
+      typename S::V acc{};
+      for (int64_t k = 0; k < whole; k += W)
+        acc += step<S>(rule, p + k, states, row + k, g * Z::load(z.values + k)) * Z::load(z_next.values + k);
+      if (tail)
+        acc += step<S>(rule, p + whole, states, row + whole, g * Z::load(z.values + whole), tail) *
+               Z::load(z_next.values + whole);
+      sums[n - first] = acc;
+    }
+    for (int64_t n = first; n < last; ++n)
+      w[n] = narrow<T>(S::sum(sums[n - first]) + (bias ? widen(bias[n]) : C(0)));
   }
 }
 
 // Calls f(begin, end, states) for groups of rows whose states lie there as T: in memory, or decoded before
 // and coded again after. first: what the elements count from, for stochastic rounding.
 template <class T, class R, class F>
-void with_states(Storage storage, const Updated& u, int64_t K, int64_t begin, int64_t end, uint32_t first,
-                 F f) {
+void with_states(Storage storage, const Updated& u, int64_t K, int64_t begin, int64_t end, uint32_t seed,
+                 uint32_t first, F f) {
   if (storage == Storage::plain || R::states == 0) {
     States<T> states = {};
     for (int j = 0; j < R::states; ++j) states[j] = static_cast<T*>(u.states[j].values) + begin * K;
@@ -155,16 +166,16 @@ void with_states(Storage storage, const Updated& u, int64_t K, int64_t begin, in
     with_width<float>(kMaxK, [&](auto simd) {
       for (int64_t n = begin; n < end; n += rows) {
         const Slice slice{n, std::min(rows, end - n), K};
-        R::for_each_format([&](auto format, auto j) {
-          if (storage == Storage::bfloat16) decode<BFloat16Code>(simd, u.states[j], slice, values[j]);
-          else decode<decltype(format)>(simd, u.states[j], slice, values[j]);
+        R::for_each_format([&](auto eight, auto sixteen, int j) {
+          if (storage == Storage::eight_bit) decode<decltype(eight)>(simd, u.states[j], slice, values[j]);
+          else decode<decltype(sixteen)>(simd, u.states[j], slice, values[j]);
         });
         f(n, n + slice.rows, states);
-        fill_random(simd, first + uint32_t(n * K), slice.count(), random);
-        R::for_each_format([&](auto format, auto j) {
-          if (storage == Storage::bfloat16)
-            encode<BFloat16Code, j == 1>(simd, values[j], u.states[j], slice, random);
-          else encode<decltype(format), j == 1>(simd, values[j], u.states[j], slice, random);
+        fill_random(simd, seed, first + uint32_t(n * K), slice.count(), random);
+        R::for_each_format([&](auto eight, auto sixteen, int j) {
+          if (storage == Storage::eight_bit)
+            encode<decltype(eight)>(simd, values[j], u.states[j], slice, random);
+          else encode<decltype(sixteen)>(simd, values[j], u.states[j], slice, random);
         });
       }
     });
@@ -176,7 +187,7 @@ void update_block(const UpdateGenerateSegment& s, int64_t begin, int64_t end, St
                   compute_t<T> scale) {
   if (s.bias_is_trained) {
     const R rule(s.bias.coefficients);
-    with_states<T, R>(storage, s.bias, 1, begin, end, s.seed + uint32_t(s.N * s.K),
+    with_states<T, R>(storage, s.bias, 1, begin, end, s.seed, uint32_t(s.N * s.K),
                       [&](int64_t from, int64_t to, const States<T>& states) {
                         update_bias<T>(rule, s, from, to, states, scale);
                       });
@@ -184,7 +195,7 @@ void update_block(const UpdateGenerateSegment& s, int64_t begin, int64_t end, St
   const R rule(s.weight.coefficients);
   const PaddedZ<T> z(s.z, s.K), z_next(s.z_next, s.K);
   with_width<T>(s.K, [&](auto simd) {
-    with_states<T, R>(storage, s.weight, s.K, begin, end, s.seed,
+    with_states<T, R>(storage, s.weight, s.K, begin, end, s.seed, 0,
                       [&](int64_t from, int64_t to, const States<T>& states) {
                         update_rows(simd, rule, z, z_next, s, from, to, states, storage, scale);
                       });
@@ -202,7 +213,10 @@ void update_generate(const UpdateGenerateSegment* segments, int64_t count, DType
     using C = compute_t<T>;
     for_each_block(segments, count, threads,
                    [&](const UpdateGenerateSegment& s, int64_t begin, int64_t end, int64_t) {
-                     if (rule == Rule::adam) update_block<T, Adam<C>>(s, begin, end, storage, C(grad_scale));
+                     if (rule == Rule::adam && storage == Storage::plain)
+                       update_block<T, Adam<C, true>>(s, begin, end, storage, C(grad_scale));
+                     else if (rule == Rule::adam)
+                       update_block<T, Adam<C, false>>(s, begin, end, storage, C(grad_scale));
                      else if (s.weight.states[0].values)
                        update_block<T, Momentum<C>>(s, begin, end, storage, C(grad_scale));
                      else update_block<T, SGD<C>>(s, begin, end, storage, C(grad_scale));

@@ -11,6 +11,7 @@ from hyperfast.nn.generator import (
 )
 from hyperfast.nn.hyperize import hyperize
 from hyperfast.nn.layers import (
+    Conv2d,
     HyperConv2d,
     HyperLayer,
     HyperLinear,
@@ -23,6 +24,7 @@ from hyperfast.nn.layers import (
 
 __all__ = [
     "BatchNormReLUMaxPool2d",
+    "Conv2d",
     "Generator",
     "HyperConv2d",
     "HyperLayer",

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from hyperfast.nn.generator import Generator, LinearGenerator
-from hyperfast.nn.layers import HyperConv2d, HyperLayer, HyperLinear
+from hyperfast.nn.layers import Conv2d, HyperConv2d, HyperLayer, HyperLinear
 
-KINDS = (nn.Linear, nn.Conv2d)
+KINDS = (nn.Linear, nn.Conv2d, Conv2d)
 
 
 def hyperize(

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from hyperfast import ops
 from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
-from hyperfast.ops import conv2d
-from hyperfast.ops._library import no_autocast
+from hyperfast.ops._library import needs_function, no_autocast
+from hyperfast.ops.hyper_layers import geometry_of, merged_wins
 
 
 class HyperLayer(nn.Module):
@@ -29,14 +30,13 @@ class HyperLayer(nn.Module):
         self, shape: tuple[int, ...], bias: bool, z_dim: int, init, generator, backend, device, dtype
     ):
         super().__init__()
-        shape = torch.Size(shape)  # TypeError for what is no integer
         if min(shape) < 1:
-            raise ValueError(f"all sizes must be at least 1, got a weight of shape {tuple(shape)}")
+            raise ValueError(f"all sizes must be at least 1, got a weight of shape {shape}")
         if generator is None:
             generator = LinearGenerator(shape, z_dim, init=init, backend=backend, device=device, dtype=dtype)
-        elif generator.shapes != (shape,):
+        elif generator.shapes != (torch.Size(shape),):
             raise ValueError(
-                f"this layer needs a generator of one weight {tuple(shape)}, got shapes {generator.shapes}"
+                f"this layer needs a generator of one weight {shape}, got shapes {generator.shapes}"
             )
         self.generator = generator
         self.register_parameter(
@@ -45,6 +45,24 @@ class HyperLayer(nn.Module):
 
     def generated_weight(self) -> Tensor:
         return self.generator()[0]
+
+    def operands(self, x: Tensor, rows: int, convolution: bool = False) -> tuple[Tensor | None, ...] | None:
+        """(z, weight, bias) of the generator, to be merged with this layer's product of `rows` rows, or None
+        where the weight is to be generated first: `ops.hyper_layers.merged_wins` says so, the next weights
+        are at hand, or the generator is not plainly linear."""
+        g = self.generator
+        if type(g) is not LinearGenerator or g.backend != "auto" or g.next_weight is not None:
+            return None
+        if (
+            g._forward_hooks
+            or g._forward_pre_hooks
+            or x.dtype != g.weight.dtype
+            or x.device != g.weight.device
+        ):
+            return None
+        operands = g.z, g.weight, g.gradient_bias
+        wins = merged_wins(rows, g.weight, needs_function(x, *operands, self.bias), convolution)
+        return operands if wins else None
 
 
 class HyperLinear(HyperLayer):
@@ -71,6 +89,10 @@ class HyperLinear(HyperLayer):
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        if weight is None and isinstance(x, Tensor) and x.dim() and x.shape[-1] == self.in_features:
+            if (operands := self.operands(x, x.numel() // self.in_features)) is not None:
+                factored = self.generator.factored
+                return ops.hyper_linear(x, *operands, self.bias, factored=factored, path="merged")
         return F.linear(x, self.generated_weight() if weight is None else weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -121,11 +143,17 @@ class HyperConv2d(HyperLayer):
         self.padding = padding if isinstance(padding, str) else _pair(padding)
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        options = self.stride, self.padding, self.dilation, self.groups
+        if weight is None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.in_channels:
+            rows = geometry_of(x, self.kernel_size, *options).rows(x)
+            if (operands := self.operands(x, rows, convolution=True)) is not None:
+                arguments = self.kernel_size, *options
+                return ops.hyper_conv2d(
+                    x, *operands, self.bias, *arguments, factored=self.generator.factored, path="merged"
+                )
         weight = self.generated_weight() if weight is None else weight
-        if isinstance(x, Tensor) and x.dim() == 4 and _only_channels_last(x):
-            # once here instead of once in the convolution's forward and once in its backward
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        return conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        path = "torch" if self.generator.backend == "reference" else "auto"
+        return ops.conv2d(x, weight, self.bias, *options, path=path)
 
     def extra_repr(self) -> str:
         return (
@@ -135,8 +163,14 @@ class HyperConv2d(HyperLayer):
         )
 
 
-def _only_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` computed by `hyperfast.ops.conv2d`, for the ordinary layers of a main network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding_mode != "zeros":
+            return super().forward(x)
+        options = self.stride, self.padding, self.dilation, self.groups
+        return ops.conv2d(x, self.weight, self.bias, *options)
 
 
 def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:

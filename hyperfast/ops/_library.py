@@ -61,18 +61,6 @@ def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`tensors` with views in place of repetitions: a compiled autograd Function returns half the gradient of
-    a tensor given twice (torch 2.11)."""
-    seen: set[int] = set()
-    made = []
-    for tensor in tensors:
-        made.append(tensor if tensor is None or id(tensor) not in seen else tensor.view_as(tensor))
-        if tensor is not None:  # torch 2.11: no id() of None in traced code
-            seen.add(id(tensor))
-    return made
-
-
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether an op on `tensors` must go through its autograd Function, which costs 20 to 40 us: a gradient
     is needed, or a transform of torch.func is at work. ValueError for inference tensors beside others that need

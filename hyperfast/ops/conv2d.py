@@ -194,14 +194,19 @@ class Conv2d(torch.autograd.Function):
         return torch.vmap(lambda *t: F.conv2d(*t, *options[:4]), in_dims[:3])(x, weight, bias), 0
 
 
+def _is_dense(x: object) -> bool:
+    return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested and x.dim() == 4
+
+
 def _is_served(x, weight, bias, stride, padding, dilation, groups) -> bool:
     """Whether our op takes this convolution at all; what it does not take, torch computes or refuses."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
         all(isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu" for t in tensors)
+        and _is_dense(x)
+        and _is_dense(weight)
         and len({t.dtype for t in tensors}) == 1
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
-        and (x.dim(), weight.dim()) == (4, 4)
         and x.shape[1] == weight.shape[1] * groups
         and weight.shape[0] % groups == 0
         and (bias is None or bias.shape == weight.shape[:1])
@@ -263,6 +268,9 @@ def conv2d(
     stride, dilation = tuple(_pair(stride)), tuple(_pair(dilation))
     padding = padding if isinstance(padding, str) else tuple(_pair(padding))
     options = (stride, padding, dilation, groups)
+    if _is_dense(x) and _is_dense(weight) and _memory_format(x) == torch.channels_last:
+        # once here instead of once in torch's forward and once in its backward
+        weight = weight.contiguous(memory_format=torch.channels_last)
     tensors = _cast_by_autocast(x, weight, bias)
     served = path != "torch" and _is_served(*tensors, *options)
     possible = path in ("auto", "torch") or served and (path == "float32" or (stride, groups) == ((1, 1), 1))

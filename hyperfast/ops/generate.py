@@ -15,7 +15,6 @@ from hyperfast.ops._library import (
     autocast_dtype,
     check_backend,
     check_generators,
-    distinct,
     kernel_dtype,
     library,
     needs_function,
@@ -206,9 +205,15 @@ def generate(
     if backend == "reference" and not factored:
         made = reference.generate(weights, biases, zs)
         return tuple(penalize_l2(w, c) for w, c in zip(made, l2, strict=True))
-    L = len(weights)
-    given = distinct([*weights, *biases, *zs])
-    weights, biases, zs = given[:L], given[L : 2 * L], given[2 * L :]
+    # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11): give a view
+    seen: set[int] = set()
+    for tensors in (weights, biases, zs):
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            if id(tensor) in seen:
+                tensors[i] = tensor.view_as(tensor)
+            seen.add(id(tensor))
     inputs = (*weights, *biases, *zs, *next_weights)
     with_function = needs_function(*weights, *biases, *zs)
     out = (Generate.apply if with_function else Generate.forward)(factored, backend, *inputs)

@@ -15,19 +15,28 @@ from hyperfast.ops._library import (
     check_dense,
     check_generators,
     check_like,
-    distinct,
+    kernel_dtype,
     needs_function,
 )
+from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
-from hyperfast.ops.merged import Geometry, HyperConv2dFunction
+from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, forward_op
 
 PATHS = ("auto", "merged", "separate")
 
 
-def merged_wins(rows: int, weight: Tensor, needs_grad: bool) -> bool:
-    """The measured rule (benchmarks/bench_merged.py): whether merging generation with a layer of `rows` rows
-    (B, or B H' W') beats generating first."""
-    return weight.device.type == "cpu" and rows <= 256
+def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool = False) -> bool:
+    """Whether merging generation with a layer of `rows` rows (B, or B H' W') beats generating first.
+
+    The measured rule (benchmarks/bench_merged.py, benchmarks/results/merged.md): on the CPU up to 64 rows,
+    256 in bfloat16, a quarter of that in a convolution. Beyond, oneDNN's product is worth more than what
+    merging saves. Never with gradients: merging wins there only up to about 16 rows, and the forwards of a
+    training must not depend, in the last bit, on whether the optimizer left the next weights.
+    """
+    if needs_grad or weight.device.type != "cpu" or kernel_dtype([weight]) is None:
+        return False
+    limit = 256 if weight.dtype == torch.bfloat16 else 64
+    return rows <= (limit // 4 if convolution else limit)
 
 
 def hyper_linear(
@@ -56,7 +65,7 @@ def hyper_linear(
         (w,) = generate([weight], [bias], [z], factored=factored)
         return F.linear(x, w.view(-1, x.shape[-1]), layer_bias)
     images = x.reshape(-1, x.shape[-1], 1, 1)
-    y = _merged(images, z, weight, bias, layer_bias, Geometry(), factored, needs_grad)
+    y = _merged(images, z, weight, bias, layer_bias, LINEAR, factored, needs_grad)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -80,39 +89,35 @@ def hyper_conv2d(
     x [B, I, H, W], z [K], weight [O I/groups R S, K], bias [O I/groups R S] or None, layer_bias [O] or None
     -> [B, O, H', W'], in channels_last if x is. kernel_size: (R, S), which N alone does not tell. padding:
     int, pair, "same" or "valid". factored, path, dtypes and errors as in `hyper_linear`; "separate" is
-    `generate`, then `F.conv2d`.
+    `generate`, then `conv2d`.
     """
     _check_x(x, weight, lambda dim: dim == 4, "[B, I, H, W]")
-    geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    geometry = geometry_of(x, kernel_size, stride, padding, dilation, groups)
     unit = x.shape[1] // groups * math.prod(geometry.kernel_size)
     _check_generator(z, weight, bias, layer_bias, unit, "I / groups R S", groups)
     needs_grad = needs_function(x, z, weight, bias, layer_bias)
-    if _merge(path, x.shape[0] * math.prod(geometry.output(x.shape)), weight, needs_grad):
+    if _merge(path, geometry.rows(x), weight, needs_grad, convolution=True):
         return _merged(x, z, weight, bias, layer_bias, geometry, factored, needs_grad)
     (w,) = generate([weight], [bias], [z], factored=factored)
     w = w.view(-1, x.shape[1] // groups, *geometry.kernel_size)
-    return convolve(x, w, layer_bias, stride, padding, dilation, groups)
+    return conv2d(x, w, layer_bias, stride, padding, dilation, groups)
 
 
-def convolve(x: Tensor, weight: Tensor, *arguments) -> Tensor:
-    """`F.conv2d` with a weight that was just generated."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        # once here instead of once in the convolution's forward and once in its backward
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, weight, *arguments)
-
-
-def _merge(path: str, rows: int, weight: Tensor, needs_grad: bool) -> bool:
+def _merge(path: str, *rule, **options) -> bool:
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    return path == "merged" or path == "auto" and merged_wins(rows, weight, needs_grad)
+    return path == "merged" or path == "auto" and merged_wins(*rule, **options)
 
 
 def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, needs_grad: bool) -> Tensor:
     dtype = autocast_dtype(weight)
-    tensors = distinct([x if dtype is None else x.to(weight.dtype), z, weight, bias, layer_bias])
-    function = HyperConv2dFunction.apply if needs_grad else HyperConv2dFunction.forward
-    y = function(*tensors, geometry, factored)
+    tensors = (x if dtype is None else x.to(weight.dtype)), z, weight, bias, layer_bias
+    if needs_grad:
+        if torch.compiler.is_compiling():  # as in `generate`: a tensor given twice
+            tensors = (None if t is None else t.view_as(t) for t in tensors)
+        y = HyperConv2dFunction.apply(*tensors, geometry, factored)
+    else:
+        y = forward_op(*tensors, geometry.flat())
     return y if dtype is None else y.to(dtype)
 
 
@@ -131,7 +136,8 @@ def _check_x(x: Tensor, weight: Tensor, good_dim, shape: str) -> None:
 
 
 def _check_generator(z, weight, bias, layer_bias, unit: int, what: str, groups: int = 1) -> None:
-    """ValueError or TypeError unless weight makes outputs of `unit` weights each, in `groups` groups."""
+    """ValueError or TypeError unless weight makes outputs of `unit` weights each, in `groups` equal
+    groups."""
     check_generators([weight], bias=([bias], "N?"), z=([z], "K"))
     if unit < 1 or weight.shape[0] < 1 or weight.shape[0] % (unit * groups):
         of = f" and of groups {groups}" if groups > 1 else ""
@@ -150,7 +156,7 @@ def _pair_of(name: str, value, least: int) -> tuple[int, int]:
     return tuple(pair)
 
 
-def _geometry(x: Tensor, kernel_size, stride, padding, dilation, groups: int) -> Geometry:
+def geometry_of(x: Tensor, kernel_size, stride, padding, dilation, groups: int) -> Geometry:
     """The arguments of a convolution of x, checked; ValueError naming the one that is wrong."""
     kernel_size, stride = _pair_of("kernel_size", kernel_size, 1), _pair_of("stride", stride, 1)
     dilation = _pair_of("dilation", dilation, 1)

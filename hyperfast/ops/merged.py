@@ -27,12 +27,28 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    def flat(self) -> tuple[int, ...]:
+        """What the ops take: eleven numbers, or none for a linear layer."""
+        return (
+            ()
+            if self == LINEAR
+            else (*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups)
+        )
+
+    @staticmethod
+    def of(flat: tuple[int, ...]) -> Geometry:
+        return Geometry(flat[:2], flat[2:4], flat[4:8], flat[8:10], flat[10]) if flat else LINEAR
+
     def output(self, size: torch.Size) -> tuple[int, int]:
         """(H', W') for images [B, C, H, W]."""
         top, bottom, left, right = self.padding
         padded = size[2] + top + bottom, size[3] + left + right
         reach = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
         return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, self.stride, strict=True))
+
+    def rows(self, x: Tensor) -> int:
+        """B H' W'."""
+        return x.shape[0] * math.prod(self.output(x.shape))
 
     def outputs(self, x: Tensor, weight: Tensor) -> int:
         """Output channels: N / (C / groups R S)."""
@@ -42,15 +58,16 @@ class Geometry(NamedTuple):
         return [x.shape[0], self.outputs(x, weight), *self.output(x.shape)]
 
 
+LINEAR = Geometry()
 _COMPUTE = {"bfloat16": torch.float32}  # the type the kernels take x, y and their gradients in; else the same
-_GEOMETRY = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+# geometry: Geometry.flat
 library.define(
-    "hyper_conv2d(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? layer_bias, "
-    f"{_GEOMETRY}) -> Tensor"
+    "hyper_conv2d(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? layer_bias, int[] geometry) "
+    "-> Tensor"
 )
 library.define(
-    "hyper_conv2d_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor? bias, "
-    f"{_GEOMETRY}, bool need_x, bool need_z, bool need_w) -> (Tensor, Tensor, Tensor)"
+    "hyper_conv2d_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor? bias, int[] geometry, "
+    "bool need_x, bool need_z, bool need_w) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -93,16 +110,15 @@ def backward_expression(
 
 
 @torch.library.impl(library, "hyper_conv2d", "CompositeExplicitAutograd")
-def _forward_reference(x, z, weight, bias, layer_bias, *geometry):
-    geometry = Geometry(*geometry)
+def _forward_reference(x, z, weight, bias, layer_bias, geometry):
     with no_autocast([x]):
-        y = expression(x, z, weight, bias, layer_bias, geometry)
+        y = expression(x, z, weight, bias, layer_bias, Geometry.of(tuple(geometry)))
     return y.contiguous(memory_format=_layout(x))
 
 
 @torch.library.impl(library, "hyper_conv2d_backward", "CompositeExplicitAutograd")
-def _backward_reference(dy, x, z, weight, bias, *options):
-    geometry, (need_x, need_z, need_w) = Geometry(*options[:5]), options[5:]
+def _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
+    geometry = Geometry.of(tuple(geometry))
     with no_autocast([x]):
         dx, dw = backward_expression(dy, x, z, weight, bias, geometry, need_x, need_z or need_w)
         dz = weight.t() @ dw if need_z else None
@@ -124,19 +140,15 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(shape: torch.Size, weight_shape: torch.Size, *options) -> _Plan:
-    geometry = Geometry(*options)
+def _plan(shape: torch.Size, weight_shape: torch.Size, flat: tuple[int, ...]) -> _Plan:
+    geometry = Geometry.of(flat)
     out = geometry.output(shape)
-    I = shape[1] // geometry.groups * math.prod(geometry.kernel_size)
+    columns = shape[1] // geometry.groups * math.prod(geometry.kernel_size)
     N, K = weight_shape
-    sizes = (geometry.groups, shape[0] * out[0] * out[1], N // (I * geometry.groups), I, K)
-    padded = -(-I // 16) * 16
-    return _Plan(geometry, sizes, padded, out, shape[2:] == (1, 1) and geometry == Geometry() and I == padded)
-
-
-def _plan_of(x: Tensor, weight: Tensor, kernel_size, stride, padding, dilation, groups: int) -> _Plan:
-    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    return _plan(x.shape, weight.shape, *pairs, groups)
+    sizes = geometry.groups, shape[0] * math.prod(out), N // (columns * geometry.groups), columns, K
+    padded = -(-columns // 16) * 16
+    plain = shape[2:] == (1, 1) and geometry == LINEAR and columns == padded
+    return _Plan(geometry, sizes, padded, out, plain)
 
 
 def _columns_kernel(kernel, image: Tensor, columns: Tensor, plan: _Plan) -> None:
@@ -170,23 +182,23 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
 
 @torch.library.impl(library, "hyper_conv2d", "CPU")
-def _forward_cpu(x, z, weight, bias, layer_bias, *options):
+def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
     dtype = kernel_dtype([weight])
     if dtype is None or not x.numel() or not weight.numel():
-        return _forward_reference(x, z, weight, bias, layer_bias, *options)
-    plan, compute = _plan_of(x, weight, *options), _COMPUTE.get(dtype, x.dtype)
+        return _forward_reference(x, z, weight, bias, layer_bias, geometry)
+    plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
-    weight, bias, z = _contiguous(weight, bias, z)
-    layer_bias = None if layer_bias is None else layer_bias.to(compute).contiguous()
+    weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
+    layer_bias = _contiguous(layer_bias, compute)
     groups, rows, outputs, *_ = plan.sizes
     y = torch.empty(rows, groups * outputs, dtype=compute)
-    tensors = [_address(t) for t in (weight, bias, z, columns, layer_bias, y)]
-    _cpu.hyper_linear(tensors, plan.sizes, dtype, torch.get_num_threads())
+    addresses = weight.data_ptr(), _address(bias), z.data_ptr(), columns.data_ptr(), _address(layer_bias)
+    _cpu.hyper_linear((*addresses, y.data_ptr()), plan.sizes, dtype, torch.get_num_threads())
     if plan.out == (1, 1):
         return y.view(*y.shape, 1, 1).to(x.dtype)
     y = y.view(x.shape[0], *plan.out, -1).permute(0, 3, 1, 2)
@@ -194,15 +206,14 @@ def _forward_cpu(x, z, weight, bias, layer_bias, *options):
 
 
 @torch.library.impl(library, "hyper_conv2d_backward", "CPU")
-def _backward_cpu(dy, x, z, weight, bias, *options):
-    *geometry, need_x, need_z, need_w = options
+def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     dtype = kernel_dtype([weight])
     if dtype is None or not x.numel() or not weight.numel():
-        return _backward_reference(dy, x, z, weight, bias, *options)
-    plan, compute = _plan_of(x, weight, *geometry), _COMPUTE.get(dtype, x.dtype)
+        return _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w)
+    plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
     dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None
-    weight, bias, z = _contiguous(weight, bias, z)
+    weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
     dy = dy.transpose(0, 1).to(compute).contiguous()  # [outputs, rows]
     dz, dw = weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
     wanted = dcolumns, dz if need_z else None, dw if need_w else None
@@ -212,16 +223,20 @@ def _backward_cpu(dy, x, z, weight, bias, *options):
 
 
 @torch.library.register_fake("hyperfast::hyper_conv2d", lib=library)
-def _forward_fake(x, z, weight, bias, layer_bias, *options):
-    shape = Geometry(*options).shape(x, weight)
+def _forward_fake(x, z, weight, bias, layer_bias, geometry):
+    shape = Geometry.of(tuple(geometry)).shape(x, weight)
     return x.new_empty(shape).contiguous(memory_format=_layout(x))
 
 
 @torch.library.register_fake("hyperfast::hyper_conv2d_backward", lib=library)
-def _backward_fake(dy, x, z, weight, bias, *options):
-    need_x, need_z, need_w = options[5:]
+def _backward_fake(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     dx = x.new_empty(x.shape).contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0)
     return dx, x.new_empty(z.shape if need_z else 0), x.new_empty(weight.shape[0] if need_w else 0)
+
+
+# the overloads themselves: finding them at each call costs microseconds
+forward_op = torch.ops.hyperfast.hyper_conv2d.default
+_backward_op = torch.ops.hyperfast.hyper_conv2d_backward.default
 
 
 class HyperConv2dFunction(torch.autograd.Function):
@@ -229,7 +244,7 @@ class HyperConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool):
-        return torch.ops.hyperfast.hyper_conv2d(x, z, weight, bias, layer_bias, *geometry)
+        return forward_op(x, z, weight, bias, layer_bias, geometry.flat())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -249,9 +264,7 @@ class HyperConv2dFunction(torch.autograd.Function):
             dx, dw = backward_expression(dy, x, z, weight, bias, ctx.geometry, need_x, need_w or need_z)
             dz = weight.t() @ dw if need_z else None
         elif need_x or need_z or need_w:
-            dx, dz, dw = torch.ops.hyperfast.hyper_conv2d_backward(
-                dy, x, z, weight, bias, *ctx.geometry, need_x, need_z, need_w
-            )
+            dx, dz, dw = _backward_op(dy, x, z, weight, bias, ctx.geometry.flat(), need_x, need_z, need_w)
         return (
             dx if need_x else None,
             dz if need_z else None,

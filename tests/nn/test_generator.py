@@ -257,7 +257,7 @@ def test_activation_checkpointing(reentrant):
     plain(x).square().sum().backward()
     assert layer.generator.weight.grad is None
     for p, q in zip(layer.parameters(), plain.parameters(), strict=True):
-        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
+        assert (p.grad is None and q.grad is None) or torch.allclose(p.grad, q.grad, rtol=1e-12)
 
 
 def test_nothing_keeps_a_dead_model_alive():

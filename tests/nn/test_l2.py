@@ -106,6 +106,20 @@ def test_compiled(factored):
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(X), model(X))
 
 
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_a_layer_on_its_own(rows, factored):
+    """Whatever path the layer takes for this number of rows."""
+    model = hyperfast.factored_(HyperLinear(96, 64, z_dim=16).double(), factored)
+    x = torch.randn(rows, 96, dtype=torch.float64)
+    wanted = gradients(model, model(x).square().sum() + L2 / 2 * model.generated_weight().square().sum())
+    got = gradients(generated_l2_(model, L2), model(x).square().sum())
+    for name, expected in wanted.items():
+        assert (expected is None) == (got[name] is None) == (factored and name == "generator.weight")
+        if expected is not None:
+            torch.testing.assert_close(got[name], expected)
+
+
 def test_create_graph_and_another_embedding():
     model = generated_l2_(HyperLinear(3, 2, z_dim=3, init="hyperfan").double(), L2)
     x, z = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64, requires_grad=True)

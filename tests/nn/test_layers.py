@@ -225,3 +225,14 @@ def test_bad_input(case):
 def test_shapes_on_the_meta_device():
     layer = HyperConv2d(2, 3, 3, device="meta")
     assert layer(torch.empty(1, 2, 5, 5, device="meta")).shape == (1, 3, 3, 3)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_ordinary_convolution(padding_mode):
+    ours = hyperfast.nn.Conv2d(256, 256, 3, padding=1, padding_mode=padding_mode)
+    theirs = nn.Conv2d(256, 256, 3, padding=1, padding_mode=padding_mode)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 256, 2, 2)
+    y, expected = ours(x), theirs(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert (type(y.grad_fn).__name__ == "Conv2dBackward") == (padding_mode == "zeros")

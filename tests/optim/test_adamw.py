@@ -15,7 +15,6 @@ from hyperfast.nn import HyperLinear
 from hyperfast.optim import AdamW
 from tests.optim.net import CLIP, OPTIONS, Net, assert_steps_agree, backward, batch, train_step
 from train.models import build_model
-from train.models.full import FullNet
 
 
 class TestTraining:
@@ -58,7 +57,7 @@ class TestTraining:
 
     def test_full_scaled_down(self, monkeypatch, plain_twin, assert_equal_parameters):
         monkeypatch.setattr("train.models.full.CHANNELS", (3, 4, 4, 6, 6, 512))
-        ours = hyperfast.factored_(FullNet(10, z_dim=2).double())
+        ours = build_model("full", 10, fused=True, z_dim=2).double()
         self.train_full(ours, plain_twin(ours), 20, assert_equal_parameters)
 
     @pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])

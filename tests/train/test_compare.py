@@ -18,6 +18,7 @@ from torch import nn
 
 import hyperfast
 from tests.train.test_cifar100 import images
+from tests.train.test_report import legend_fits
 from tests.train.tiny import Net
 from train import checkpoint, cifar100, compare, comparison, report, summary
 from train.checkpoint import CheckpointError
@@ -440,6 +441,7 @@ def test_pictures(named, tmp_path, epochs):
         "z": comparison.z_ranges({"full": named["full"]}),
     }
     for figure in figures.values():
+        assert legend_fits(figure)
         save_figure(figure, tmp_path / "x.png")
         pixels = matplotlib.image.imread(io.BytesIO((tmp_path / "x.png").read_bytes()))
         assert pixels.shape[1] > 700 and pixels.std() > 0.01
@@ -454,6 +456,8 @@ def test_pictures(named, tmp_path, epochs):
     ]
     assert sizes == [x for r in named.values() for x in (3.0, r.summary["bytes"]["best"] / MB)]
     assert [a.get_title() for a in figures["z"].axes] == ["conv", "fc"]
+    named["full"].summary["parameters"]["layers"].pop("fc")
+    assert legend_fits(comparison.z_ranges({"full": named["full"]}))  # a single panel
     conv, fc = figures["z"].axes
     (bar,) = conv.patches
     assert (bar.get_y(), bar.get_height()) == (-2.0, 3.0) and not fc.patches

@@ -113,6 +113,17 @@ def test_a_layer_generated_later_has_no_earlier_embeddings(trained):
     assert [math.isnan(y) for y in fc] == [True, True, False, False] and not any(map(math.isnan, conv))
 
 
+def legend_fits(figure):
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    return 0 <= box.x0 and box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("layers", [["conv"], ["conv", "fc"]])
+def test_the_legend_of_few_layers_fits(trained, layers):
+    assert legend_fits(report.z_evolution([trained.initial_z, *trained.history], layers))
+
+
 def test_every_curve_has_a_marker():
     for points in (1, 2, 5, 30, 100):
         for curve in range(3):

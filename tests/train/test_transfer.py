@@ -166,3 +166,26 @@ def test_moments_go_on(fused):
     moved, own = plain.conv2.weight - before, model.conv2.generator.bias.view_as(before) - before
     assert moved.abs().max() > 1e-3
     torch.testing.assert_close(own, moved, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "8bit"], ids=str)
+def test_low_precision_states_go_on(state_dtype):
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model.eval()(X).square().sum().backward()
+        optimizer.step()
+
+    before = build_model("fixed", fused=True)
+    old = hyperfast.optim.Adam(before, state_dtype=state_dtype)
+    step(before, old)
+    model = build_model("fixed", fused=True, generated=["conv2", "fc2"])
+    start_from_(model, before.state_dict(), "fixed")
+    optimizer = hyperfast.optim.Adam(model, state_dtype=state_dtype)
+    carry_moments(before, old, model, optimizer)
+    for name in ("conv2.generator.weight", "conv2.generator.bias", "conv2.generator.z", "fc1.weight"):
+        ours, theirs = (o.state[m.get_parameter(name)] for o, m in ((optimizer, model), (old, before)))
+        assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[key]) for key, v in ours.items())
+    moments = old.state[before.fc2.weight]["exp_avg"]
+    assert torch.equal(optimizer.state[model.fc2.generator.bias]["exp_avg"], moments.flatten())
+    step(model, optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hyperfast.nn import Generator, HyperConv2d, HyperLinear, LinearGenerator
+from hyperfast.nn import Conv2d, Generator, HyperConv2d, HyperLinear, LinearGenerator
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Layers:
         if name in self.generated:
             generator = self._generator(name, (out_channels, in_channels, kernel_size, kernel_size))
             return HyperConv2d(*size, padding=kernel_size // 2, generator=generator)
-        return self._initialised(nn.utils.skip_init(nn.Conv2d, *size, padding=kernel_size // 2))
+        kind = nn.Conv2d if self.backend == "reference" else Conv2d
+        return self._initialised(nn.utils.skip_init(kind, *size, padding=kernel_size // 2))
 
     def linear(self, name: str, in_features: int, out_features: int) -> nn.Module:
         """A fully connected layer."""
