@@ -82,7 +82,7 @@ class Comparison:
 def main(kind: str, way: str) -> None:
     if ways.tuned_allocator(way):
         keep_freed_memory()
-    step = {"whole": ways.whole, "part": ways.part}[kind](way)
+    step = {"whole": ways.whole, "part": ways.part, "pooled": ways.pooled}[kind](way)
     for line in sys.stdin:
         seconds, values = [], []
         for _ in range(int(line)):

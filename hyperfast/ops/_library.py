@@ -40,19 +40,22 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
-    """The dtype for this device's kernels, None where they do not serve these generators and the reference
-    runs instead: K over 512 or 0, another dtype, float16 on the CPU, no CUDA module. ImportError without CPU
-    kernels."""
-    on_cpu = weights[0].device.type == "cpu"
+def native_dtype(tensor: Tensor) -> str | None:
+    """The dtype for the kernels of this tensor's device, None where there are none and the reference runs
+    instead: another dtype, float16 on the CPU, no CUDA module. ImportError without CPU kernels."""
+    on_cpu = tensor.device.type == "cpu"
     if on_cpu and _cpu is None:
         from hyperfast.info import why_missing  # not at the top: `python -m hyperfast.info` runs that module
 
         raise ImportError(why_missing("cpu"))
-    if not on_cpu and _cuda is None or any(not 1 <= weight.shape[1] <= MAX_K for weight in weights):
-        return None
-    dtype = _DTYPES.get(weights[0].dtype)
-    return None if on_cpu and dtype == "float16" else dtype
+    dtype = _DTYPES.get(tensor.dtype)
+    return None if (dtype == "float16" if on_cpu else _cuda is None) else dtype
+
+
+def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
+    """`native_dtype` for the kernels over generators [N, K]; None also where K is over 512 or 0."""
+    dtype = native_dtype(weights[0])
+    return dtype if all(1 <= weight.shape[1] <= MAX_K for weight in weights) else None
 
 
 def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
