@@ -216,7 +216,8 @@ def z_evolution(states: list[Row], layers: list[str]) -> Figure:
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axis in axes.flat[len(layers) :]:
             axis.set_visible(False)
-        for axis, layer in zip(axes.flat, layers, strict=False):
+        for i, (axis, layer) in enumerate(zip(axes.flat, layers, strict=False)):
+            axis.tick_params(labelbottom=i + columns >= len(layers))  # the lowest of each column
             _z_panel(
                 axis,
                 epochs,
