@@ -63,9 +63,9 @@ def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
 
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether an op on `tensors` must go through its autograd Function, which costs 20 to 40 us: a gradient
-    is needed, or a transform of torch.func is at work. ValueError for inference tensors beside others that need
-    a gradient. (And dynamo of torch 2.11 shifts the arguments of a
-    Function with *tensors where no gradient is needed.)"""
+    is needed, or a transform of torch.func is at work. ValueError for inference tensors beside others that
+    need a gradient. (And dynamo of torch 2.11 shifts the arguments of a Function with *tensors where no
+    gradient is needed.)"""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if not torch.compiler.is_compiling() and any(t is not None and t.is_inference() for t in tensors):
             raise ValueError("a tensor made under inference_mode cannot be part of a graph: clone() it")
@@ -135,8 +135,8 @@ def check_like(
 
 
 def check_memory(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str, Tensor]]) -> None:
-    """ValueError unless every tensor (name, tensor) updated in place is contiguous, may be updated and overlaps
-    nothing."""
+    """ValueError unless every tensor (name, tensor) updated in place is contiguous, may be updated and
+    overlaps nothing."""
     spans = []  # first byte, end, name, whether it is written
     for tensors, is_written in ((written, True), (read, False)):
         for name, tensor in tensors:

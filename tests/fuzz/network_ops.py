@@ -1,4 +1,5 @@
-"""The ops of the main network as cases: layers on generated weights, convolution, batch norm with ReLU and max pool."""
+"""The ops of the main network as cases: layers on generated weights, convolution, batch norm with ReLU and
+max pool."""
 
 from __future__ import annotations
 
