@@ -3,6 +3,7 @@
 whole        a training step of `full`: forward, backward, clipping at norm 1, AdamW; batch 64, float32
 whole_bf16   the same under bfloat16 autocast
 part         what the generators cost in it: generate, backward from given dw, clipping, AdamW
+pooled       its five batch norm -> ReLU -> max pool (the fifth without), forward and backward, channels_last
 
 eager                as users write it: PlainHyperNet, default AdamW
 channels_last        the same in channels_last with fused AdamW
@@ -11,6 +12,7 @@ compiled             channels_last under torch.compile (whole: the model; part: 
 factored_reference   hyperfast.reference, factored, under torch.compile: the compiler's version of our kernels
 hyperfast            factored gradients and fused kernels, channels_last, the tuned allocator
 hyperfast_compiled   the same under torch.compile (whole only)
+..._untuned          with the allocator as it is
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 import hyperfast
 from benchmarks.plain import SHAPES, PlainHyperNet
 from train.models import build_model
+from train.models.full import CHANNELS
 
 RECIPE = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
 BATCH = 64
@@ -38,12 +41,13 @@ WHOLE = (
     "hyperfast_compiled",
 )
 WHOLE_BF16 = ("eager", "channels_last", "compiled", "channels_last_tuned", "compiled_tuned", "hyperfast")
+POOLED = ("eager", "compiled", "hyperfast_untuned", "eager_tuned", "compiled_tuned", "hyperfast")
 PART = ("eager", "channels_last", "channels_last_tuned", "compiled_tuned", "factored_reference", "hyperfast")
 
 
 def tuned_allocator(way: str) -> bool:
     """Whether `way` runs with an allocator that keeps freed memory."""
-    return way.endswith("_tuned") or way.startswith(("hyperfast", "factored"))
+    return way.endswith("_tuned") or way in ("hyperfast", "hyperfast_compiled", "factored_reference")
 
 
 def _plain() -> PlainHyperNet:
@@ -179,5 +183,50 @@ def _part_factored_reference() -> Callable[[], Tensor]:
         for z, new in zip(zs, new_zs, strict=True):
             z.copy_(new)
         return sum(w.sum() for w in ws)
+
+    return step
+
+
+def pooled_layers(way: str) -> list[nn.Module]:
+    """Batch norm, ReLU and pool after each conv of `full`."""
+    layers: list[nn.Module] = []
+    for i, channels in enumerate(CHANNELS[1:]):
+        pool = 2 if i < 4 else 1
+        if way.startswith("hyperfast"):
+            layers.append(hyperfast.nn.BatchNormReLUMaxPool2d(channels, pool))
+        else:
+            layers.append(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(pool)))
+            if pool == 1:
+                del layers[-1][2]
+    return layers
+
+
+def pooled_tensors() -> list[tuple[Tensor, Tensor]]:
+    """x and dy of each layer, channels_last."""
+    torch.manual_seed(3)
+    made, size = [], 32
+    for i, channels in enumerate(CHANNELS[1:]):
+        x, size = torch.randn(BATCH, channels, size, size), size // (2 if i < 4 else 1)
+        made.append((x, torch.randn(BATCH, channels, size, size)))
+    layout = torch.channels_last
+    return [(x.to(memory_format=layout).requires_grad_(), dy.to(memory_format=layout)) for x, dy in made]
+
+
+def pooled(way: str) -> Callable[[], Tensor]:
+    """A function that does all five forward, then backward, and returns the sum of the gradients of the
+    weights."""
+    layers, tensors = pooled_layers(way), pooled_tensors()
+    if "compiled" in way:
+        layers = [torch.compile(layer, dynamic=False) for layer in layers]
+    parameters = [list(layer.parameters()) for layer in layers]
+
+    def step() -> Tensor:
+        made = [layer(x) for layer, (x, _) in zip(layers, tensors, strict=True)]
+        total = torch.zeros(())
+        for i in reversed(range(len(made))):
+            x, dy = tensors[i]
+            _, dweight, _ = torch.autograd.grad(made.pop(), [x, *parameters[i]], dy)
+            total += dweight.sum()
+        return total
 
     return step

@@ -82,7 +82,13 @@ class Comparison:
 def main(kind: str, way: str) -> None:
     if ways.tuned_allocator(way):
         keep_freed_memory()
-    step = {"whole": ways.whole, "whole_bf16": ways.whole_bf16, "part": ways.part}[kind](way)
+    kinds = {
+        "whole": ways.whole,
+        "whole_bf16": ways.whole_bf16,
+        "part": ways.part,
+        "pooled": ways.pooled,
+    }
+    step = kinds[kind](way)
     for line in sys.stdin:
         seconds, values = [], []
         for _ in range(int(line)):

@@ -221,13 +221,13 @@ PooledImages images_of(const std::array<int64_t, 5>& sizes, int threads) {
 }
 
 void batch_norm(const std::array<int64_t, 5>& sizes, int64_t x, int64_t weight, int64_t bias,
-                int64_t statistics, bool given, double eps, int64_t y, int64_t index,
+                int64_t statistics, int64_t batch, double eps, int64_t y, int64_t index,
                 const std::string& dtype, int threads) {
   const PooledImages images = images_of(sizes, threads);
   double* mean = pointer<double>(statistics);
   const BatchNormSegment segment{
-      images, pointer(x), pointer(weight), pointer(bias),          mean, mean + images.C,
-      given,  eps,        pointer(y),      pointer<uint8_t>(index)};
+      images,         pointer(x), pointer(weight), pointer(bias),          mean, mean + images.C,
+      pointer(batch), eps,        pointer(y),      pointer<uint8_t>(index)};
   const DType type = dtype_of(dtype);
   check_aligned({x, y}, element_size(type));
   check_aligned({weight, bias}, compute_size(type));
@@ -290,10 +290,11 @@ PYBIND11_MODULE(_cpu, m) {
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
   m.def("batch_norm", &batch_norm, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-        py::arg("statistics"), py::arg("given"), py::arg("eps"), py::arg("y"), py::arg("index"),
+        py::arg("statistics"), py::arg("batch"), py::arg("eps"), py::arg("y"), py::arg("index"),
         py::arg("dtype"), py::arg("threads"),
-        "sizes: (B, H, W, C, P); addresses; statistics: mean [C] and var [C], float64; weight, bias, index "
-        "may be 0.");
+        "sizes: (B, H, W, C, P); addresses; statistics: mean [C] and var [C], float64, given if batch is 0; "
+        "weight, "
+        "bias, index may be 0.");
   m.def("batch_norm_backward", &batch_norm_backward, py::arg("sizes"), py::arg("x"), py::arg("dy"),
         py::arg("index"), py::arg("weight"), py::arg("statistics"), py::arg("given"), py::arg("eps"),
         py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dtype"), py::arg("threads"),

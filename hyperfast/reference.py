@@ -205,11 +205,11 @@ def batch_norm_relu_max_pool(
     eps: float = 1e-5,
     pool: int = 2,
 ) -> Tensor:
-    """max over windows of `pool` x `pool` of max(0, batch norm of x): x [B, C, H, W] -> [B, C, H // pool, W //
-    pool].
+    """max over windows of `pool` x `pool` of max(0, batch norm of x): x [B, C, H, W] -> [B, C, H // pool, W
+    // pool].
 
-    The arguments before `pool` are those of `torch.nn.functional.batch_norm`; running statistics are updated in
-    place in training. The maximum is taken before the ReLU: the same values and gradients, fewer ReLUs.
+    The arguments before `pool` are those of `torch.nn.functional.batch_norm`; running statistics are updated
+    in place in training. The maximum is taken before the ReLU: the same values and gradients, fewer ReLUs.
     """
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return F.relu(F.max_pool2d(y, pool) if pool > 1 else y)
@@ -226,11 +226,11 @@ def batch_norm_relu_max_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [B, C, H, W], dweight [C] and dbias [C] of `batch_norm_relu_max_pool`.
 
-    index: the winner of each window as its place in the window, row by row, or pool^2 where ReLU is off, uint8
-    like dy. statistics: mean and biased variance [2, C] where they do not depend on x; None: those of x. With g
-    = dy at the winners, xhat = (x - mean) / sqrt(var + eps) and n = B H W: dbias = sum g, dweight = sum g xhat, dx =
-    weight / sqrt(var + eps) (g - dbias / n - xhat dweight / n) (Ioffe and Szegedy, 2015), without the last two
-    terms where statistics are given.
+    index: the winner of each window as its place in the window, row by row, or pool^2 where ReLU is off,
+    uint8 like dy. statistics: mean and biased variance [2, C] where they do not depend on x; None: those of
+    x. With g = dy at the winners, xhat = (x - mean) / sqrt(var + eps) and n = B H W: dbias = sum g, dweight =
+    sum g xhat, dx = weight / sqrt(var + eps) (g - dbias / n - xhat dweight / n) (Ioffe and Szegedy, 2015),
+    without the last two terms where statistics are given.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     places = torch.arange(pool * pool, dtype=torch.uint8, device=x.device).view(pool, pool)

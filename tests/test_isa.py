@@ -22,6 +22,7 @@ SCRIPT = """
 import sys, torch
 from hyperfast import ops
 from hyperfast.ops._library import _cpu
+from tests.ops import test_batch_norm_relu_max_pool as batch_norm
 isa, path, ks = sys.argv[1], sys.argv[2], [int(k) for k in sys.argv[3].split(",")]
 assert _cpu.isa() == isa, _cpu.isa()
 row = ops.AdamWCoefficients(0.99, 0.05, 0.9, 0.99, 0.3, 1e-8)
@@ -46,6 +47,7 @@ for dtype in ("float32", "float64", "bfloat16"):
     assert all(torch.equal(a, b) for a, b in zip(w, again)), "next weights are not what generate makes"
     after = [weights, m, v, biases, bm, bv, w]
     results[dtype] = dict(before=before, made=list(made), dzs=dzs, norms=norms, after=after)
+    results[dtype]["batch_norm"] = batch_norm.every_result(getattr(torch, dtype))
 weight, bias, z = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (6,), (5,)))
 assert torch.autograd.gradcheck(lambda *t: ops.generate(*([x] for x in t)), (weight, bias, z))
 from tests.fuzz.run import kernel_outputs
@@ -90,6 +92,16 @@ def test_results(isa, dtype, results, assert_accurate):
     torch.testing.assert_close(got["norms"], exact["norms"], rtol=1e-13, atol=0)
     for ours, theirs, simple in zip(got["after"], exact["after"], plain["after"], strict=True):
         assert_accurate(ours, theirs, torch_dtype, simple)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", _cpu.isas())
+def test_batch_norm(isa, dtype, results):
+    tolerance = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 2e-2}[dtype]
+    made = zip(results[isa][dtype]["batch_norm"], results["scalar"][dtype]["batch_norm"], strict=True)
+    for ours, scalar in made:
+        for a, b in zip(ours, scalar, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # Random cases: RMS(difference from scalar) / RMS(sums of absolute values), about a unit in the last place.

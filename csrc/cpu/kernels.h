@@ -124,8 +124,8 @@ struct BatchNormSegment {
   PooledImages images;
   const void* x;              // [B, H, W, C]
   const void *weight, *bias;  // [C], float where x is bfloat16; null: 1 and 0
-  double *mean, *var;         // [C], biased; written, or read where they are given
-  bool given;
+  double *mean, *var;         // [C], biased; written, or given where batch is null
+  void* batch;                // [2, C] like weight: mean and unbiased variance, for running averages
   double eps;
   void* y;         // [B, H / P, W / P, C]
   uint8_t* index;  // like y: the winner's place in its window, row by row, P * P where ReLU is off; or null

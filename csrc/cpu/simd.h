@@ -168,7 +168,8 @@ struct Simd {
       if (i < n) p[i] = lanes[i];
   }
 
-  // Past the caches, for what is not read again soon; p on a multiple of the vector's bytes.
+  // Past the caches, for what is not read again soon; p on a multiple of the vector's bytes. A thread that
+  // streams ends with stream_fence.
   static void stream(T* p, V v) {
 #if defined(__AVX512F__)
     if constexpr (W * sizeof(T) == 64) {
@@ -226,6 +227,13 @@ struct Simd {
 
   static C sum(V v) { return sum_lanes<C, W>(v); }
 };
+
+// What this thread has streamed is seen before what it stores from here on.
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // Calls f(Simd<T, W>()) with the narrowest width that holds a row of K elements, or the widest there is.
 template <class T, class F>

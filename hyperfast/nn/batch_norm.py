@@ -10,12 +10,13 @@ from hyperfast.ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
 
 
 class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` -> ReLU -> max pool of `pool` x `pool`: x [B, C, H, W] -> [B, C, H // pool, W // pool].
+    """`nn.BatchNorm2d` -> ReLU -> max pool of `pool` x `pool`: x [B, C, H, W] -> [B, C, H // pool, W //
+    pool].
 
-    Parameters, buffers and state dict are those of `nn.BatchNorm2d`, so state dicts interchange. pool: 1 is no
-    pooling. backend: "auto" runs fused kernels where there are any (channels_last on the CPU, see
-    `hyperfast.ops.batch_norm_relu_max_pool`), "reference" plain PyTorch. Raises ValueError for an input that is
-    not 4-dimensional, is smaller than a window or, in training, has one value per channel.
+    Parameters, buffers and state dict are those of `nn.BatchNorm2d`, so state dicts interchange. pool: 1 is
+    no pooling. backend: "auto" runs fused kernels where there are any (channels_last on the CPU, see
+    `hyperfast.ops.batch_norm_relu_max_pool`), "reference" plain PyTorch. Raises ValueError for an input that
+    is not 4-dimensional, is smaller than a window or, in training, has one value per channel.
     `nn.SyncBatchNorm.convert_sync_batchnorm` would replace the whole module, ReLU and pool included: do not
     convert it.
     """
@@ -46,10 +47,11 @@ class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
             if momentum is None:  # the average over all batches
                 momentum = 1.0 / float(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if update or not self.training else (None, None)
+        training = self.training or running[0] is None
+        parameters = (self.weight, self.bias)
         return batch_norm_relu_max_pool(
-            x, *running, self.weight, self.bias, self.training or running[0] is None, momentum or 0.0, self.eps,
-            self.pool, backend=self.backend,
-        )  # fmt: skip
+            x, *running, *parameters, training, momentum or 0.0, self.eps, self.pool, backend=self.backend
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool={self.pool}"

@@ -40,25 +40,33 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
-    """The dtype for this device's kernels, None where they do not serve these generators and the reference
-    runs instead: K over 512 or 0, another dtype, float16 on the CPU, no CUDA module. ImportError without CPU
-    kernels."""
-    on_cpu = weights[0].device.type == "cpu"
+def native_dtype(tensor: Tensor) -> str | None:
+    """The dtype for the kernels of this tensor's device, None where there are none and the reference runs
+    instead: another dtype, float16 on the CPU, no CUDA module. ImportError without CPU kernels."""
+    on_cpu = tensor.device.type == "cpu"
     if on_cpu and _cpu is None:
         from hyperfast.info import why_missing  # not at the top: `python -m hyperfast.info` runs that module
 
         raise ImportError(why_missing("cpu"))
-    if not on_cpu and _cuda is None or any(not 1 <= weight.shape[1] <= MAX_K for weight in weights):
-        return None
-    dtype = _DTYPES.get(weights[0].dtype)
-    return None if on_cpu and dtype == "float16" else dtype
+    dtype = _DTYPES.get(tensor.dtype)
+    return None if (dtype == "float16" if on_cpu else _cuda is None) else dtype
+
+
+def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
+    """`native_dtype` for the kernels over generators [N, K]; None also where K is over 512 or 0."""
+    dtype = native_dtype(weights[0])
+    return dtype if all(1 <= weight.shape[1] <= MAX_K for weight in weights) else None
 
 
 def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:
     """Inside an op its dtypes hold: autocast must not change those of the reference expressions it runs."""
     device = tensors[0].device.type if tensors else "cpu"
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, whose tensors have no memory of their own."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
@@ -70,7 +78,7 @@ def needs_function(*tensors: Tensor | None) -> bool:
         if not torch.compiler.is_compiling() and any(t is not None and t.is_inference() for t in tensors):
             raise ValueError("a tensor made under inference_mode cannot be part of a graph: clone() it")
         return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return is_transformed()
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:

@@ -12,16 +12,18 @@ from hyperfast.ops._library import (
     check_backend,
     check_dense,
     check_memory,
-    kernel_dtype,
+    is_transformed,
     library,
+    native_dtype,
     needs_function,
 )
 
-# statistics: float64 [2, C], mean and biased variance; given, or of x and returned. index: uint8 like y, the
-# winner of each window, empty without with_index
+# statistics: float64 [2, C], mean and biased variance; given, or of x. index: uint8 like y, the winner of
+# each window; empty without with_index. batch: [2, C], mean and unbiased variance of x; empty where
+# statistics are given.
 library.define(
-    "batch_norm_relu_max_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? statistics, float eps, int pool, "
-    "bool with_index) -> (Tensor y, Tensor index, Tensor statistics)"
+    "batch_norm_relu_max_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? statistics, float eps, "
+    "int pool, bool with_index) -> (Tensor y, Tensor index, Tensor statistics, Tensor batch)"
 )
 # given: the statistics do not depend on x; dx is empty without with_dx
 library.define(
@@ -35,13 +37,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
 
 
-def _empty_outputs(x: Tensor, pool: int, with_index: bool) -> tuple[Tensor, Tensor]:
+def _forward_outputs(x: Tensor, pool: int, given: bool, with_index: bool) -> tuple[Tensor, ...]:
+    """y, index, statistics and batch, uninitialised."""
     B, C, H, W = x.shape
-    shape, layout = (B, C, H // pool, W // pool), torch.channels_last
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    if not with_index:
-        return y, torch.empty(0, dtype=torch.uint8, device=x.device)
-    return y, torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout)
+    shape, device, layout = (B, C, H // pool, W // pool), x.device, torch.channels_last
+    y = torch.empty(shape, dtype=x.dtype, device=device, memory_format=layout)
+    if with_index:
+        index = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=layout)
+    else:
+        index = torch.empty(0, dtype=torch.uint8, device=device)
+    statistics = torch.empty(2, C, dtype=torch.float64, device=device)
+    return y, index, statistics, torch.empty(0 if given else (2, C), dtype=_compute_dtype(x), device=device)
 
 
 def _sizes(x: Tensor, pool: int) -> tuple[int, ...]:
@@ -49,23 +55,28 @@ def _sizes(x: Tensor, pool: int) -> tuple[int, ...]:
     return B, H, W, C, pool
 
 
+def _address(tensor: Tensor | None) -> int:
+    """0 for what is not wanted: None or empty."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 @torch.library.impl(library, "batch_norm_relu_max_pool", "CPU")
 def _forward_cpu(x, weight, bias, statistics, eps, pool, with_index):
-    x, compute = x.contiguous(memory_format=torch.channels_last), _compute_dtype(x)
-    y, index = _empty_outputs(x, pool, with_index)
-    given = statistics is not None
-    made = statistics.clone() if given else torch.empty(2, x.shape[1], dtype=torch.float64)
+    given, compute = statistics is not None, _compute_dtype(x)
+    x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = (None if p is None else p.to(compute).contiguous() for p in (weight, bias))
-    weight_address, bias_address = (0 if p is None else p.data_ptr() for p in (weight, bias))
-    index_address = index.data_ptr() if with_index else 0
-    _cpu.batch_norm(_sizes(x, pool), x.data_ptr(), weight_address, bias_address, made.data_ptr(), given, eps,
-                    y.data_ptr(), index_address, kernel_dtype([x]), torch.get_num_threads())  # fmt: skip
-    return y, index, made
+    y, index, made, batch = _forward_outputs(x, pool, given, with_index)
+    if given:
+        made.copy_(statistics)
+    addresses = [_address(t) for t in (x, weight, bias, made, batch)]
+    threads = torch.get_num_threads()
+    _cpu.batch_norm(_sizes(x, pool), *addresses, eps, y.data_ptr(), _address(index), native_dtype(x), threads)
+    return y, index, made, batch
 
 
 @torch.library.register_fake("hyperfast::batch_norm_relu_max_pool", lib=library)
 def _forward_fake(x, weight, bias, statistics, eps, pool, with_index):
-    return *_empty_outputs(x, pool, with_index), x.new_empty(2, x.shape[1], dtype=torch.float64)
+    return _forward_outputs(x, pool, statistics is not None, with_index)
 
 
 @torch.library.impl(library, "batch_norm_relu_max_pool_backward", "CPU")
@@ -73,11 +84,10 @@ def _backward_cpu(dy, x, index, weight, statistics, given, eps, pool, with_dx):
     x, dy, index = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy, index))
     weight = None if weight is None else weight.to(_compute_dtype(x)).contiguous()
     dx, dweight, dbias = _backward_fake(dy, x, index, weight, statistics, given, eps, pool, with_dx)
-    _cpu.batch_norm_backward(
-        _sizes(x, pool), x.data_ptr(), dy.data_ptr(), index.data_ptr(), 0 if weight is None else weight.data_ptr(),
-        statistics.data_ptr(), given, eps, dx.data_ptr() if with_dx else 0, dweight.data_ptr(), dbias.data_ptr(),
-        kernel_dtype([x]), torch.get_num_threads(),
-    )  # fmt: skip
+    inputs = [_address(t) for t in (x, dy, index, weight, statistics)]
+    outputs = [_address(t) for t in (dx, dweight, dbias)]
+    threads = torch.get_num_threads()
+    _cpu.batch_norm_backward(_sizes(x, pool), *inputs, given, eps, *outputs, native_dtype(x), threads)
     return dx, dweight, dbias
 
 
@@ -89,25 +99,26 @@ def _backward_fake(dy, x, index, weight, statistics, given, eps, pool, with_dx):
 
 
 class BatchNormReLUMaxPool(torch.autograd.Function):
-    """y, index, statistics of the op, y differentiable in x, weight and bias."""
+    """y and batch of the op, y differentiable in x, weight and bias.
+
+    No setup_context: it costs 40 us a call, and under torch.func the reference runs.
+    """
 
     @staticmethod
-    def forward(x, weight, bias, statistics, eps, pool):
-        return torch.ops.hyperfast.batch_norm_relu_max_pool(x, weight, bias, statistics, eps, pool, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, statistics, ctx.eps, ctx.pool = inputs
-        _, index, made = output
-        ctx.given, ctx.dtypes = (
-            statistics is not None,
-            [None if p is None else p.dtype for p in (weight, bias)],
-        )
-        ctx.mark_non_differentiable(index, made)
+    def forward(ctx, x, weight, bias, statistics, eps, pool):
+        op = torch.ops.hyperfast.batch_norm_relu_max_pool
+        y, index, made, batch = op(x, weight, bias, statistics, eps, pool, True)
+        ctx.given, ctx.eps, ctx.pool = statistics is not None, eps, pool
+        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        ctx.mark_non_differentiable(batch)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, index, made)
+        return y, batch
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 6
         x, weight, index, statistics = ctx.saved_tensors
         if (
             torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -127,8 +138,8 @@ class BatchNormReLUMaxPool(torch.autograd.Function):
 
 
 def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> None:
-    """ValueError or TypeError unless x is [B, C, H, W] floating point with room for a window and `channels` are
-    [C]."""
+    """ValueError or TypeError unless x is [B, C, H, W] floating point with room for a window and `channels`
+    are [C]."""
     check_dense("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got shape {list(x.shape)}")
@@ -138,19 +149,17 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
         raise ValueError(f"pool must be an integer of at least 1, got {pool!r}")
     if min(x.shape[2:]) < pool:
         raise ValueError(f"x must be at least {pool} x {pool} for pool {pool}, got shape {list(x.shape)}")
-    wide = {x.dtype, torch.float32} if x.dtype.itemsize == 2 else {x.dtype}
+    shape, dtypes = x.shape[1:2], (x.dtype, torch.float32 if x.dtype.itemsize == 2 else x.dtype)
     for name, tensor in channels.items():
         if tensor is None:
             continue
         check_dense(name, tensor)
-        if list(tensor.shape) != [x.shape[1]]:
+        if tensor.shape != shape:
             raise ValueError(
-                f"{name} must be [{x.shape[1]}] for x of shape {list(x.shape)}, got {list(tensor.shape)}"
+                f"{name} must be {list(shape)} for x of shape {list(x.shape)}, got {list(tensor.shape)}"
             )
-        if tensor.dtype not in wide:
-            raise TypeError(
-                f"{name} must be {' or '.join(map(str, wide))} for x of {x.dtype}, got {tensor.dtype}"
-            )
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {dtypes[1]} for x of {x.dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
     given = {name: t for name, t in channels.items() if t is not None}
@@ -158,7 +167,7 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
         kinds = ", ".join(f"{name} {t.dtype}" for name, t in given.items())
         raise TypeError(f"running statistics, weight and bias must have one dtype, got {kinds}")
     running = [(name, given.pop(name)) for name in ("running_mean", "running_var") if name in given]
-    if training and not torch.compiler.is_compiling():
+    if training and running and not torch.compiler.is_compiling() and not is_transformed():
         check_memory(running, (("x", x), *given.items()))
     if (channels["running_mean"] is None) != (channels["running_var"] is None):
         raise ValueError("running_mean and running_var must both be tensors or both None")
@@ -172,9 +181,9 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
 
 def _has_kernel(x: Tensor, pool: int) -> bool:
     """Whether the kernels serve x: on the CPU, channels_last, windows of 1 or 2, not under torch.func."""
-    if x.device.type != "cpu" or pool > 2 or x.numel() == 0 or kernel_dtype([x]) is None:
+    if x.device.type != "cpu" or pool > 2 or x.numel() == 0 or native_dtype(x) is None:
         return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return False
     return x.is_contiguous(memory_format=torch.channels_last)
 
@@ -194,13 +203,13 @@ def batch_norm_relu_max_pool(
 ) -> Tensor:
     """`F.max_pool2d(F.relu(F.batch_norm(x, ...)), pool)`: x [B, C, H, W] -> [B, C, H // pool, W // pool].
 
-    The arguments before `pool` are those of `torch.nn.functional.batch_norm`: running_mean, running_var, weight,
-    bias [C] or None; with `training` the statistics are those of x, and running statistics are updated in place.
-    Rows and columns that fill no window count in the statistics alone; of equal maxima the first wins; NaN
-    stays NaN. Kernels: float32, float64 and bfloat16 (statistics and sums in float32 and float64) in channels_last on the CPU,
-    pool 1 or 2; everything else runs `hyperfast.reference`. Saved for the backward: x and a byte for each output.
-    Raises ValueError or TypeError for wrong shapes, dtypes or devices. Ioffe and Szegedy, "Batch normalization"
-    (ICML 2015).
+    The arguments before `pool` are those of `torch.nn.functional.batch_norm`: running_mean, running_var,
+    weight, bias [C] or None; with `training` the statistics are those of x, and running statistics are
+    updated in place. Rows and columns that fill no window count in the statistics alone; of equal maxima the
+    first wins; NaN stays NaN. Kernels: float32, float64 and bfloat16 (then float32 parameters and
+    statistics, and windows are compared before rounding) in channels_last on the CPU, pool 1 or 2; everything
+    else runs `hyperfast.reference`. Saved for the backward: x and a byte for each output. Raises ValueError
+    or TypeError for wrong shapes, dtypes or devices. Ioffe and Szegedy, "Batch normalization" (ICML 2015).
     """
     check_backend(backend)
     momentum, eps = float(momentum), float(eps)
@@ -218,21 +227,11 @@ def batch_norm_relu_max_pool(
         )
     statistics = None if training else torch.stack((running_mean, running_var)).double()
     if with_function:
-        y, _, made = BatchNormReLUMaxPool.apply(x, weight, bias, statistics, eps, pool)
+        y, batch = BatchNormReLUMaxPool.apply(x, weight, bias, statistics, eps, pool)
     else:
-        y, _, made = torch.ops.hyperfast.batch_norm_relu_max_pool(
-            x, weight, bias, statistics, eps, pool, False
-        )
+        op = torch.ops.hyperfast.batch_norm_relu_max_pool
+        y, _, _, batch = op(x, weight, bias, statistics, eps, pool, False)
     if training and running_mean is not None:
-        _update_running(running_mean, running_var, made, momentum, x.numel() // x.shape[1])
+        for running, made in zip((running_mean, running_var), batch.unbind(), strict=True):
+            running.lerp_(made.to(running.dtype), momentum)
     return y
-
-
-@torch.no_grad()
-def _update_running(
-    running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float, n: int
-) -> None:
-    """running = (1 - momentum) running + momentum batch, the variance unbiased: n values per channel."""
-    mean, var = statistics.detach()
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
