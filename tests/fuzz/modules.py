@@ -6,6 +6,7 @@ hyperfast knows better, ValueError or TypeError."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -184,55 +185,59 @@ def assert_same_parameters(model: nn.Module, twin: nn.Module, rtol: float) -> No
         torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=0.1 * rtol, equal_nan=True, msg=name)
 
 
-def draw_options(draw: Draw) -> Arguments:
-    return {
-        "lr": draw.choice((0.0, 1e-3, 0.1)),
-        "betas": draw.choice(((0.9, 0.999), (0.0, 0.0), (0.5, 0.9))),
-        "eps": draw.choice((1e-5, 1e-3)),  # smaller ones make signs of what only is rounding
-        "weight_decay": draw.choice((0.0, 0.01, 1.0)),
-    }
+BAD_OPTIONS = (*VALUES, -1.0, (0.9,), (0.9, 1.5), (0.9, "x"), (0.9, 0.99, 0.9))
 
 
-def adamw_case(draw: Draw) -> str:
-    """Steps of hyperfast.optim.AdamW beside those of torch.optim.AdamW with its clipping on the dense
+def draw_options(draw: Draw, name: str) -> Arguments:
+    rates = (0.0, 1e-4, 1e-3) if name == "SGD" else (0.0, 1e-3, 0.1)
+    options = {"lr": draw.choice(rates), "weight_decay": draw.choice((0.0, 0.01, 1.0))}
+    if name == "SGD":
+        momentum = draw.choice((0.0, 0.5, 0.9))
+        nesterov = momentum > 0 and draw.chance(0.3)
+        dampening = 0.0 if nesterov else draw.choice((0.0, 0.5))
+        return options | {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+    betas = draw.choice(((0.9, 0.999), (0.0, 0.0), (0.5, 0.9)))
+    eps = draw.choice((1e-5, 1e-3))  # smaller ones make signs of what only is rounding
+    return options | {"betas": betas, "eps": eps}
+
+
+def optimizer_case(name: str, draw: Draw) -> str:
+    """Steps of an optimizer beside those of torch's of the same name, with its clipping, on the dense
     twin."""
     model, twin = models(draw)
-    options, own = draw_options(draw), {"nonfinite": draw.choice(("raise", "skip")), "max_grad_norm": None}
+    options, own = draw_options(draw, name), {"nonfinite": draw.choice(("raise", "skip"))}
     own["max_grad_norm"] = draw.choice((None, 1e-2, 1.0, 1e9))
     valid = True
     if draw.chance(0.25):
         valid = False
         target = draw.choice((options, own))
-        target[draw.choice(list(target))] = draw.choice(
-            (*VALUES, -1.0, (0.9,), (0.9, 1.5), (0.9, "x"), (0.9, 0.99, 0.9))
-        )
-    optimizer, error = end_of(lambda: hyperfast.optim.AdamW(model, **options, **own))
-    torchs, torch_error = end_of(lambda: torch.optim.AdamW(twin.parameters(), **options))
+        target[draw.choice(list(target))] = draw.choice(BAD_OPTIONS)
+    optimizer, error = end_of(lambda: getattr(hyperfast.optim, name)(model, **options, **own))
+    torchs, torch_error = end_of(lambda: getattr(torch.optim, name)(twin.parameters(), **options))
     if error is not None:
         assert_allowed(error, torch_error, valid)
         return "refused"
     assert torch_error is None, f"torch refuses: {torch_error}"
     for _ in range(3):
-        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
         zero_grads(draw, optimizer, torchs)
         backward(draw, model, twin)
         _, error = end_of(optimizer.step)
-        gradients = [p for p in twin.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in gradients])
-        if error is None and norm.isfinite():
-            if own["max_grad_norm"] is not None:
-                torch.nn.utils.clip_grads_with_norm_(gradients, own["max_grad_norm"], norm)
-            _, torch_error = end_of(torchs.step)
-            if torch_error is not None and not valid:
-                return "right"
-            assert torch_error is None, f"torch refuses: {torch_error}"
-            assert_same_parameters(model, twin, 1e-8 if valid else 1e-5)  # float32 options are not valid
-            continue
-        if error is not None and not (isinstance(error, FloatingPointError) and own["nonfinite"] == "raise"):
-            assert_allowed(error, None, valid)
-        after = (model.state_dict(), optimizer.state_dict())
-        torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
-        return "refused"
+        norm = torch.nn.utils.get_total_norm([p.grad for p in twin.parameters() if p.grad is not None])
+        if error is not None or not norm.isfinite():
+            if not (isinstance(error, FloatingPointError) and own["nonfinite"] == "raise"):
+                assert error is None or not valid, f"{type(error).__name__}: {error}"
+                assert error is None or isinstance(error, (ValueError, TypeError)), repr(error)
+            after = (model.state_dict(), optimizer.state_dict()["state"])
+            torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+            return "refused"
+        if own["max_grad_norm"] is not None:
+            torch.nn.utils.clip_grads_with_norm_(twin.parameters(), own["max_grad_norm"], norm)
+        _, torch_error = end_of(torchs.step)
+        if torch_error is not None and not valid:
+            return "right"
+        assert torch_error is None, f"torch refuses: {torch_error}"
+        assert_same_parameters(model, twin, 1e-8 if valid else 1e-5)  # float32 options are not valid
     return "right"
 
 
@@ -285,6 +290,6 @@ def dense_gradients(model: nn.Module) -> dict[str, Tensor | None]:
 MODULES: dict[str, Callable[[Draw], str]] = {
     "HyperLinear": lambda draw: layer_case(HyperLinear, nn.Linear, draw_linear, draw),
     "HyperConv2d": lambda draw: layer_case(HyperConv2d, nn.Conv2d, draw_conv2d, draw),
-    "AdamW": adamw_case,
+    **{name: functools.partial(optimizer_case, name) for name in ("AdamW", "Adam", "SGD")},
     "clip_grad_norm_": clip_case,
 }
