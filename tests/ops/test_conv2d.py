@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hyperfast import ops
-from hyperfast.ops.conv2d import bf16_products_are_slow, useful_share
+from hyperfast.ops.conv2d import _lacks_fast_bf16, useful_share
 
 conv2d_module = sys.modules["hyperfast.ops.conv2d"]
 
@@ -184,8 +184,10 @@ def test_autocast(slow, monkeypatch):
     assert all(g.dtype == torch.float32 for g in gradients)
 
 
-def test_autocast_compiled(monkeypatch):
-    monkeypatch.setattr(conv2d_module, "bf16_products_are_slow", lambda: True)
+@pytest.mark.parametrize("slow", [True, False])
+def test_autocast_compiled(slow, monkeypatch):
+    monkeypatch.setattr(conv2d_module, "_lacks_fast_bf16", lambda: slow)
+    torch._dynamo.reset()
     tensors = problem((2, 3, 4, 4), (5, 3, 3))
 
     def function(*t):
@@ -211,7 +213,7 @@ def test_autocast_compiled(monkeypatch):
 )
 def test_which_processors_multiply_bfloat16_slowly(cpuinfo, slow, monkeypatch):
     monkeypatch.setattr(conv2d_module.Path, "read_text", lambda self: cpuinfo)
-    assert bf16_products_are_slow.__wrapped__() == slow
+    assert _lacks_fast_bf16.__wrapped__() == slow
 
 
 @pytest.mark.parametrize(
