@@ -229,8 +229,8 @@ def _kn2row_wins(x: Tensor, weight: Tensor, stride, padding, dilation, groups) -
 
 @torch.compiler.assume_constant_result
 def bf16_products_are_slow() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones: it has no bfloat16 instructions,
-    or is an Intel one with VDPBF16PS alone, without AMX (measured: 165 against 314 GFLOPS)."""
+    """Whether this CPU multiplies bfloat16 matrices slower than float32 ones: it has no bfloat16
+    instructions, or is an Intel one with VDPBF16PS alone, without AMX (measured: 165 against 314 GFLOPS)."""
     return _lacks_fast_bf16()
 
 
