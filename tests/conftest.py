@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast.nn import HyperLayer
+from hyperfast.ops._library import _cpu
 
 # RMS(error) / RMS(reference in float64). float64: the reference rounds as much.
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -49,6 +50,8 @@ def assert_accurate() -> Callable:
         scale = rms(expected) or 1.0
         error = rms([a.double() - e for a, e in zip(actual, expected, strict=True)]) / scale
         bound = BOUNDS.get(dtype)
+        if bound is not None and _cpu.isa() == "scalar":  # adds up to 512 terms one after another
+            bound *= 2
         if bound is None:
             plain = [plain] if isinstance(plain, Tensor) else list(plain)
             bound = HALF_FACTOR * rms([p.double() - e for p, e in zip(plain, expected, strict=True)]) / scale
