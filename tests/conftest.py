@@ -50,7 +50,7 @@ def assert_accurate() -> Callable:
         scale = rms(expected) or 1.0
         error = rms([a.double() - e for a, e in zip(actual, expected, strict=True)]) / scale
         bound = BOUNDS.get(dtype)
-        if bound is not None and _cpu.isa() == "scalar":  # adds up to 512 terms one after another
+        if bound is not None and _cpu.isa() != _cpu.isas()[-1]:  # narrower vectors: more terms in each lane
             bound *= 2
         if bound is None:
             plain = [plain] if isinstance(plain, Tensor) else list(plain)

@@ -53,9 +53,9 @@ def odd_strides_of_one(draw: Draw, t: Tensor) -> Tensor:
 
 def misaligned(draw: Draw, t: Tensor) -> Tensor:
     """At an address that is no multiple of the size of an element, as memory from elsewhere may be."""
-    if t.dtype not in (torch.float16, torch.float32, torch.float64) or not t.numel():
+    if t.dtype not in (torch.float16, torch.float32, torch.float64) or not 0 < t.numel() < LARGE:
         return t
-    values = t.detach().resolve_neg().contiguous().numpy()
+    values = t.detach().contiguous().resolve_neg().numpy()
     memory = np.zeros(values.nbytes + 64, dtype=np.uint8)
     shift = draw.randint(1, t.itemsize - 1)
     inside = memory[shift : shift + values.nbytes].view(values.dtype).reshape(values.shape)
@@ -128,7 +128,7 @@ FAULTS: dict[str, Change] = {
     "None": lambda draw, t: None,
     "list": lambda draw, t: t.float().tolist() if t.numel() < 1000 else [1.0],
     "number": lambda draw, t: draw.choice((0, 1.5, True)),
-    "array": lambda draw, t: t.float().numpy(),
+    "array": lambda draw, t: t.float().resolve_neg().numpy(),
     "text": lambda draw, t: "tensor",
 }
 LIST_FAULTS: dict[str, Callable[[Draw, list], Any]] = {
@@ -226,12 +226,8 @@ def fault(draw: Draw, arguments: dict[str, Any]) -> None:
     elif not name:
         return
     elif kind < 0.25:  # memory of another argument
-        put(
-            arguments,
-            name,
-            i,
-            overlapping(draw, get(arguments, name, i), get(arguments, *draw.choice(slots(arguments)))),
-        )
+        other = overlapping(draw, get(arguments, name, i), get(arguments, *draw.choice(slots(arguments))))
+        put(arguments, name, i, other if i is not None else other.detach())
     elif kind < 0.35:
         put(arguments, name, i, FOREIGN[draw.choice(list(FOREIGN))](draw, get(arguments, name, i)))
     elif kind < 0.45:

@@ -227,7 +227,9 @@ def adamw_outputs(before: Arguments, arguments: Arguments, result: None) -> list
     given = {name: list(before[name]) for name in names}
     for name in ("coefficients", "bias_coefficients"):
         nothing = [0.0] * 6  # of a bias that is not trained
-        given[name] = [ops.AdamWCoefficients(*map(float, row or nothing)) for row in given[name]]
+        given[name] = [
+            ops.AdamWCoefficients(*map(float, nothing if row is None else row)) for row in given[name]
+        ]
     after = {name: list(arguments[name]) for name in WRITTEN}
     outputs = []
     computed = computed_in(given["weights"], before["backend"])
