@@ -8,7 +8,7 @@ pooled       its five batch norm -> ReLU -> max pool (the fifth without), forwar
 eager                as users write it: PlainHyperNet, default AdamW
 channels_last        the same in channels_last with fused AdamW
 compiled             channels_last under torch.compile (whole: the model; part: generation)
-..._tuned            with an allocator that keeps freed memory, as `python -m train.cifar100` has it
+..._tuned            with the allocator of `python -m train.cifar100`: keeps freed memory, asks for huge pages
 factored_reference   hyperfast.reference, factored, under torch.compile: the compiler's version of our kernels
 hyperfast            factored gradients and fused kernels, channels_last, the tuned allocator
 hyperfast_compiled   the same under torch.compile (whole only)
@@ -46,7 +46,7 @@ PART = ("eager", "channels_last", "channels_last_tuned", "compiled_tuned", "fact
 
 
 def tuned_allocator(way: str) -> bool:
-    """Whether `way` runs with an allocator that keeps freed memory."""
+    """Whether `way` runs with an allocator that keeps freed memory and asks for huge pages."""
     return way.endswith("_tuned") or way in ("hyperfast", "hyperfast_compiled", "factored_reference")
 
 

@@ -8,6 +8,7 @@ with JSON.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,10 @@ class Worker:
     def __init__(self, kind: str, way: str):
         self.way = way
         command = [sys.executable, "-m", "benchmarks.workers", kind, way]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(ways.tuned_allocator(way)))}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def steps(self, count: int) -> dict:
         """Does `count` steps; seconds of each, value of each, peak memory of the process so far in MiB."""

@@ -28,10 +28,10 @@ PATHS = ("auto", "merged", "separate")
 def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool = False) -> bool:
     """Whether merging generation with a layer of `rows` rows (B, or B H' W') beats generating first.
 
-    The measured rule (benchmarks/bench_merged.py, benchmarks/results/merged.md): on the CPU up to 64 rows,
-    256 in bfloat16, a quarter of that in a convolution. Beyond, oneDNN's product is worth more than what
-    merging saves. Never with gradients: merging wins there only up to about 16 rows, and the forwards of a
-    training must not depend, in the last bit, on whether the optimizer left the next weights.
+    The measured rule (benchmarks/bench_merged.py): on the CPU up to 64 rows, 256 in bfloat16, a quarter of
+    that in a convolution. Beyond, oneDNN's product is worth more than what merging saves. Never with
+    gradients: merging wins there only up to about 16 rows, and the forwards of a training must not depend, in
+    the last bit, on whether the optimizer left the next weights.
     """
     if needs_grad or weight.device.type != "cpu" or kernel_dtype([weight]) is None:
         return False

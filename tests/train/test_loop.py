@@ -388,3 +388,16 @@ def test_csv_is_written_whole(tmp_path):
         """)
     loop.write_csv(path, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25, "z/conv/min": -1.0}])
     assert path.read_text() == "epoch,loss,z/conv/min\n1,0.5,\n2,0.25,-1.0\n"
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_training_asks_for_huge_pages_unless_told_otherwise(own):
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if own is None else {"THP_MEM_ALLOC_ENABLE": own}
+    program = (
+        "import sys, train, os; assert 'torch' not in sys.modules; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == (own or "1")
