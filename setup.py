@@ -194,12 +194,7 @@ if __name__ == "__main__":
     headers = sources("csrc/**/*.h", "csrc/**/*.cuh")
     setup(
         license="Apache-2.0",
-        packages=[
-            *find_packages(include=["hyperfast", "hyperfast.*"]),
-            "hyperfast.kernels",
-            *(f"hyperfast.kernels.{name}" for name in find_packages("kernels")),
-        ],
-        package_dir={"hyperfast.kernels": "kernels"},
+        packages=find_packages(include=["hyperfast", "hyperfast.*"]),  # hyperfast/kernels links to kernels/
         ext_modules=[Extension("hyperfast._cpu", sources("csrc/**/*.cpp", "csrc/**/*.cu"), depends=headers)],
         cmdclass={"build_ext": NinjaBuild},
     )

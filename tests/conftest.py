@@ -1,6 +1,7 @@
 """What the tests share: the error bounds, and plain PyTorch twins of models with generated weights."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -15,6 +16,7 @@ from hyperfast.ops._library import _cpu
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-14}
 # Half precision: at most this many times the error of the same expression in plain PyTorch at that precision.
 HALF_FACTOR = 2.0
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # converts to bfloat16 by cutting off
 
 
 def rms(tensors: Sequence[Tensor]) -> float:
@@ -54,7 +56,8 @@ def assert_accurate() -> Callable:
             bound *= 2
         if bound is None:
             plain = [plain] if isinstance(plain, Tensor) else list(plain)
-            bound = HALF_FACTOR * rms([p.double() - e for p, e in zip(plain, expected, strict=True)]) / scale
+            factor = HALF_FACTOR * (3 if INTERPRETED and dtype == torch.bfloat16 else 1)
+            bound = factor * rms([p.double() - e for p, e in zip(plain, expected, strict=True)]) / scale
         assert error <= bound, f"RMS error {error:.2e}, bound {bound:.2e}"
 
     return check

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -23,6 +27,10 @@ except ImportError:
 library = torch.library.Library("hyperfast", "DEF")
 
 BACKENDS = ("auto", "reference")
+ENGINES = ("auto", "cpu", "triton", "cuda", "reference")
+_WANTED = os.environ.get("HYPERFAST_ENGINE", "auto")
+_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -40,22 +48,45 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def native_dtype(tensor: Tensor) -> str | None:
-    """The dtype for the kernels of this tensor's device, None where there are none and the reference runs
-    instead: another dtype, float16 on the CPU, no CUDA module. ImportError without CPU kernels."""
-    on_cpu = tensor.device.type == "cpu"
-    if on_cpu and _cpu is None:
+def engine(tensor: Tensor, cuda: str = "") -> str:
+    """Which kernels serve `tensor`, by its device and dtype: "cpu" (C++), "triton", "cuda" (CUDA C++) or
+    "reference", plain PyTorch, where there are none.
+
+    cuda: name of the op's function in `hyperfast._cuda`, if it has one. On a GPU Triton comes first. The
+    environment variable HYPERFAST_ENGINE asks for one engine; with TRITON_INTERPRET=1 "triton" serves tensors
+    on the CPU too. ImportError without CPU kernels, ValueError for an unknown HYPERFAST_ENGINE.
+    """
+    if _WANTED not in ENGINES:
+        raise ValueError(f"HYPERFAST_ENGINE must be one of {', '.join(ENGINES)}, got {_WANTED!r}")
+    device = tensor.device.type
+    if tensor.dtype not in _DTYPES or device not in ("cpu", "cuda") or _WANTED == "reference":
+        return "reference"
+    if device == "cuda":
+        possible = [name for name, there in (("triton", _TRITON), ("cuda", hasattr(_cuda, cuda))) if there]
+        return next((name for name in possible if _WANTED in ("auto", name)), "reference")
+    if _WANTED == "triton" and _INTERPRETED:
+        return "triton"
+    if _cpu is None:
         from hyperfast.info import why_missing  # not at the top: `python -m hyperfast.info` runs that module
 
         raise ImportError(why_missing("cpu"))
-    dtype = _DTYPES.get(tensor.dtype)
-    return None if (dtype == "float16" if on_cpu else _cuda is None) else dtype
+    return "reference" if tensor.dtype == torch.float16 else "cpu"
 
 
-def kernel_dtype(weights: Sequence[Tensor]) -> str | None:
-    """`native_dtype` for the kernels over generators [N, K]; None also where K is over 512 or 0."""
-    dtype = native_dtype(weights[0])
-    return dtype if all(1 <= weight.shape[1] <= MAX_K for weight in weights) else None
+def triton_kernels(op: str) -> ModuleType:
+    """The module of `hyperfast.kernels` for `op`; imported when first needed, since triton takes a second."""
+    return importlib.import_module(f"hyperfast.kernels.{op}")
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The dtype as the native modules name it."""
+    return _DTYPES[tensor.dtype]
+
+
+def generator_engine(weights: Sequence[Tensor], cuda: str = "") -> str:
+    """`engine` for the kernels over generators [N, K]: those take K from 1 to 512."""
+    fits = all(1 <= weight.shape[1] <= MAX_K for weight in weights)
+    return engine(weights[0], cuda) if fits else "reference"
 
 
 def no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager:

@@ -12,9 +12,10 @@ from hyperfast.ops._library import (
     check_backend,
     check_dense,
     check_memory,
+    dtype_name,
+    engine,
     is_transformed,
     library,
-    native_dtype,
     needs_function,
 )
 
@@ -70,7 +71,7 @@ def _forward_cpu(x, weight, bias, statistics, eps, pool, with_index):
         made.copy_(statistics)
     addresses = [_address(t) for t in (x, weight, bias, made, batch)]
     threads = torch.get_num_threads()
-    _cpu.batch_norm(_sizes(x, pool), *addresses, eps, y.data_ptr(), _address(index), native_dtype(x), threads)
+    _cpu.batch_norm(_sizes(x, pool), *addresses, eps, y.data_ptr(), _address(index), dtype_name(x), threads)
     return y, index, made, batch
 
 
@@ -87,7 +88,7 @@ def _backward_cpu(dy, x, index, weight, statistics, given, eps, pool, with_dx):
     inputs = [_address(t) for t in (x, dy, index, weight, statistics)]
     outputs = [_address(t) for t in (dx, dweight, dbias)]
     threads = torch.get_num_threads()
-    _cpu.batch_norm_backward(_sizes(x, pool), *inputs, given, eps, *outputs, native_dtype(x), threads)
+    _cpu.batch_norm_backward(_sizes(x, pool), *inputs, given, eps, *outputs, dtype_name(x), threads)
     return dx, dweight, dbias
 
 
@@ -181,9 +182,7 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
 
 def _has_kernel(x: Tensor, pool: int) -> bool:
     """Whether the kernels serve x: on the CPU, windows of 1 or 2, not under torch.func."""
-    if x.device.type != "cpu" or pool > 2 or x.numel() == 0 or native_dtype(x) is None:
-        return False
-    return not is_transformed()
+    return pool <= 2 and x.numel() > 0 and engine(x) == "cpu" and not is_transformed()
 
 
 def batch_norm_relu_max_pool(

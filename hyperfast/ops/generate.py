@@ -15,10 +15,12 @@ from hyperfast.ops._library import (
     autocast_dtype,
     check_backend,
     check_generators,
-    kernel_dtype,
+    dtype_name,
+    generator_engine,
     library,
     needs_function,
     no_autocast,
+    triton_kernels,
 )
 from hyperfast.ops.generate_backward import backward_op
 from hyperfast.ops.next_weights import is_current
@@ -55,8 +57,8 @@ def _generate_reference(weights, biases, zs, next_weights):
 @torch.library.impl(library, "generate", "CPU")
 @torch.library.impl(library, "generate", "CUDA")
 def _generate_native(weights, biases, zs, next_weights):
-    dtype = kernel_dtype(weights)
-    if dtype is None:
+    engine = generator_engine(weights, cuda="generate")
+    if engine == "reference":
         return _generate_reference(weights, biases, zs, next_weights)
 
     def kernel(missing, out):
@@ -70,11 +72,13 @@ def _generate_native(weights, biases, zs, next_weights):
             bias_address = 0 if bias is None else bias.data_ptr()
             addresses = (weight.data_ptr(), bias_address, z.data_ptr(), out[i].data_ptr())
             segments.append((*addresses, *weight.shape))
-        if weights[0].is_cuda:
+        if engine == "triton":
+            triton_kernels("generate").run(segments, weights[0].dtype, weights[0].device)
+        elif engine == "cuda":
             with torch.cuda.device(weights[0].device):
-                _cuda.generate(segments, dtype, torch.cuda.current_stream().cuda_stream)
+                _cuda.generate(segments, dtype_name(weights[0]), torch.cuda.current_stream().cuda_stream)
         else:
-            _cpu.generate(segments, dtype, torch.get_num_threads())
+            _cpu.generate(segments, dtype_name(weights[0]), torch.get_num_threads())
 
     return _generate(weights, biases, zs, next_weights, kernel)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.ops._library import _cpu, check_generators, kernel_dtype, library, no_autocast
+from hyperfast.ops._library import _cpu, check_generators, dtype_name, generator_engine, library, no_autocast
 
 library.define("generate_backward(Tensor[] weights, Tensor[] dws) -> (Tensor[], Tensor)")
 
@@ -21,8 +21,7 @@ def _backward_reference(weights, dws):
 
 @torch.library.impl(library, "generate_backward", "CPU")
 def _backward_cpu(weights, dws):
-    dtype = kernel_dtype(weights)
-    if dtype is None:
+    if generator_engine(weights) == "reference":
         return _backward_reference(weights, dws)
     weights, dws = [w.contiguous() for w in weights], [dw.contiguous() for dw in dws]
     dzs = [weight.new_empty(weight.shape[1]) for weight in weights]
@@ -31,7 +30,7 @@ def _backward_cpu(weights, dws):
         (weight.data_ptr(), dw.data_ptr(), dz.data_ptr(), squared_norms.data_ptr() + 8 * i, *weight.shape)
         for i, (weight, dw, dz) in enumerate(zip(weights, dws, dzs, strict=True))
     ]
-    _cpu.generate_backward(segments, dtype, torch.get_num_threads())
+    _cpu.generate_backward(segments, dtype_name(weights[0]), torch.get_num_threads())
     return dzs, squared_norms
 
 

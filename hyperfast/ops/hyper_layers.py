@@ -15,7 +15,7 @@ from hyperfast.ops._library import (
     check_dense,
     check_generators,
     check_like,
-    kernel_dtype,
+    generator_engine,
     needs_function,
 )
 from hyperfast.ops.conv2d import conv2d
@@ -33,7 +33,7 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     gradients: merging wins there only up to about 16 rows, and the forwards of a training must not depend, in
     the last bit, on whether the optimizer left the next weights.
     """
-    if needs_grad or weight.device.type != "cpu" or kernel_dtype([weight]) is None:
+    if needs_grad or generator_engine([weight]) != "cpu":
         return False
     limit = 256 if weight.dtype == torch.bfloat16 else 64
     return rows <= (limit // 4 if convolution else limit)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperfast.ops._library import _cpu, kernel_dtype, library, no_autocast
+from hyperfast.ops._library import _cpu, dtype_name, generator_engine, library, no_autocast
 
 
 class Geometry(NamedTuple):
@@ -188,9 +188,9 @@ def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tens
 
 @torch.library.impl(library, "hyper_conv2d", "CPU")
 def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
-    dtype = kernel_dtype([weight])
-    if dtype is None or not x.numel() or not weight.numel():
+    if generator_engine([weight]) == "reference" or not x.numel() or not weight.numel():
         return _forward_reference(x, z, weight, bias, layer_bias, geometry)
+    dtype = dtype_name(weight)
     plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
     weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
@@ -207,9 +207,9 @@ def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
 
 @torch.library.impl(library, "hyper_conv2d_backward", "CPU")
 def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
-    dtype = kernel_dtype([weight])
-    if dtype is None or not x.numel() or not weight.numel():
+    if generator_engine([weight]) == "reference" or not x.numel() or not weight.numel():
         return _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w)
+    dtype = dtype_name(weight)
     plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
     dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None

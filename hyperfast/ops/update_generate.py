@@ -19,7 +19,8 @@ from hyperfast.ops._library import (
     check_generators,
     check_like,
     check_memory,
-    kernel_dtype,
+    dtype_name,
+    generator_engine,
     library,
 )
 from hyperfast.states import EightBit, State, num_scales, storage_of
@@ -72,8 +73,7 @@ def _update_reference(
 def _update_cpu(*args):
     (rule, weights, states, scales, biases, bias_states, bias_scales, dws, zs, new_zs, next_weights,
      coefficients, bias_coefficients, bias_is_trained, grad_scale, seeds) = args  # fmt: skip
-    dtype = kernel_dtype(weights)
-    if dtype is None:
+    if generator_engine(weights) == "reference":
         return _update_reference(*args)
     dws, zs, new_zs = ([t.contiguous() for t in ts] for ts in (dws, zs, new_zs))
     L = len(weights)
@@ -97,8 +97,8 @@ def _update_cpu(*args):
     ]  # fmt: skip
     storage = "8bit" if scales else storage_of(states[0], weights[0].dtype) if states else "plain"
     _cpu.update_generate(
-        segments, _rows(rule, coefficients), _rows(rule, bias_coefficients), rule, storage, grad_scale, dtype,
-        torch.get_num_threads(),
+        segments, _rows(rule, coefficients), _rows(rule, bias_coefficients), rule, storage, grad_scale,
+        dtype_name(weights[0]), torch.get_num_threads(),
     )  # fmt: skip
 
 
