@@ -83,10 +83,10 @@ def test_options_override_the_recipe():
 
 def test_schedules():
     args = cifar100.parse(["--model", "fixed", "--lr", "0.5", "--lr-decay", "0.9"])
-    schedule = cifar100.SCHEDULES[args.schedule](args)
+    schedule = cifar100.SCHEDULES[args.schedule](args, 10)
     assert [schedule(epoch, 99) for epoch in range(3)] == pytest.approx([0.5, 0.45, 0.405])
     args = cifar100.parse(["--lr", "0.5", "--min-lr", "0.1", "--epochs", "2"])
-    schedule = cifar100.SCHEDULES[args.schedule](args)
+    schedule = cifar100.SCHEDULES[args.schedule](args, 10)
     assert [schedule(epoch, 99) for epoch in range(3)] == pytest.approx([0.5, 0.3, 0.1])
 
 

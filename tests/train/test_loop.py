@@ -1,4 +1,5 @@
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -260,13 +261,12 @@ def test_non_finite_evaluation_stops_before_the_checkpoint(tmp_path):
 
 
 def test_values_wait_on_a_gpu_but_the_first_bad_step_is_named():
-    meter = loop._Meter(epoch=4, window=3)
-    one = torch.tensor(1.0)
-    meter.add(one, one, 2.0, 8)
-    assert not meter.fresh
-    meter.add(one * float("inf"), one, 2.0, 8)
+    meter = loop._Meter(epoch=4, window=3, device=torch.device("cpu"))
+    meter.add(torch.tensor([1.0, 4.0, 2.0]), 8)
+    assert not meter.fresh and meter.steps == 0
+    meter.add(torch.tensor([math.inf, 1.0, 2.0]), 8)
     with pytest.raises(RunError, match="^epoch 5, step 2: loss is inf"):
-        meter.add(one * float("nan"), one, 2.0, 8)
+        meter.add(torch.tensor([math.nan, 1.0, 2.0]), 8)
 
 
 def test_full_disk_during_training_keeps_the_last_epoch(tmp_path, monkeypatch):
