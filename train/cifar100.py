@@ -161,8 +161,8 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue the run in --out")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="fp32 (the default): float32 "
-        "throughout, no TF32; tf32: matrix products and convolutions in TF32, on a GPU; bf16: autocast")  # fmt: skip
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="fp32 (the default): float32, "
+        "without TF32; tf32: matrix products and convolutions in TF32, on a GPU; bf16: autocast")  # fmt: skip
     add("--cuda-graph", action=boolean, help="the whole step as one CUDA graph (on a GPU: yes)")
     add(
         "--state-dtype",
@@ -189,8 +189,9 @@ def parser() -> argparse.ArgumentParser:
     own("--patience", type=number(int, 0), help="epochs without a better validation accuracy, 0: any number")
     add("--seed", type=number(int, 0), default=42)
     add("--max-steps", type=count, help="stop the run after so many steps")
-    add("--target-accuracy", type=number(float, 0, above=True, high=100), metavar="PERCENT", help="stop the "
-        "run after the first epoch whose test accuracy reaches this, and say how long its training took")  # fmt: skip
+    accuracy = number(float, 0, above=True, high=100)
+    add("--target-accuracy", type=accuracy, metavar="PERCENT", help="stop after the first epoch whose test "
+        "accuracy reaches this, and say how long the training took")  # fmt: skip
     add("--eval-batches", type=count, help="evaluate on so many batches only")
     add("--save-every", type=count, default=1, help="epochs between two last.pt (%(default)s)")
     add(

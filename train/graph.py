@@ -107,7 +107,7 @@ class GraphedStep:
         return self._figures
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
-        self._buffers = torch.empty_like(x), torch.empty_like(y)
+        self._buffers = x.clone(), y.clone()
         try:
             self._figures = self.recorder.capture(lambda: self.step(*self._buffers))
         except RuntimeError as error:  # CUDA errors and out of memory are of this kind

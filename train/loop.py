@@ -35,12 +35,12 @@ from tqdm import tqdm
 from hyperfast.nn import named_generators
 from train import checkpoint
 from train.data import batches
-from train.graph import CaptureError, CudaGraph, GraphedStep, Recorder
+from train.graph import CaptureError, CudaGraph, GraphedStep
 from train.transfer import carry_moments, start_from_
 
 EVAL_BATCH = 256
-# Images augmented at once on a GPU. The published augmentation moves about 1 MB for each, so 70 MB for a batch
-# of 64, where the generators of `full` alone move 2240 MB in a step; crop and flip are 0.3 MB.
+# Images augmented at once on a GPU. The published augmentation moves about 1 MB for each, by count, so 70 MB
+# for a batch of 64, where the generators of `full` alone move 2240 MB in a step; crop and flip are 0.3 MB.
 CHUNK = 4096
 WINDOW = 20  # steps whose figures a GPU keeps before the host waits for them
 Row = dict[
@@ -113,10 +113,11 @@ class Trainer:
     """Trains `model` on `data` and keeps `out`: last.pt, best.pt, metrics.csv and TensorBoard files.
 
     `step()` clips, updates the parameters and returns the gradient norm before clipping; it may raise
-    FloatingPointError. With config.cuda_graph it must not wait for the device, its optimizer takes the
-    learning rate as a tensor, and a step whose gradient is not finite either changes nothing or spoils a run
-    that ends at the next look at the figures: `last.pt` is of the last epoch's end. `schedule(epoch, step)` gives the learning rate of the step to come, both counted
-    from 0. `recipe` (plain values) must be equal on resume; `circumstances` may differ, which is said.
+    FloatingPointError. With config.cuda_graph it must not wait for the device, and its optimizer takes the
+    learning rate as a tensor. A gradient that is not finite ends the run when the figures are looked at;
+    `last.pt` is of the last epoch's end. `schedule(epoch, step)` gives the learning rate of the step to come,
+    both counted from 0. `recipe` (plain values) must be equal on resume; `circumstances` may differ, which is
+    said.
     `stages`: the network changes, outputs kept; the first three arguments are those of epoch 0.
     """
 
@@ -244,13 +245,10 @@ class Trainer:
         self._run_step: Callable[[Tensor, Tensor], Tensor] = self._eager_step
         self._rate: Tensor | None = None
         if self.config.cuda_graph:
-            self._run_step = GraphedStep(self._eager_step, self._recorder())
+            self._run_step = GraphedStep(self._eager_step, CudaGraph(self.device))
             self._rate = torch.zeros((), device=self.device)  # read by the graph
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate
-
-    def _recorder(self) -> Recorder:
-        return CudaGraph(self.device)
 
     def _set_rate(self, rate: float, before: float | None) -> None:
         """The learning rate of the step to come; `before`: of the last one, None if unknown."""
