@@ -108,7 +108,7 @@ def encode_(state: State, values: Tensor, signed: bool, random: Tensor | None = 
     state.codes.copy_(codes)
 
 
-def random_bits(seed: int, first: int, shape: Sequence[int], device: torch.device) -> Tensor:
+def random_bits(seed: int | Tensor, first: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """32 random bits, int64, for each element: a Weyl sequence over first + index from a seed that is random
     itself, mixed once. The first moment takes the lower, the second the higher of them."""
     index = torch.arange(torch.Size(shape).numel(), dtype=torch.int64, device=device) + first
