@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from hyperfast.factored import generator_of
 from tests.train import tiny
 from tests.train.recorded import RecordedGraph
 from tests.train.test_cifar100 import images
@@ -120,13 +121,12 @@ def recorders(monkeypatch):
     return made
 
 
-def same_figures(expected, got):
+def same_figures(expected, got, rel=1e-4):
     """To rounding. Not the validation loss: a bias before batch norm has rounding for a gradient."""
     for a, b in zip(expected, got, strict=True):
-        for key in ("steps", "lr", "train_accuracy"):
-            assert a[key] == b[key]
+        assert (a["steps"], a["lr"]) == (b["steps"], b["lr"])
         for key in ("train_loss", "gradient_norm", "z/conv/norm"):
-            assert a[key] == pytest.approx(b[key], rel=1e-4)
+            assert a[key] == pytest.approx(b[key], rel=rel)
 
 
 def graphed_run(out, **config):
@@ -216,7 +216,8 @@ def test_a_spoilt_step_in_a_graph_is_named(tmp_path, chunks, recorders):
 
 
 def fake_step(fused, precision, device):
-    """Two steps of `full` on tensors without contents: whatever looks into one raises."""
+    """Two steps of `full` on tensors without contents: whatever looks into one raises, and so does what mixes
+    those of the host with those of the device."""
     arguments = ["--device", "cuda", "--fused" if fused else "--no-fused", "--precision", precision]
     args = cifar100.parse(arguments)
     with FakeTensorMode():
@@ -231,14 +232,28 @@ def fake_step(fused, precision, device):
             group["capturable"] = group.get("capturable", False) and (fused or device != "cpu")
         x = torch.zeros(64, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
         y = torch.zeros(64, dtype=torch.int64, device=device)
-        return [trainer._eager_step(x, y) for _ in range(2)]
+
+        def backward(loss):
+            assert loss.requires_grad
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if generator_of(p) is None else None
+
+        def fused_kernel(*tensors, **options):
+            assert {t.device.type for t in tree_leaves((tensors, options)) if torch.is_tensor(t)} == {device}
+
+        with pytest.MonkeyPatch.context() as patch:
+            if device == "cuda" and not torch.cuda.is_available():  # torch has neither without a GPU
+                patch.setattr(torch.Tensor, "backward", backward)
+                patch.setattr(torch, "_fused_adamw_", fused_kernel)
+            return [trainer._eager_step(x, y) for _ in range(2)]
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available or torch_xla")
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fused", [True, False])
-def test_nothing_in_a_step_waits_for_the_device(fused, precision):
-    # torch cannot run a backward on CUDA tensors without contents where there is no GPU
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_in_a_step_waits_for_the_device(fused, precision, device):
     for figures in fake_step(fused, precision, device):
         assert figures.shape == (3,) and figures.dtype == torch.float32 and figures.device.type == device
 
@@ -329,7 +344,7 @@ def test_gpu_run_resumes(tmp_path, fused):
     resumed.resume()
     resumed.fit()
     assert resumed._run_step.captured
-    same_figures(whole.history, resumed.history)
+    same_figures(whole.history, resumed.history, rel=1e-2)  # cuDNN adds in no fixed order
     on_cpu = tiny.make(tmp_path / "parts", fused, epochs=4)
     on_cpu.resume()
     on_cpu.fit()
