@@ -358,17 +358,17 @@ class FactoredOptimizer(torch.optim.Optimizer):
         return list(to_device([float(step) for step in steps], torch.float32, device).unbind())
 
     def _lrs(self, groups: list[dict], device: torch.device) -> Tensor:
-        """float64 [groups] on `device`, or [] where it is one tensor for all."""
+        """float64 [groups] on `device`, or where it is one tensor for all that, []."""
         lrs = [group["lr"] for group in groups]
         if not self.capturable or not any(isinstance(lr, Tensor) for lr in lrs):
             return self._constants.get(tuple(float(lr) for lr in lrs), device)
         distinct = {id(lr): lr for lr in lrs}
+        if len(distinct) == 1:
+            return lrs[0].reshape(())
         made = [
             lr.double().reshape(()) if isinstance(lr, Tensor) else self._constants.get(lr, device)
             for lr in distinct.values()
         ]
-        if len(made) == 1:
-            return made[0]
         place = {key: i for i, key in enumerate(distinct)}
         index = tuple(place[id(lr)] for lr in lrs)
         return torch.stack(made)[self._constants.get(index, device, torch.int64)]
