@@ -68,10 +68,11 @@ def _weights(weight_ptr, bias_ptr, z, rows, offs_k, mask, K: tl.constexpr):
 def _columns(
     x_ptr,
     offs_m,
-    offs_i,
+    c,
+    down,
+    right,
     in_m,
     in_i,
-    channel,
     H,
     W,
     out_h,
@@ -80,30 +81,23 @@ def _columns(
     x_c,
     x_h,
     x_w,
-    R: tl.constexpr,
-    S: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """x_col[m, i] of rows m and columns i = (c, r, s), channels counted from `channel`."""
+    """x_col[m, i] of rows m and columns i: channel c of x, `down` and `right` from the window's corner."""
     image, row, column = _pixels(offs_m, out_h, out_w)
     h = row * STRIDE_H - TOP
     w = column * STRIDE_W - LEFT
-    down = offs_i // S % R * DILATION_H
-    right = offs_i % S * DILATION_W
-    c = (channel + offs_i // (R * S)).to(tl.int64)
     mask = in_m[:, None] & in_i[None, :]
     if PADDED:
         hs = h[:, None] + down[None, :]
         ws = w[:, None] + right[None, :]
         mask = mask & (hs >= 0) & (hs < H) & (ws >= 0) & (ws < W)
     of_m = image * x_b + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w
-    of_i = c * x_c + down.to(tl.int64) * x_h + right.to(tl.int64) * x_w
+    of_i = c.to(tl.int64) * x_c + down.to(tl.int64) * x_h + right.to(tl.int64) * x_w
     return tl.load(x_ptr + of_m[:, None] + of_i[None, :], mask=mask, other=0.0)
 
 
@@ -142,6 +136,7 @@ def hyper_conv2d_fwd_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     PADDED: tl.constexpr,
+    BY_TAP: tl.constexpr,
     COMPUTE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -150,7 +145,9 @@ def hyper_conv2d_fwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # grid: (row blocks x output blocks x groups, the rows fastest; parts of `chunk` columns)
+    # grid: (row blocks x output blocks x groups, the rows fastest; parts of `chunk` steps); a step is BLOCK_I
+    # columns, or BY_TAP as many channels at one place (r, s) of the kernel, so that x in channels_last is read in
+    # vectors
     pid = tl.program_id(0)
     row_blocks, output_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
     group = pid // row_blocks // output_blocks
@@ -167,12 +164,20 @@ def hyper_conv2d_fwd_kernel(
         products = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_I), COMPUTE)
     else:
         y = tl.zeros((BLOCK_M, BLOCK_O), COMPUTE)
-    for i in range(begin, tl.minimum(begin + chunk, I), BLOCK_I):
-        offs_i = i + tl.arange(0, BLOCK_I)
-        in_i = offs_i < I
+    steps = tl.cdiv(C, BLOCK_I) * (R * S) if BY_TAP else tl.cdiv(I, BLOCK_I)
+    for step in range(begin, tl.minimum(begin + chunk, steps)):
+        if BY_TAP:
+            c = step // (R * S) * BLOCK_I + tl.arange(0, BLOCK_I)
+            r = tl.full((BLOCK_I,), step // S % R, tl.int32)
+            s = tl.full((BLOCK_I,), step % S, tl.int32)
+            offs_i = c * (R * S) + step % (R * S)
+        else:
+            offs_i = step * BLOCK_I + tl.arange(0, BLOCK_I)
+            c, r, s = offs_i // (R * S), offs_i // S % R, offs_i % S
+        in_i = c < C
         x = _columns(
-            x_ptr, offs_m, offs_i, in_m, in_i, group * C, H, W, out_h, out_w, x_b, x_c, x_h, x_w,
-            R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W, PADDED,
+            x_ptr, offs_m, group * C + c, r * DILATION_H, s * DILATION_W, in_m, in_i, H, W, out_h, out_w,
+            x_b, x_c, x_h, x_w, STRIDE_H, STRIDE_W, TOP, LEFT, PADDED,
         )  # fmt: skip
         rows = channels[:, None] * I + offs_i[None, :]
         w = _weights(weight_ptr, bias_ptr, z, rows, offs_k, in_o[:, None] & in_i[None, :], K)
@@ -363,6 +368,7 @@ def hyper_conv2d_bwd_w_kernel(
     offs_i = pid % column_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_o = pid // column_blocks % output_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     in_i, in_o = offs_i < I, offs_o < O
+    c, r, s = offs_i // (R * S), offs_i // S % R, offs_i % S
     channels = (group * O + offs_o).to(tl.int64)
 
     begin = tl.program_id(1) * chunk
@@ -371,8 +377,8 @@ def hyper_conv2d_bwd_w_kernel(
         offs_m = m + tl.arange(0, BLOCK_M)
         in_m = offs_m < M
         x = _columns(
-            x_ptr, offs_m, offs_i, in_m, in_i, group * C, H, W, out_h, out_w, x_b, x_c, x_h, x_w,
-            R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W, PADDED,
+            x_ptr, offs_m, group * C + c, r * DILATION_H, s * DILATION_W, in_m, in_i, H, W, out_h, out_w,
+            x_b, x_c, x_h, x_w, STRIDE_H, STRIDE_W, TOP, LEFT, PADDED,
         )  # fmt: skip
         image, row, column = _pixels(offs_m, out_h, out_w)
         of_m = image * dy_b + row.to(tl.int64) * dy_h + column.to(tl.int64) * dy_w
@@ -440,14 +446,15 @@ class Tiles(NamedTuple):
     dot: bool
 
 
-def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype) -> Tiles:
-    """By the sizes of a group and the generator's dtype; see the head of this file."""
+def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype, x_dtype: torch.dtype) -> Tiles:
+    """By the sizes of a group and the dtypes of the generator and of x; see the head of this file."""
     dot = rows > FEW_ROWS and K <= DOT_K and dtype != torch.float64
     if dot:  # a tile of at least 16 x 16, the least that tensor cores take
         weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), 4096)
         block_o = min(max(_power(outputs), 16), 64 if weights > 1024 else 32 if weights > 256 else 16)
         block_i = min(max(_power(columns), 16), 64, weights // block_o)
-        return Tiles(min(max(_power(rows), 16), MOST_ROWS), block_o, block_i, True)
+        most_rows = MOST_ROWS // 2 if x_dtype == torch.float32 else MOST_ROWS  # registers
+        return Tiles(min(max(_power(rows), 16), most_rows), block_o, block_i, True)
     # float32's elements, whose 8 x weights sums fill at most 64 registers
     weights = min(TILE_BYTES // (16 if dtype == torch.float64 else 4) // _power(K), 2048)
     block_i = min(_power(columns), 64, weights)
@@ -487,7 +494,7 @@ class _Layer:
         }  # fmt: skip
 
     def tiles(self, rows: int, columns: int) -> Tiles:
-        return tiles(rows, self.O, columns, self.K, self.dtype)
+        return tiles(rows, self.O, columns, self.K, self.dtype, self.x_dtype)
 
     def scratch(self, device: torch.device, *shape: int) -> Tensor:
         return torch.empty(
@@ -531,14 +538,16 @@ def launches(
     """Fills y [B, O, H', W'], dense in memory, in x's dtype. x [B, groups C, H, W] has any strides; z [K],
     weight [N, K], bias [N], layer_bias [O] are contiguous and of one dtype. geometry: see `_Layer`."""
     layer = _Layer(x, z, weight, y, geometry)
-    block_m, block_o, block_i, dot = layer.tiles(layer.rows, layer.I)
+    by_tap = layer.taps > 1 and layer.C >= 16
+    columns, repeats = (layer.C, layer.taps) if by_tap else (layer.I, 1)
+    block_m, block_o, block_i, dot = layer.tiles(layer.rows, columns)
     blocks = triton.cdiv(layer.rows, block_m) * layer.groups * triton.cdiv(layer.O, block_o)
-    parts, chunk = _parts(triton.cdiv(layer.I, block_i), blocks, dot)
+    parts, chunk = _parts(triton.cdiv(columns, block_i) * repeats, blocks, dot)
     out = y if parts == 1 else layer.scratch(x.device, parts, y.numel())
     yield layer.launch(
         hyper_conv2d_fwd_kernel, (blocks, parts), dot, x_ptr=x, bias_ptr=bias, y_ptr=out,
         layer_bias_ptr=layer_bias if parts == 1 else None, **_strides("x", x), **_strides("y", y),
-        y_split=y.numel(), chunk=chunk * block_i, BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
+        y_split=y.numel(), chunk=chunk, BY_TAP=by_tap, BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip
     if parts > 1:
         yield _sum(out, layer_bias, y, y.stride(1), y.shape[1])
