@@ -39,7 +39,7 @@ from torch import Tensor
 from hyperfast.kernels.launch import INTERPRETED, TRITON_TYPES, Launch, compute_type
 
 FEW_ROWS = 8  # up to here without tensor cores
-MOST_ROWS = 128  # of a block
+MOST_ROWS = 64  # of a block in float32; twice that in half precision
 DOT_K = 64  # beyond, without tensor cores
 TILE_BYTES = 32768  # of the generator, for each step of a block
 PROGRAMS = {True: 2 * 132, False: 4 * 132}  # with tensor cores: blocks that 132 multiprocessors run at a time
@@ -450,11 +450,11 @@ def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype, x_d
     """By the sizes of a group and the dtypes of the generator and of x; see the head of this file."""
     dot = rows > FEW_ROWS and K <= DOT_K and dtype != torch.float64
     if dot:  # a tile of at least 16 x 16, the least that tensor cores take
-        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), 4096)
-        block_o = min(max(_power(outputs), 16), 64 if weights > 1024 else 32 if weights > 256 else 16)
-        block_i = min(max(_power(columns), 16), 64, weights // block_o)
-        most_rows = MOST_ROWS // 2 if x_dtype == torch.float32 else MOST_ROWS  # registers
-        return Tiles(min(max(_power(rows), 16), most_rows), block_o, block_i, True)
+        scale = 1 if x_dtype == torch.float32 else 2  # float32 products take twice the registers
+        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), 512 * scale)
+        block_o = min(max(_power(outputs), 16), 32 if weights > 256 else 16)
+        block_i = min(max(_power(columns), 16), weights // block_o)
+        return Tiles(min(max(_power(rows), 16), MOST_ROWS * scale), block_o, block_i, True)
     # float32's elements, whose 8 x weights sums fill at most 64 registers
     weights = min(TILE_BYTES // (16 if dtype == torch.float64 else 4) // _power(K), 2048)
     block_i = min(_power(columns), 64, weights)
@@ -653,21 +653,23 @@ def _example(
 
 
 def examples() -> list[tuple[str, Launch]]:
-    """(name, launch) of layers of `full`, K = 16, for looking at what they compile to."""
+    """(name, launch) of layers of `full`, K = 16, for looking at what they compile to; of the sums of a case the
+    last."""
     half, single = torch.bfloat16, torch.float32
-    cases = [
-        ("fc1, 64 rows, bf16", (64, 512, 1024, 1, LINEAR, half)),
-        ("conv5, 64 rows, bf16", (16, 512, 512, 2, PADDED, half)),
-        ("fc1, 64 rows, fp32", (64, 512, 1024, 1, LINEAR, single)),
-        ("fc1, 1 row, fp32", (1, 512, 1024, 1, LINEAR, single)),
-        ("fc2, 1 row, bf16", (1, 1024, 512, 1, LINEAR, half)),
-        ("conv5, 256 rows, fp32", (64, 512, 512, 2, PADDED, single)),
-        ("conv3, 256 rows, bf16", (4, 128, 256, 8, PADDED, half)),
-        ("fc2, 256 rows, fp16", (256, 1024, 512, 1, LINEAR, torch.float16)),
-    ]
-    return [
-        (f"{launch.kernel.__name__}, {name}", launch)
-        for name, case in cases
+    cases = {
+        "conv5, 64 rows, bf16": (16, 512, 512, 2, PADDED, half),
+        "fc1, 1 row, fp32": (1, 512, 1024, 1, LINEAR, single),
+        "fc1, 64 rows, bf16": (64, 512, 1024, 1, LINEAR, half),
+        "fc1, 64 rows, fp32": (64, 512, 1024, 1, LINEAR, single),
+        "conv5, 64 rows, fp32": (16, 512, 512, 2, PADDED, single),
+        "conv3, 256 rows, bf16": (4, 128, 256, 8, PADDED, half),
+        "fc2, 1 row, bf16": (1, 1024, 512, 1, LINEAR, half),
+        "fc2, 256 rows, fp16": (256, 1024, 512, 1, LINEAR, torch.float16),
+    }
+    named = {
+        f"{launch.kernel.__name__}, {name}": launch
+        for name, case in cases.items()
         for backward in (False, True)
         for launch in _example(*case, backward)
-    ]
+    }
+    return list(named.items())

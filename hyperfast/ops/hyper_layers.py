@@ -34,11 +34,11 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     the last bit, on whether the optimizer left the next weights.
 
     On a GPU by arithmetic, which awaits measurement: merging saves a launch and 2 N of N (K + 3) elements, and
-    a second block of rows would read the generator again, N K elements. So up to one block of rows: 128 on
-    tensor cores, half of that in a convolution, whose gathering costs about as many loads then as the
-    generator; float32 without TF32 up to 8 K rows, beyond which its product takes longer than the reading
-    (2 rows operations against 4 K bytes a weight, at 25 TFLOP/s and 3.35 TB/s, with a margin of two); 8 rows
-    where the kernels do not use tensor cores (float64, K over 64).
+    a second block of rows would read the generator again, N K elements. So up to one block of rows: 128 in
+    half precision, 64 in float32 and in convolutions, where gathering x comes to cost what reading the
+    generator does; in float32 8 K rows at most, beyond which its product takes longer than the reading (2
+    rows operations against 4 K bytes a weight, at 25 TFLOP/s and 3.35 TB/s, with a margin of two); 8 rows
+    where the kernels use no tensor cores (float64, K over 64).
     """
     engine = "reference" if needs_grad else generator_engine([weight])
     if engine == "cpu":
@@ -48,11 +48,12 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
 
 
 def _gpu_rows(weight: Tensor, convolution: bool) -> int:
-    K = weight.shape[1]
-    if weight.dtype == torch.float64 or K > 64:
+    K, product = weight.shape[1], autocast_dtype(weight) or weight.dtype
+    if product == torch.float64 or K > 64:
         return 8
-    limit = 64 if convolution else 128
-    return min(limit, max(8, 8 * K)) if weight.dtype == torch.float32 else limit
+    if product == torch.float32:
+        return min(64, 8 * K)
+    return 64 if convolution else 128
 
 
 def hyper_linear(
