@@ -1,5 +1,5 @@
-"""What the kernels of `hyper_conv2d` compile to for GPUs that need not be there: nothing spilled, tensor cores
-where they are meant to be, the generator read 16 bytes at a time."""
+"""What the kernels of `hyper_conv2d` compile to, with or without a GPU: nothing spilled, tensor cores where
+they are meant to be, the generator read 16 bytes at a time."""
 
 import pytest
 import torch

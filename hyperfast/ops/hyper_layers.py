@@ -33,27 +33,17 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     gradients: merging wins there only up to about 16 rows, and the forwards of a training must not depend, in
     the last bit, on whether the optimizer left the next weights.
 
-    On a GPU by arithmetic, which awaits measurement: merging saves a launch and 2 N of N (K + 3) elements, and
-    a second block of rows would read the generator again, N K elements. So up to one block of rows: 128 in
-    half precision, 64 in float32 and in convolutions, where gathering x comes to cost what reading the
-    generator does; in float32 8 K rows at most, beyond which its product takes longer than the reading (2
-    rows operations against 4 K bytes a weight, at 25 TFLOP/s and 3.35 TB/s, with a margin of two); 8 rows
-    where the kernels use no tensor cores (float64, K over 64).
+    On a GPU by arithmetic, which awaits measurement (kernels/hyper_conv2d.py): merging saves 2 N of N (K + 3)
+    elements. Up to 8 rows it saves a launch too. Then the sum over the columns is cut into parts, 8 bytes
+    for each part, row and output: what merging saves is used up at 64 rows of a 512 -> 1024 layer in float32,
+    at 32 in half precision. Without tensor cores (float64, K over 64) 9 rows read the generator twice.
     """
     engine = "reference" if needs_grad else generator_engine([weight])
     if engine == "cpu":
         limit = 256 if weight.dtype == torch.bfloat16 else 64
         return rows <= (limit // 4 if convolution else limit)
-    return engine == "triton" and rows <= _gpu_rows(weight, convolution)
-
-
-def _gpu_rows(weight: Tensor, convolution: bool) -> int:
-    K, product = weight.shape[1], autocast_dtype(weight) or weight.dtype
-    if product == torch.float64 or K > 64:
-        return 8
-    if product == torch.float32:
-        return min(64, 8 * K)
-    return 64 if convolution else 128
+    has_cores = weight.dtype != torch.float64 and weight.shape[1] <= 64
+    return engine == "triton" and rows <= (32 if has_cores else 8)
 
 
 def hyper_linear(
