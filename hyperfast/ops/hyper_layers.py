@@ -32,11 +32,18 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     that in a convolution. Beyond, oneDNN's product is worth more than what merging saves. Never with
     gradients: merging wins there only up to about 16 rows, and the forwards of a training must not depend, in
     the last bit, on whether the optimizer left the next weights.
+
+    On a GPU by arithmetic, which awaits measurement (kernels/hyper_conv2d.py): merging saves 2 N of N (K + 3)
+    elements. Up to 8 rows it saves a launch too. Then the sum over the columns is cut into parts, 8 bytes
+    for each part, row and output: what merging saves is used up at 64 rows of a 512 -> 1024 layer in float32,
+    at 32 in half precision. Without tensor cores (float64, K over 64) 9 rows read the generator twice.
     """
-    if needs_grad or generator_engine([weight]) != "cpu":
-        return False
-    limit = 256 if weight.dtype == torch.bfloat16 else 64
-    return rows <= (limit // 4 if convolution else limit)
+    engine = "reference" if needs_grad else generator_engine([weight])
+    if engine == "cpu":
+        limit = 256 if weight.dtype == torch.bfloat16 else 64
+        return rows <= (limit // 4 if convolution else limit)
+    has_cores = weight.dtype != torch.float64 and weight.shape[1] <= 64
+    return engine == "triton" and rows <= (32 if has_cores else 8)
 
 
 def hyper_linear(
@@ -111,7 +118,9 @@ def _merge(path: str, *rule, **options) -> bool:
 
 def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, needs_grad: bool) -> Tensor:
     dtype = autocast_dtype(weight)
-    tensors = (x if dtype is None else x.to(weight.dtype)), z, weight, bias, layer_bias
+    if dtype is not None:  # the Triton kernels multiply in autocast's dtype, what they generate in float32
+        x = x.to(dtype if generator_engine([weight]) == "triton" else weight.dtype)
+    tensors = x, z, weight, bias, layer_bias
     if needs_grad:
         if torch.compiler.is_compiling():  # as in `generate`: a tensor given twice
             tensors = (None if t is None else t.view_as(t) for t in tensors)
