@@ -1,18 +1,17 @@
-"""batch_norm_relu_max_pool: batch norm -> ReLU -> P x P max pool of channels_last images, in two launches each
-way.
+"""batch_norm_relu_max_pool: batch norm -> ReLU -> P x P max pool of channels_last images, in two launches.
 
 Floor, in passes over x: the forward reads it for the statistics and again to normalise, and writes P^-2 of it
-(y, and a byte for each output that says which pixel of the window won, or that ReLU is off); the backward reads
-x, dy and the bytes for the sums and again for dx, and writes dx. At batch 64 the five layers of `full` have 8.4
-MB to 0.26 MB of x in bfloat16: microseconds on a GPU, and in its second level cache, so the number of launches
-counts as much as the bytes. Hence no third launch to add up the sums over the batch: every program of the second
-one does it for its own channels. For that to be little, a program takes few channels (64 bytes of a pixel, whole
-sectors of memory) and the first launch makes few tiles: conv1 in bfloat16 has 64 of them, so a program reads 32
-KiB of sums. All of it awaits a measurement on a GPU: the numbers below are to be set by one.
+(y, and a byte for each output that says which pixel of the window won, or that ReLU is off); the backward
+reads x, dy and the bytes for the sums and again for dx, and writes dx. At batch 64 the five layers of `full`
+have 8.4 MB to 0.26 MB of x in bfloat16: microseconds on a GPU, and in its second level cache, so that
+launches count as much as bytes. Hence no third launch to add up the sums over the batch: every program of the
+second one does it for its own channels. For that to be little, a program takes few channels (64 bytes of a
+pixel, whole sectors of memory) and the first launch makes few tiles: conv1 in bfloat16 has 64 of them, and a
+program reads 32 KiB of sums. All of it awaits a measurement on a GPU: the numbers below are to be set by one.
 
 Means and squared deviations of a tile are shifted by the mean of its first block, which is off by at most
 sqrt(blocks) deviations of the tile whatever the data: nothing cancels where |mean| is much larger than the
-deviation. Tiles are merged in float64 (Chan, Golub and LeVeque, 1983) in an order of their own, without atomics.
+deviation. Tiles are merged in float64 (Chan, Golub and LeVeque, 1983) in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -171,6 +170,8 @@ def batch_norm_relu_max_pool_fwd_kernel(
     length,
     eps: tl.float64,
     momentum: tl.float64,
+    per_pixel: tl.float64,  # 1 / pixels
+    unbiasing: tl.float64,  # pixels / (pixels - 1)
     P: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -185,20 +186,20 @@ def batch_norm_relu_max_pool_fwd_kernel(
         count = tl.minimum(tl.maximum(pixels - offs_t * partial_length, 0), partial_length).to(tl.float64)
         means = _partials(partial_ptr, 0, partial_tiles, C, offs_c, BLOCK_T)
         deviations = _partials(partial_ptr, 1, partial_tiles, C, offs_c, BLOCK_T)
-        mean = tl.sum(means * count[:, None], 0) / pixels
+        mean = tl.sum(means * count[:, None], 0) * per_pixel
         d = means - mean[None, :]
-        var = tl.sum(deviations + d * d * count[:, None], 0) / pixels
+        var = tl.sum(deviations + d * d * count[:, None], 0) * per_pixel
     if tile == 0:
         tl.store(statistics_ptr + offs_c, mean, mask=offs_c < C)
         tl.store(statistics_ptr + C + offs_c, var, mask=offs_c < C)
         if running_mean_ptr is not None:
             _move(running_mean_ptr, offs_c, C, mean, momentum, COMPUTE)
-            _move(running_var_ptr, offs_c, C, var * pixels / (pixels - 1), momentum, COMPUTE)
+            _move(running_var_ptr, offs_c, C, var * unbiasing, momentum, COMPUTE)
         if num_batches_ptr is not None:
             if tl.program_id(0) == 0:
                 tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
 
-    factor = _channels(weight_ptr, offs_c, C, 1.0) / tl.sqrt(var + eps)
+    factor = _channels(weight_ptr, offs_c, C, 1.0) / tl.sqrt(var + eps)  # rsqrt is approximate in float64
     center, scale = mean.to(COMPUTE), factor.to(COMPUTE)
     rest = mean - center.to(tl.float64)
     offset = (_channels(bias_ptr, offs_c, C, 0.0) - rest * factor).to(COMPUTE)
@@ -277,7 +278,6 @@ def batch_norm_relu_max_pool_bwd_kernel(
     dx_ptr,  # [B, H, W, C] or None
     dweight_ptr,
     dbias_ptr,
-    pixels,
     windows,  # those that the edges cut count too
     H,
     W,
@@ -285,6 +285,7 @@ def batch_norm_relu_max_pool_bwd_kernel(
     partial_tiles,
     length,
     eps: tl.float64,
+    per_pixel: tl.float64,
     P: tl.constexpr,
     GIVEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -306,9 +307,9 @@ def batch_norm_relu_max_pool_bwd_kernel(
     if dx_ptr is not None:
         # dx = factor g + (x - center) slope + offset
         a = _channels(weight_ptr, offs_c, C, 1.0) * inverse
-        s = -a * inverse * dweight / pixels
+        s = -a * inverse * dweight * per_pixel
         factor, slope = a.to(COMPUTE), s.to(COMPUTE)
-        offset = (-a * dbias / pixels - s * rest).to(COMPUTE)
+        offset = (-a * dbias * per_pixel - s * rest).to(COMPUTE)
         begin = tile * length
         end = tl.minimum(begin + length, windows)
         for first in range(begin, end, BLOCK_W):
@@ -353,8 +354,8 @@ def launches(
     index: Tensor | None,
 ) -> list[Launch]:
     """Of the forward: x [B, C, H, W], y and index in channels_last; weight, bias, given mean and var, running
-    statistics contiguous [C] in any dtype or None, num_batches int64 [1]; fills statistics [2, C], y and index
-    and updates the running statistics."""
+    statistics contiguous [C] in any dtype or None, num_batches int64 of one element; fills statistics [2, C],
+    y and index and updates the running statistics."""
     B, C, H, W = x.shape
     pixels, windows = B * H * W, B * (H // pool) * (W // pool)
     made, partial, tiles, length = [], None, 1, 1
@@ -389,6 +390,8 @@ def launches(
             partial_tiles=tiles,
             eps=eps,
             momentum=momentum,
+            per_pixel=1 / pixels,
+            unbiasing=pixels / max(1, pixels - 1),
             P=pool,
             BLOCK_T=triton.next_power_of_2(tiles),
         )
@@ -428,7 +431,7 @@ def backward_launches(
         dx_ptr=dx,
         dweight_ptr=dweight,
         dbias_ptr=dbias,
-        pixels=B * H * W,
+        per_pixel=1 / (B * H * W),
         windows=windows,
         partial_tiles=tiling.tiles,
         eps=eps,

@@ -22,9 +22,9 @@ from hyperfast.ops._library import (
     triton_kernels,
 )
 
-# mean, var: given statistics, else those of x. running_mean, running_var: updated with those of x, biased and
-# unbiased; num_batches: counted up. statistics: float64 [2, C], mean and biased variance. index: uint8 like y,
-# the winner of each window; empty without with_index.
+# mean, var: given statistics, else those of x. running_mean, running_var: moved towards mean and unbiased
+# variance of x; num_batches: counted up. statistics: float64 [2, C], mean and biased variance. index: uint8
+# like y, the winner of each window; empty without with_index.
 library.define(
     "batch_norm_relu_max_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches, float momentum, float eps, "
@@ -79,7 +79,8 @@ def _forward(
 
 
 def _forward_cpu(
-    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, y, index, statistics
+    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, y, index,
+    statistics,
 ):  # fmt: skip
     compute = _compute_dtype(x)
     weight, bias = _contiguous(weight, bias, dtype=compute)

@@ -42,9 +42,7 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _generate(weights, biases, zs, next_weights, dtype, kernel) -> list[Tensor]:
     """Copies of next weights where they are current; `kernel(indices of the others)` makes those."""
-    made = [
-        w if is_current(w, *p) else None for w, *p in zip(next_weights, weights, biases, zs, strict=True)
-    ]
+    made = [w if is_current(w, *p) else None for w, *p in zip(next_weights, weights, biases, zs, strict=True)]
     missing = [i for i, w in enumerate(made) if w is None]
     for i, w in zip(missing, kernel(missing) if missing else (), strict=True):
         made[i] = w
@@ -170,7 +168,9 @@ def _in_dtype(dws, dtype: torch.dtype, differentiable: bool) -> list[Tensor | No
     low = [i for i, dw in enumerate(dws) if dw is not None and dw.dtype != dtype]
     given = [dws[i] for i in low]
     made = list(dws)
-    for i, dw in zip(low, [dw.to(dtype) for dw in given] if differentiable else cast(given, dtype), strict=True):
+    for i, dw in zip(
+        low, [dw.to(dtype) for dw in given] if differentiable else cast(given, dtype), strict=True
+    ):
         made[i] = dw
     return made
 

@@ -45,8 +45,8 @@ def problem(shape, dtype, device, pool, mean=0.3):
 
 
 def results(x, weight, bias, running_mean, running_var, dy, pool, training):
-    """y, index, dx, dweight, dbias, running mean, running variance; from the kernels, over poisoned memory."""
-    dtype, device, (B, C, H, W) = x.dtype, x.device, x.shape
+    """y, index, dx, dweight, dbias, running mean and variance of the kernels, over poisoned memory."""
+    dtype, device, C = x.dtype, x.device, x.shape[1]
     running = [running_mean.clone(), running_var.clone()]
     statistics = poisoned((2, C), torch.float64, device)
     y, index = poisoned(dy.shape, dtype, device), poisoned(dy.shape, torch.uint8, device)
@@ -182,9 +182,7 @@ def test_without_weight_or_bias_index_and_dx(parameters, device, assert_accurate
 
 def test_parameters_in_half_precision(device):
     """Of modules that are bfloat16 altogether; every vector is read and written as it is."""
-    x, weight, bias, mean, var, dy = (
-        t.bfloat16() for t in problem((2, 5, 4, 4), torch.float32, device, 2)
-    )
+    x, weight, bias, mean, var, dy = (t.bfloat16() for t in problem((2, 5, 4, 4), torch.float32, device, 2))
     running = [mean.clone(), var.clone()]
     statistics = poisoned((2, 5), torch.float64, device)
     y, index = poisoned(dy.shape, x.dtype, device), poisoned(dy.shape, torch.uint8, device)
