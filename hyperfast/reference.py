@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast import states
-from hyperfast.states import State
+from hyperfast.states import EightBit, State
 
 
 class AdamWCoefficients(NamedTuple):
@@ -92,22 +92,21 @@ def hyper_conv2d(
 def adamw_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, c: AdamWCoefficients) -> None:
     """One AdamW or Adam step in place, as `torch.optim` does it."""
     grad = grad + c.l2 * p
-    p.mul_(c.decay)
-    exp_avg.lerp_(grad, 1 - c.beta1)
-    exp_avg_sq.mul_(c.beta2).addcmul_(grad, grad, value=1 - c.beta2)
-    p.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / c.bias_correction2_sqrt).add_(c.eps), value=-c.step_size)
+    exp_avg.add_((1 - c.beta1) * (grad - exp_avg))
+    exp_avg_sq.mul_(c.beta2).add_((1 - c.beta2) * grad * grad)
+    p.mul_(c.decay).sub_(c.step_size * exp_avg / (exp_avg_sq.sqrt() / c.bias_correction2_sqrt + c.eps))
 
 
 def sgd_(p: Tensor, momentum_buffer: Tensor, grad: Tensor, c: SGDCoefficients) -> None:
     """One SGD step with momentum in place, as `torch.optim.SGD` does it."""
     grad = grad + c.l2 * p
-    momentum_buffer.mul_(c.keep).add_(grad, alpha=c.take)
-    p.add_(c.gradient * grad + c.buffer * momentum_buffer, alpha=-c.lr)
+    momentum_buffer.mul_(c.keep).add_(c.take * grad)
+    p.sub_(c.lr * (c.gradient * grad + c.buffer * momentum_buffer))
 
 
 def plain_sgd_(p: Tensor, grad: Tensor, c: SGDCoefficients) -> None:
     """One SGD step without momentum in place."""
-    p.add_(grad + c.l2 * p, alpha=-c.lr)
+    p.sub_(c.lr * (grad + c.l2 * p))
 
 
 def update_(
@@ -116,19 +115,38 @@ def update_(
     stored: Sequence[State],
     grad: Tensor,
     c: NamedTuple,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     first: int = 0,
+    skip: Tensor | None = None,
 ) -> None:
-    """`rule(p, *states, grad, c)` in place with states stored as in `hyperfast.states`: plain, bfloat16 or 8
-    bits. The first state is signed, the second is not. Elements count from `first`, for their rounding."""
-    storage = states.storage_of(stored[0], p.dtype) if stored else "plain"
-    if storage == "plain":
-        return rule(p, *stored, grad, c)
-    values = [states.decode(state, signed=i == 0) for i, state in enumerate(stored)]
-    rule(p, *values, grad, c)
-    random = states.random_bits(seed, first, p.shape, p.device)
+    """`rule(p, *states, grad, c)` in place, computed in the dtype of `grad`, with states stored as in
+    `hyperfast.states`: plain, bfloat16 or 8 bits. The first state is signed, the second is not. Elements
+    count from `first`, for their rounding. skip: nonzero leaves everything as it is."""
+    written = [p, *(t for state in stored for t in (state if isinstance(state, EightBit) else (state,)))]
+    before = [t.clone() for t in written] if skip is not None else []
+    is_plain = not stored or states.storage_of(stored[0], p.dtype) == "plain"
+    values = [states.decode(state, signed=i == 0).to(grad.dtype) for i, state in enumerate(stored)]
+    new = p.to(grad.dtype)
+    rule(new, *values, grad, c)
+    random = None if is_plain else states.random_bits(seed, first, p.shape, p.device)
+    p.copy_(new)
     for i, (state, value) in enumerate(zip(stored, values, strict=True)):
-        states.encode_(state, value, i == 0, random)
+        if is_plain:
+            state.copy_(value)
+        else:
+            states.encode_(state, value, i == 0, random)
+    for tensor, unchanged in zip(written, before, strict=False):
+        tensor.copy_(torch.where(skip != 0, unchanged, tensor))
+
+
+def _row(kind: type, coefficients: Sequence[NamedTuple | None] | Tensor, i: int) -> NamedTuple | None:
+    """Coefficients of layer i, of numbers or of tensors without dimensions."""
+    return kind(*coefficients[i].unbind()) if isinstance(coefficients, Tensor) else coefficients[i]
+
+
+def wide(t: Tensor) -> Tensor:
+    """In the dtype that kernels compute in."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 @torch.no_grad()
@@ -143,10 +161,11 @@ def adamw_generate(
     zs: Sequence[Tensor],
     new_zs: Sequence[Tensor],
     next_weights: Sequence[Tensor],
-    coefficients: Sequence[AdamWCoefficients],
-    bias_coefficients: Sequence[AdamWCoefficients],
-    grad_scale: float = 1.0,
-    seeds: Sequence[int] | None = None,
+    coefficients: Sequence[AdamWCoefficients] | Tensor,
+    bias_coefficients: Sequence[AdamWCoefficients] | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    seeds: Sequence[int] | Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """AdamW or Adam on weight [N, K] with the gradient dw outer z and on bias [N] with dw, then the next
     weights [N] from `new_zs`.
@@ -154,14 +173,18 @@ def adamw_generate(
     In place: weights, biases, their moments, `next_weights`. A bias whose moments are None is added but not
     trained. `zs` [K] are the embeddings the gradient was taken at, `new_zs` [K] those after their own update.
     Every dw is first multiplied by `grad_scale`. Moments are stored like their weight or, beside float32, in
-    bfloat16 or 8 bits, rounded at random by `seeds`, one for each layer.
+    bfloat16 or 8 bits, rounded at random by `seeds`, one for each layer; half precision is computed in
+    float32. Numbers may be tensors: coefficients float64 [L, fields], grad_scale of no dimensions, seeds
+    int64 [L]. skip: a tensor of no dimensions; nonzero changes nothing but `next_weights`.
     """
     for i, (weight, bias, dw) in enumerate(zip(weights, biases, dws, strict=True)):
-        g, seed = dw * grad_scale, seeds[i] if seeds else 0
-        update_(adamw_, weight, (exp_avgs[i], exp_avg_sqs[i]), torch.outer(g, zs[i]), coefficients[i], seed)
+        g, seed = wide(dw) * grad_scale, 0 if seeds is None else seeds[i]
+        grad, c = torch.outer(g, wide(zs[i])), _row(AdamWCoefficients, coefficients, i)
+        update_(adamw_, weight, (exp_avgs[i], exp_avg_sqs[i]), grad, c, seed, 0, skip)
         m, v = bias_exp_avgs[i], bias_exp_avg_sqs[i]
         if m is not None and v is not None:
-            update_(adamw_, bias, (m, v), g, bias_coefficients[i], seed, weight.numel())
+            c = _row(AdamWCoefficients, bias_coefficients, i)
+            update_(adamw_, bias, (m, v), g, c, seed, weight.numel(), skip)
         next_weights[i].copy_(F.linear(new_zs[i], weight, bias))
 
 
@@ -175,22 +198,26 @@ def sgd_generate(
     zs: Sequence[Tensor],
     new_zs: Sequence[Tensor],
     next_weights: Sequence[Tensor],
-    coefficients: Sequence[SGDCoefficients],
-    bias_coefficients: Sequence[SGDCoefficients | None],
-    grad_scale: float = 1.0,
-    seeds: Sequence[int] | None = None,
+    coefficients: Sequence[SGDCoefficients] | Tensor,
+    bias_coefficients: Sequence[SGDCoefficients | None] | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    seeds: Sequence[int] | Tensor | None = None,
+    skip: Tensor | None = None,
+    bias_is_trained: Sequence[bool] | None = None,
 ) -> None:
     """SGD as `adamw_generate` does AdamW. momentum_buffers: all None without momentum. A bias whose
-    coefficients are None is added but not trained."""
+    coefficients are None, or for which bias_is_trained is False, is added but not trained."""
     for i, (weight, bias, dw) in enumerate(zip(weights, biases, dws, strict=True)):
-        g, seed = dw * grad_scale, seeds[i] if seeds else 0
+        g, seed = wide(dw) * grad_scale, 0 if seeds is None else seeds[i]
+        row, bias_row = (_row(SGDCoefficients, c, i) for c in (coefficients, bias_coefficients))
+        bias_row = bias_row if bias_is_trained is None or bias_is_trained[i] else None
         for p, buffer, grad, c, first in (
-            (weight, momentum_buffers[i], torch.outer(g, zs[i]), coefficients[i], 0),
-            (bias, bias_momentum_buffers[i], g, bias_coefficients[i], weight.numel()),
+            (weight, momentum_buffers[i], torch.outer(g, wide(zs[i])), row, 0),
+            (bias, bias_momentum_buffers[i], g, bias_row, weight.numel()),
         ):
             if c is not None:
                 stored = () if buffer is None else (buffer,)
-                update_(sgd_ if stored else plain_sgd_, p, stored, grad, c, seed, first)
+                update_(sgd_ if stored else plain_sgd_, p, stored, grad, c, seed, first, skip)
         next_weights[i].copy_(F.linear(new_zs[i], weight, bias))
 
 

@@ -108,13 +108,26 @@ def encode_(state: State, values: Tensor, signed: bool, random: Tensor | None = 
     state.codes.copy_(codes)
 
 
-def random_bits(seed: int, first: int, shape: Sequence[int], device: torch.device) -> Tensor:
+def random_bits(seed: int | Tensor, first: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """32 random bits, int64, for each element: a Weyl sequence over first + index from a seed that is random
     itself, mixed once. The first moment takes the lower, the second the higher of them."""
     index = torch.arange(torch.Size(shape).numel(), dtype=torch.int64, device=device) + first
     x = (index & 0xFFFFFFFF) * 0x9E3779B9 + seed & 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
     return (x ^ x >> 15).view(shape)
+
+
+def seeds(steps: Tensor, positions: Tensor) -> Tensor:
+    """Of the rounding: 32 bits, int64 [L], from steps [L] (whole numbers, any dtype) and the parameters'
+    positions int64 [L], the same on every device. Both in one word of 64 bits, which is multiplied, folded
+    and multiplied again; the highest bits then depend on all of it."""
+    x = torch.add(positions, steps.long(), alpha=1 << 32) * _odd(0x9E3779B97F4A7C15)
+    return (x ^ x >> 32) * _odd(0xD6E8FEB86659FD93) >> 32 & 0xFFFFFFFF
+
+
+def _odd(factor: int) -> int:
+    """A factor of 64 bits as int64."""
+    return factor - (1 << 64)
 
 
 def converted(state: State, like: Tensor, storage: str, signed: bool) -> State:

@@ -187,6 +187,60 @@ def compare(rule: str, storage: str, args: tuple, wanted: tuple) -> None:
                     torch.testing.assert_close(x, y, rtol=1e-5, atol=0)
 
 
+def as_tensors(rule: str, args: tuple, trained: list[bool]) -> dict:
+    """The numbers among `arguments` as the tensors that a CUDA graph reads."""
+    rows, bias_rows, scale, seeds = args[-4:]
+    nothing = [0.0] * len(rows[0])
+    made = {
+        "coefficients": torch.tensor(rows, dtype=torch.float64),
+        "bias_coefficients": torch.tensor([row or nothing for row in bias_rows], dtype=torch.float64),
+        "grad_scale": torch.tensor(scale, dtype=torch.float64),
+        "seeds": torch.tensor(seeds),
+    }
+    return made | ({"bias_is_trained": trained} if rule == "sgd" else {})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("storage", ["plain", *STORAGES])
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+class TestNumbersInTensors:
+    def written(self, rule: str, args: tuple) -> list[torch.Tensor]:
+        count = 2 if rule == "adam" else 1
+        columns = [*args[: 2 + 2 * count], args[5 + 2 * count]]
+        return [t for column in columns for state in column if state is not None for t in parts(state)]
+
+    def both(self, rule, storage, backend, **more):
+        """(arguments before, arguments after a call with tensors)"""
+        args = arguments(rule, problem(rule, storage))
+        trained = [pair is not None for pair in args[3 if rule == "sgd" else 4]]
+        before = [t.clone() for t in self.written(rule, args)]
+        op = ops.adamw_generate if rule == "adam" else ops.sgd_generate
+        op(*args[:-4], **as_tensors(rule, args, trained), **more, backend=backend)
+        return before, args
+
+    def test_are_those_numbers(self, rule, storage, backend):
+        _, ours = self.both(rule, storage, backend)
+        theirs = arguments(rule, problem(rule, storage))
+        call(rule, backend, theirs)
+        for a, b in zip(self.written(rule, ours), self.written(rule, theirs), strict=True):
+            assert torch.equal(a, b)
+
+    def test_skip(self, rule, storage, backend):
+        before, ours = self.both(rule, storage, backend, skip=torch.tensor(1.0))
+        made = ops.generate(ours[0], ours[3 if rule == "adam" else 2], ours[8 if rule == "adam" else 6])
+        now = self.written(rule, ours)
+        assert all(torch.equal(a, b) for a, b in zip(now[: -len(SHAPES)], before, strict=False))
+        for a, b in zip(now[-len(SHAPES) :], made, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    def test_do_not_skip(self, rule, storage, backend):
+        before, ours = self.both(rule, storage, backend, skip=torch.tensor(0.0))
+        theirs = arguments(rule, problem(rule, storage))
+        call(rule, backend, theirs)
+        for a, b in zip(self.written(rule, ours), self.written(rule, theirs), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rule", ["adam", "sgd"])
 class TestKernels:
@@ -318,6 +372,19 @@ BAD = {
         TypeError, "needs a float32 weight",
     ),
     "seeds": (lambda a: a.update(seeds=[1, 2]), ValueError, "1 weights but 2 of seeds"),
+    "seeds shape": (lambda a: a.update(seeds=torch.zeros(2).long()), ValueError, r"seeds must be \[1\]"),
+    "seeds dtype": (lambda a: a.update(seeds=torch.zeros(1)), TypeError, "seeds must be torch.int64"),
+    "coefficients shape": (
+        lambda a: a.update(row=torch.zeros(1, 6, dtype=torch.float64)), ValueError,
+        r"coefficients must be \[1, 7\] as a tensor, got \[1, 6\]",
+    ),
+    "coefficients dtype": (lambda a: a.update(row=torch.zeros(1, 7)), TypeError, "must be torch.float64"),
+    "scale shape": (lambda a: a.update(scale=torch.ones(1)), ValueError, r"grad_scale must be \[\]"),
+    "scale dtype": (lambda a: a.update(scale=torch.tensor(1)), TypeError, "grad_scale must be torch.float64"),
+    "skip shape": (lambda a: a.update(skip=torch.zeros(1)), ValueError, r"skip must be \[\]"),
+    "skip device": (
+        lambda a: a.update(skip=torch.zeros((), device="meta")), ValueError, "skip must be on cpu"
+    ),
 }  # fmt: skip
 
 
@@ -329,13 +396,14 @@ def test_bad_input(case, monkeypatch):
         "w": [w], "m": [states.zeros(w, "8bit")], "v": [states.zeros(w, "8bit")], "b": [b], "dw": [b.clone()],
         "z": [z], "next": [torch.empty(5)], "seeds": [1],
     }  # fmt: skip
+    row = ops.AdamWCoefficients(1.0, 0.0, 0.9, 0.999, 1.0, 1e-8)
+    a |= {"row": [row], "scale": 1.0, "skip": None}
     change, kind, message = BAD[case]
     change(a)
-    row = ops.AdamWCoefficients(1.0, 0.0, 0.9, 0.999, 1.0, 1e-8)
     with pytest.raises(kind, match=message):
         ops.adamw_generate(
-            a["w"], a["m"], a["v"], a["b"], [None], [None], a["dw"], a["z"], a["z"], a["next"], [row], [row],
-            seeds=a["seeds"],
+            a["w"], a["m"], a["v"], a["b"], [None], [None], a["dw"], a["z"], a["z"], a["next"], a["row"],
+            [row], a["scale"], a["seeds"], a["skip"],
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hyperfast.ops.update_generate import Update, update_generate
+from hyperfast.ops.update_generate import Update, listed, update_generate
 from hyperfast.reference import AdamWCoefficients
 from hyperfast.states import State
 
@@ -22,10 +22,11 @@ def adamw_generate(
     zs: Sequence[Tensor],
     new_zs: Sequence[Tensor],
     next_weights: Sequence[Tensor],
-    coefficients: Sequence[AdamWCoefficients],
-    bias_coefficients: Sequence[AdamWCoefficients],
-    grad_scale: float = 1.0,
-    seeds: Sequence[int] | None = None,
+    coefficients: Sequence[AdamWCoefficients] | Tensor,
+    bias_coefficients: Sequence[AdamWCoefficients] | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    seeds: Sequence[int] | Tensor | None = None,
+    skip: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> None:
@@ -36,9 +37,13 @@ def adamw_generate(
     its moments [N] (None: not trained) with grad_scale dw; next_weights [N] = weight new_z + bias, bit for
     bit what `generate` would return. zs and new_zs [K] are the embeddings before and after their own update.
     Moments are stored like the weight, or beside float32 weights all in bfloat16 or all in 8 bits
-    (`hyperfast.states`), rounded at random by seeds, an integer for each layer that should differ from step
-    to step. Arguments written to must be contiguous and share no memory. Raises ValueError or TypeError
-    otherwise, before anything is changed.
+    (`hyperfast.states`), rounded at random by seeds, an integer below 2^32 for each layer that should differ
+    from step to step. Arguments written to must be contiguous and share no memory.
+
+    Numbers may be tensors on the weights' device, which a CUDA graph reads at every replay: coefficients and
+    bias_coefficients float64 [L, 7], grad_scale of no dimensions, seeds int64 [L]. skip: a float tensor of no
+    dimensions; unless it is zero nothing but next_weights is written. Raises ValueError or TypeError, before
+    anything is changed.
     """
     bias_exp_avgs, bias_exp_avg_sqs = list(bias_exp_avgs), list(bias_exp_avg_sqs)
     update = Update(
@@ -53,9 +58,10 @@ def adamw_generate(
         zs=list(zs),
         new_zs=list(new_zs),
         next_weights=list(next_weights),
-        coefficients=list(coefficients),
-        bias_coefficients=list(bias_coefficients),
+        coefficients=listed(coefficients),
+        bias_coefficients=listed(bias_coefficients),
         grad_scale=grad_scale,
-        seeds=list(seeds) if seeds is not None else [0] * len(weights),
+        seeds=listed(seeds),
+        skip=skip,
     )
     update_generate(update, backend)

@@ -5,7 +5,7 @@ The op behind `adamw_generate` and `sgd_generate`, and the checks they share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.ops._library import (
     _cpu,
+    _cuda,
     check_backend,
     check_dense,
     check_generators,
@@ -22,24 +23,23 @@ from hyperfast.ops._library import (
     dtype_name,
     generator_engine,
     library,
+    to_device,
+    triton_kernels,
 )
 from hyperfast.states import EightBit, State, num_scales, storage_of
 
 # states and scales: the first state of all layers, then the second. Scales are empty unless states are in 8
-# bits; the states of a bias that is not trained are empty tensors.
+# bits; the states of a bias that is not trained are empty tensors. Whatever changes from step to step is a
+# tensor on the weights' device, so that a CUDA graph can hold the step: coefficients and bias_coefficients
+# float64 [L, fields of the NamedTuple], grad_scale float64 [], seeds int64 [L] of 32 bits, skip float32
+# [] (not zero: only next_weights are written, from the weights as they are).
 library.define(
     "update_generate(str rule, Tensor(a!)[] weights, Tensor(b!)[] states, Tensor(c!)[] scales, "
     "Tensor(d!)[] biases, Tensor(e!)[] bias_states, Tensor(f!)[] bias_scales, Tensor[] dws, Tensor[] zs, "
-    "Tensor[] new_zs, Tensor(g!)[] next_weights, float[] coefficients, float[] bias_coefficients, "
-    "bool[] bias_is_trained, float grad_scale, int[] seeds) -> ()"
+    "Tensor[] new_zs, Tensor(g!)[] next_weights, Tensor coefficients, Tensor bias_coefficients, "
+    "bool[] bias_is_trained, Tensor grad_scale, Tensor seeds, Tensor? skip) -> ()"
 )
 ROWS = {"adam": reference.AdamWCoefficients, "sgd": reference.SGDCoefficients}
-
-
-def _rows(rule: str, flat: Sequence[float]) -> list[NamedTuple]:
-    kind = ROWS[rule]
-    size = len(kind._fields)
-    return [kind(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
 def _columns(tensors: list[Tensor], scales: list[Tensor], L: int) -> list[list[State]]:
@@ -51,29 +51,28 @@ def _columns(tensors: list[Tensor], scales: list[Tensor], L: int) -> list[list[S
 @torch.library.impl(library, "update_generate", "CompositeExplicitAutograd")
 def _update_reference(
     rule, weights, states, scales, biases, bias_states, bias_scales, dws, zs, new_zs, next_weights,
-    coefficients, bias_coefficients, bias_is_trained, grad_scale, seeds,
+    coefficients, bias_coefficients, bias_is_trained, grad_scale, seeds, skip,
 ):  # fmt: skip
     L = len(weights)
     columns, bias_columns = _columns(states, scales, L), _columns(bias_states, bias_scales, L)
     bias_columns = [[t if trained else None for t, trained in zip(column, bias_is_trained, strict=True)]
                     for column in bias_columns]  # fmt: skip
-    rows, bias_rows = _rows(rule, coefficients), _rows(rule, bias_coefficients)
-    arguments = (dws, zs, new_zs, next_weights, rows)
+    numbers = (coefficients, bias_coefficients, grad_scale, seeds, skip)
+    arguments = (dws, zs, new_zs, next_weights, *numbers)
     if rule == "adam":
-        reference.adamw_generate(
-            weights, *columns, biases, *bias_columns, *arguments, bias_rows, grad_scale, seeds
-        )
+        reference.adamw_generate(weights, *columns, biases, *bias_columns, *arguments)
         return
-    bias_rows = [row if trained else None for row, trained in zip(bias_rows, bias_is_trained, strict=True)]
     columns, bias_columns = columns or [[None] * L], bias_columns or [[None] * L]
-    reference.sgd_generate(weights, *columns, biases, *bias_columns, *arguments, bias_rows, grad_scale, seeds)
+    reference.sgd_generate(weights, *columns, biases, *bias_columns, *arguments, bias_is_trained)
 
 
 @torch.library.impl(library, "update_generate", "CPU")
-def _update_cpu(*args):
+@torch.library.impl(library, "update_generate", "CUDA")
+def _update_native(*args):
     (rule, weights, states, scales, biases, bias_states, bias_scales, dws, zs, new_zs, next_weights,
-     coefficients, bias_coefficients, bias_is_trained, grad_scale, seeds) = args  # fmt: skip
-    if generator_engine(weights) == "reference":
+     coefficients, bias_coefficients, bias_is_trained, grad_scale, seeds, skip) = args  # fmt: skip
+    engine = generator_engine(weights, cuda="update_generate")
+    if engine == "reference":
         return _update_reference(*args)
     dws, zs, new_zs = ([t.contiguous() for t in ts] for ts in (dws, zs, new_zs))
     L = len(weights)
@@ -86,20 +85,48 @@ def _update_cpu(*args):
             found[2 * j + 1] = scales[j * L + i].data_ptr() if scales else 0
         return found
 
-    segments = [
+    table = [
         (
             weights[i].data_ptr(), *addresses(states, scales, i), biases[i].data_ptr(),
             *addresses(bias_states, bias_scales, i), dws[i].data_ptr(), zs[i].data_ptr(),
             new_zs[i].data_ptr(), next_weights[i].data_ptr(), *weights[i].shape, int(bias_is_trained[i]),
-            seeds[i],
         )
         for i in range(L)
     ]  # fmt: skip
     storage = "8bit" if scales else storage_of(states[0], weights[0].dtype) if states else "plain"
+    numbers = [t.contiguous() for t in (coefficients, bias_coefficients, grad_scale, seeds)]
+    {"cpu": _on_cpu, "triton": _on_triton, "cuda": _on_cuda}[engine](
+        table, rule, storage, *numbers, skip, weights[0]
+    )
+
+
+def _on_cpu(table, rule, storage, coefficients, bias_coefficients, grad_scale, seeds, skip, weight) -> None:
+    dtype, threads = dtype_name(weight), torch.get_num_threads()
+    if skip is not None and skip.item() != 0:
+        rows = [(row[0], row[5], row[12], row[13], row[14], row[15]) for row in table]
+        _cpu.generate(rows, dtype, threads)
+        return
+    rows = [(*row, seed) for row, seed in zip(table, seeds.tolist(), strict=True)]
     _cpu.update_generate(
-        segments, _rows(rule, coefficients), _rows(rule, bias_coefficients), rule, storage, grad_scale,
-        dtype_name(weights[0]), torch.get_num_threads(),
+        rows, coefficients.tolist(), bias_coefficients.tolist(), rule, storage, grad_scale.item(), dtype,
+        threads,
     )  # fmt: skip
+
+
+def _on_triton(table, rule, storage, coefficients, bias_coefficients, grad_scale, seeds, skip, weight):
+    triton_kernels("update_generate").run(
+        table, coefficients, bias_coefficients, rule, storage, grad_scale, seeds, skip, weight.dtype,
+        weight.device,
+    )  # fmt: skip
+
+
+def _on_cuda(table, rule, storage, coefficients, bias_coefficients, grad_scale, seeds, skip, weight) -> None:
+    with torch.cuda.device(weight.device):
+        _cuda.update_generate(
+            table, coefficients.data_ptr(), bias_coefficients.data_ptr(), rule, storage,
+            grad_scale.data_ptr(), seeds.data_ptr(), 0 if skip is None else skip.data_ptr(),
+            dtype_name(weight), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
 
 
 @torch.library.register_fake("hyperfast::update_generate", lib=library)
@@ -121,21 +148,23 @@ class Update(NamedTuple):
     zs: list[Tensor]
     new_zs: list[Tensor]
     next_weights: list[Tensor]
-    coefficients: list[NamedTuple]
-    bias_coefficients: list[NamedTuple | None]
-    grad_scale: float
-    seeds: list[int]
+    coefficients: list[NamedTuple] | Tensor
+    bias_coefficients: list[NamedTuple | None] | Tensor
+    grad_scale: float | Tensor
+    seeds: list[int] | Tensor | None
+    skip: Tensor | None
+
+
+def listed(numbers: Iterable | None) -> list | Tensor | None:
+    """A list, but a tensor or None as it is."""
+    return numbers if numbers is None or isinstance(numbers, Tensor) else list(numbers)
 
 
 def update_generate(u: Update, backend: str) -> None:
     """Checks `u`, then updates in place. Raises ValueError or TypeError before anything is changed."""
     check_backend(backend)
     storage = _check(u)
-    coefficients = _checked_rows("coefficients", u.coefficients, ROWS[u.rule])
-    untrained = ROWS[u.rule](*[0.0] * len(ROWS[u.rule]._fields))
-    bias_rows = [c if t else untrained for c, t in zip(u.bias_coefficients, u.bias_is_trained, strict=True)]
-    bias_coefficients = _checked_rows("bias_coefficients", bias_rows, ROWS[u.rule])
-    grad_scale, seeds = float(u.grad_scale), [int(seed) for seed in u.seeds]
+    numbers = _numbers(u)
     if not u.weights:
         return
     empty = u.weights[0].new_empty(0)
@@ -149,9 +178,17 @@ def update_generate(u: Update, backend: str) -> None:
 
     states, bias_states = flat(u.states), flat(u.bias_states)
     arguments = (
-        u.rule, u.weights, *states, u.biases, *bias_states, u.dws, u.zs, u.new_zs, u.next_weights,
-        coefficients, bias_coefficients, u.bias_is_trained, grad_scale, seeds,
-    )  # fmt: skip
+        u.rule,
+        u.weights,
+        *states,
+        u.biases,
+        *bias_states,
+        u.dws,
+        u.zs,
+        u.new_zs,
+        u.next_weights,
+        *numbers,
+    )
     with torch.no_grad():
         if backend == "reference":
             _update_reference(*arguments)
@@ -162,12 +199,49 @@ def update_generate(u: Update, backend: str) -> None:
         torch.autograd.graph.increment_version([t for column in written for t in column if t is not empty])
 
 
-def _checked_rows(name: str, rows: Sequence[Sequence[float]], kind: type) -> list[float]:
-    """The numbers of `rows` one after another; ValueError or TypeError unless each row is a `kind`."""
-    for i, row in enumerate(rows):
-        if len(row) != len(kind._fields):
-            raise ValueError(f"{name} {i} must be {len(kind._fields)} numbers, got {len(row)}")
-    return [float(x) for row in rows for x in row]
+def _numbers(u: Update) -> tuple:
+    """The op's arguments from coefficients on; ValueError or TypeError for what is not of its shape."""
+    kind, L = ROWS[u.rule], len(u.weights)
+    device = u.weights[0].device if L else torch.device("cpu")
+    untrained = kind(*[0.0] * len(kind._fields))
+    bias_rows = u.bias_coefficients
+    if not isinstance(bias_rows, Tensor):
+        bias_rows = [c if t else untrained for c, t in zip(bias_rows, u.bias_is_trained, strict=True)]
+    coefficients = _table("coefficients", u.coefficients, kind, L, device)
+    bias_coefficients = _table("bias_coefficients", bias_rows, kind, L, device)
+    scale = u.grad_scale if isinstance(u.grad_scale, Tensor) else float(u.grad_scale)
+    grad_scale = _numeric("grad_scale", scale, torch.float64, [], device)
+    seeds = [0] * L if u.seeds is None else u.seeds
+    seeds = seeds if isinstance(seeds, Tensor) else [int(seed) for seed in seeds]
+    seeds = _numeric("seeds", seeds, torch.int64, [L], device)
+    skip = None if u.skip is None else _numeric("skip", u.skip, torch.float32, [], device)
+    return coefficients, bias_coefficients, list(u.bias_is_trained), grad_scale, seeds, skip
+
+
+def _table(name: str, rows: Sequence[Sequence[float]] | Tensor, kind: type, L: int, device: torch.device):
+    """float64 [L, fields of `kind`]."""
+    fields = len(kind._fields)
+    if not isinstance(rows, Tensor):
+        for i, row in enumerate(rows):
+            if len(row) != fields:
+                raise ValueError(f"{name} {i} must be {fields} numbers, got {len(row)}")
+        rows = [[float(x) for x in row] for row in rows]
+        return _numeric(name, rows, torch.float64, [L, fields] if L else [0], device)
+    return _numeric(name, rows, torch.float64, [L, fields], device)
+
+
+def _numeric(name: str, value, dtype: torch.dtype, shape: list[int], device: torch.device) -> Tensor:
+    """`value` as a tensor on `device`. A tensor must be there already, of that shape; a float may be another
+    float."""
+    if not isinstance(value, Tensor):
+        return to_device(value, dtype, device)
+    if list(value.shape) != shape:
+        raise ValueError(f"{name} must be {shape} as a tensor, got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the weights, got {value.device}")
+    if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point and not shape):
+        raise TypeError(f"{name} must be {dtype} as a tensor, got {value.dtype}")
+    return value.to(dtype)
 
 
 def _check(u: Update) -> str:
@@ -177,8 +251,9 @@ def _check(u: Update) -> str:
     plain = {"bias": (u.biases, "N"), "next_weight": (u.next_weights, "N")}
     check_generators(u.weights, **plain, **read)
     counted = {"coefficients": u.coefficients, "bias_coefficients": u.bias_coefficients, "seeds": u.seeds}
+    counted["bias_is_trained"] = u.bias_is_trained
     for name, column in counted.items():
-        if len(column) != len(u.weights):
+        if isinstance(column, list) and len(column) != len(u.weights):
             raise ValueError(f"{len(u.weights)} weights but {len(column)} of {name}")
     storage, marker = "plain", {"adam": "bias_exp_avg", "sgd": "bias_coefficients"}[u.rule]
     for names, columns, letters in (
