@@ -172,6 +172,44 @@ void update_generate_binding(const Rows<17>& segments, int64_t coefficients, int
                                                 info.dtype, stream));
 }
 
+void check_linear(int64_t M, int64_t O, int64_t I, int64_t K) {
+  if (M < 1 || M > kMaxRows)
+    throw py::value_error("M is " + std::to_string(M) + "; wanted 1 to " + std::to_string(kMaxRows));
+  for (const int64_t size : {O, I})
+    if (size < 1 || size > INT32_MAX) throw py::value_error("O and I must be 1 to 2^31 - 1");
+  check_sizes("", O * I, K);
+}
+
+DTypeInfo linear_dtype_info(const std::string& name) {
+  const DTypeInfo info = dtype_info(name);
+  if (info.dtype == DType::f64) throw py::value_error("dtype is 'float64'; wanted float32, float16 or bfloat16");
+  return info;
+}
+
+using LinearSizes = std::array<int64_t, 4>;
+
+int64_t hyper_linear_scratch_binding(const LinearSizes& sizes, const std::string& dtype) {
+  const auto [M, O, I, K] = sizes;
+  check_linear(M, O, I, K);
+  return hyper_linear_scratch(M, O, I, static_cast<int>(K), linear_dtype_info(dtype).dtype);
+}
+
+void hyper_linear_binding(const std::array<int64_t, 7>& tensors, const LinearSizes& sizes,
+                          const std::string& dtype, uintptr_t stream) {
+  const auto [weight, bias, z, x, layer_bias, y, scratch] = tensors;
+  const auto [M, O, I, K] = sizes;
+  const DTypeInfo info = linear_dtype_info(dtype);
+  check_linear(M, O, I, K);
+  check_present("", "weight, z, x and y", {weight, z, x, y});
+  if (hyper_linear_scratch(M, O, I, static_cast<int>(K), info.dtype)) check_present("", "scratch", {scratch});
+  check_aligned("", {weight, bias, z, x, layer_bias, y}, info.bytes);
+  check_aligned("", {scratch}, sizeof(float));
+  const HyperLinear call{pointer(weight), pointer(bias), pointer(z),
+                         pointer(x),      pointer(layer_bias), pointer(y),
+                         pointer<float>(scratch), M, O, I, static_cast<int>(K)};
+  check_done("hyper_linear", hyper_linear(call, info.dtype, stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -193,4 +231,11 @@ PYBIND11_MODULE(_cuda, m) {
         "segments: (weight, state, scales, second state, scales, bias, its four, dw, z, new_z, w, N, K, whether "
         "bias is trained) each. Addresses of float64 coefficients and bias_coefficients [L, fields of the rule] "
         "and grad_scale, int64 seeds [L], float32 skip or 0: hyperfast/ops/update_generate.py.");
+  m.def("hyper_linear_scratch", &hyper_linear_scratch_binding, py::arg("sizes"), py::arg("dtype"),
+        "Floats of scratch that hyper_linear needs for sizes (M, O, I, K).");
+  m.def("hyper_linear", &hyper_linear_binding, py::arg("tensors"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("stream"),
+        "tensors: (weight [O I, K], bias [O I] or 0, z [K], x [M, I], layer_bias [O] or 0, y [M, O], scratch or "
+        "0); sizes: (M, O, I, K), M at most 64. Not for float64.");
+  m.attr("MAX_ROWS") = kMaxRows;
 }

@@ -44,9 +44,11 @@ def _backward_native(weights, dws):
     if engine == "triton":
         triton_kernels("generate_backward").run(segments, weights[0].dtype, device)
     elif engine == "cuda":
+        doubles = _cuda.generate_backward_scratch([tuple(weight.shape) for weight in weights])
+        scratch = torch.empty(doubles, dtype=torch.float64, device=device)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
-            _cuda.generate_backward(segments, dtype_name(weights[0]), stream)
+            _cuda.generate_backward(segments, scratch.data_ptr(), dtype_name(weights[0]), stream)
     else:
         _cpu.generate_backward(segments, dtype_name(weights[0]), torch.get_num_threads())
     return dzs, squared_norms

@@ -20,7 +20,7 @@ from hyperfast.ops._library import (
 )
 from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
-from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, forward_op
+from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, cuda_serves, forward_op
 
 PATHS = ("auto", "merged", "separate")
 
@@ -38,12 +38,15 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     tensor cores, half of that in a convolution, whose gathering costs about as many loads then as the
     generator; float32 without TF32 up to 8 K rows, beyond which its product takes longer than the reading
     (2 rows operations against 4 K bytes a weight, at 25 TFLOP/s and 3.35 TB/s, with a margin of two); 8 rows
-    where the kernels do not use tensor cores (float64, K over 64).
+    where the kernels do not use tensor cores (float64, K over 64). The CUDA C++ kernel, which serves where
+    Triton does not, is for linear layers alone, up to 64 rows.
     """
-    engine = "reference" if needs_grad else generator_engine([weight])
+    engine = "reference" if needs_grad else generator_engine([weight], cuda="hyper_linear")
     if engine == "cpu":
         limit = 256 if weight.dtype == torch.bfloat16 else 64
         return rows <= (limit // 4 if convolution else limit)
+    if engine == "cuda":
+        return not convolution and cuda_serves(rows, weight)
     return engine == "triton" and rows <= _gpu_rows(weight, convolution)
 
 
