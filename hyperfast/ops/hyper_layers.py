@@ -20,7 +20,7 @@ from hyperfast.ops._library import (
 )
 from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
-from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, forward_op
+from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, cuda_serves, forward_op
 
 PATHS = ("auto", "merged", "separate")
 
@@ -36,12 +36,15 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     On a GPU by arithmetic, which awaits measurement (kernels/hyper_conv2d.py): merging saves 2 N of N (K + 3)
     elements. Up to 8 rows it saves a launch too. Then the sum over the columns is cut into parts, 8 bytes
     for each part, row and output: what merging saves is used up at 64 rows of a 512 -> 1024 layer in float32,
-    at 32 in half precision. Without tensor cores (float64, K over 64) 9 rows read the generator twice.
+    at 32 in half precision. Without tensor cores (float64, K over 64) 9 rows read the generator twice. The
+    CUDA C++ kernel, which serves where Triton does not, is for linear layers alone, up to 64 rows.
     """
-    engine = "reference" if needs_grad else generator_engine([weight])
+    engine = "reference" if needs_grad else generator_engine([weight], cuda="hyper_linear")
     if engine == "cpu":
         limit = 256 if weight.dtype == torch.bfloat16 else 64
         return rows <= (limit // 4 if convolution else limit)
+    if engine == "cuda":
+        return not convolution and cuda_serves(rows, weight)
     has_cores = weight.dtype != torch.float64 and weight.shape[1] <= 64
     return engine == "triton" and rows <= (32 if has_cores else 8)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hyperfast.ops._library import (
     _cpu,
+    _cuda,
     dtype_name,
     generator_engine,
     library,
@@ -244,17 +245,38 @@ def _backward_triton(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor, like in made)
 
 
-def _engine(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
+def _forward_cuda(x, z, weight, bias, layer_bias, geometry):
+    sizes, dtype = (len(x), weight.shape[0] // x.shape[1], *x.shape[1:2], weight.shape[1]), dtype_name(weight)
+    x, z, weight, bias, layer_bias = map(_contiguous, (x, z, weight, bias, layer_bias))
+    y = x.new_empty(len(x), sizes[1], 1, 1)
+    scratch = x.new_empty(_cuda.hyper_linear_scratch(sizes, dtype), dtype=torch.float32)
+    addresses = [_address(t) for t in (weight, bias, z, x, layer_bias, y, scratch)]
+    with torch.cuda.device(x.device):
+        _cuda.hyper_linear(addresses, sizes, dtype, torch.cuda.current_stream().cuda_stream)
+    return y
+
+
+def cuda_serves(rows: int, weight: Tensor, geometry: Geometry = LINEAR) -> bool:
+    """Whether the CUDA C++ kernel serves: linear layers of few rows in float32 or less."""
+    return geometry == LINEAR and weight.dtype != torch.float64 and rows <= _cuda.MAX_ROWS
+
+
+def _engine(x: Tensor, weight: Tensor, geometry: list[int], cuda: str = "") -> str:
     if not x.numel() or not weight.numel():
         return "reference"
-    rows = max(x.numel() // x.shape[1], Geometry.of(tuple(geometry)).rows(x))
-    return generator_engine([weight]) if rows < MOST_ROWS else "reference"
+    geometry = Geometry.of(tuple(geometry))
+    rows = max(x.numel() // x.shape[1], geometry.rows(x))
+    engine = generator_engine([weight], cuda) if rows < MOST_ROWS else "reference"
+    if engine == "cuda":
+        fits = x.shape[2:] == (1, 1) and x.dtype == weight.dtype and cuda_serves(rows, weight, geometry)
+        return engine if fits else "reference"
+    return engine
 
 
 @torch.library.impl(library, "hyper_conv2d", "CPU")
 @torch.library.impl(library, "hyper_conv2d", "CUDA")
 def _forward_native(x, z, weight, bias, layer_bias, geometry):
-    forward = _FORWARD[_engine(x, weight, geometry)]
+    forward = _FORWARD[_engine(x, weight, geometry, cuda="hyper_linear")]
     return forward(x, z, weight, bias, layer_bias, geometry)
 
 
@@ -265,7 +287,12 @@ def _backward_native(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     return backward(dy, x, z, weight, bias, geometry, need_x, need_z, need_w)
 
 
-_FORWARD = {"cpu": _forward_cpu, "triton": _forward_triton, "reference": _forward_reference}
+_FORWARD = {
+    "cpu": _forward_cpu,
+    "triton": _forward_triton,
+    "cuda": _forward_cuda,
+    "reference": _forward_reference,
+}
 _BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": _backward_reference}
 
 
