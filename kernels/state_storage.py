@@ -1,8 +1,8 @@
 """Optimizer states in bfloat16 and in 8 bits, decoded and coded again in registers.
 
-hyperfast/states.py describes the formats and is the specification: the same operations in the same order, so
-that without fused multiply-add every code and scale is that of the specification, bit for bit. bfloat16 is
-read and written as 16 bits: the rounding is ours.
+hyperfast/states.py describes the formats and is the specification: the same operations in the same order,
+so that without fused multiply-add every code and scale is that of the specification, bit for bit. bfloat16
+is read and written as 16 bits: the rounding is ours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def decode_eight(codes, scale, SIGNED: tl.constexpr):
 
 @triton.jit
 def group_largest(values, GROUP: tl.constexpr):
-    """Largest magnitude of every GROUP rows of values [BLOCK_N, BLOCK_K] or [BLOCK_N], NaN if there is one."""
+    """Largest magnitude in every GROUP rows of values [BLOCK_N, BLOCK_K] or [BLOCK_N], or NaN."""
     bits = values.to(tl.uint32, bitcast=True) & 0x7FFFFFFF  # ordered as magnitudes are
     if len(values.shape) == 2:
         bits = tl.max(bits, 1)

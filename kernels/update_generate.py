@@ -1,21 +1,27 @@
-"""update_generate: an optimizer's update of the rank-one gradient dw outer z and the next weights, in one pass,
-for all layers of a network in one launch.
+"""update_generate: an optimizer's update from the gradient dw outer z, and the next weights, in one pass.
 
 Floor for each float32 generator weight: 8 bytes (read, written) and 8 for each float32 state, 4 for each
-bfloat16, 2 for each 8-bit one: 24 with AdamW, 28 with generate_backward. The gradient is formed in registers
-and the next forward reads no generator: w is bit for bit what generate would return after the update (rows.py).
+bfloat16, 2 for each 8-bit one: 24 with AdamW, 28 with generate_backward. The gradient is formed in
+registers and the next forward reads no generator: w is bit for bit what generate would return after the
+update (rows.py).
 
-A program updates one tile. Everything it reads is asked for before the first use: with AdamW twelve float4 for
-each thread. Weight and states are read and written once a step, `full` has twenty times the L2 cache of them:
-their lines are the first to leave it, which keeps dw, w and what the main network reads. All streams are cut
-alike, four elements of a float32 weight for a thread beside the four of each state, hence 16, 8 or 4 bytes an
-access. 8-bit states share scales in groups of rows that lie within a tile; their largest values go through
-shared memory, a float for each row. Tile and warps are to be measured on a GPU.
+A program updates one tile of one layer, a launch all layers of one K. Everything a tile needs is asked for
+before its first use and before anything is stored: with AdamW six float4 for each thread. An H100 has room
+for six programs of 128 threads with 80 registers a multiprocessor: 74 KB in flight, where 18 KB (3.35 TB/s
+times 0.7 us, over 132) hide the latency. Sixteen elements a thread took 150 registers and left room for 256
+threads. All streams are cut alike, four elements of a float32 weight for a thread beside the four of each
+state, hence 16, 8 or 4 bytes an access. Weight and states are read and written once a step, `full` has
+twenty times the L2 cache of them: their lines are the first to leave it, which keeps dw, w and what the
+main network reads. Tile and warps await a measurement on a GPU.
 
-Coefficients, grad_scale, seeds and skip are read from memory, so that a CUDA graph holds the step; differences
-and inverses of coefficients are formed in float64. Exact states (float32, float64, those of half-precision
-weights) take IEEE's square root and quotient; beside stochastically rounded ones the fast ones do, within two
-units of the last place.
+8-bit states share scales in groups of rows that lie within a tile; their largest values go through shared
+memory, a float for each row. Where a tile has fewer rows than share a scale of the bias (K > 32), biases
+take a small launch of their own before.
+
+Coefficients, grad_scale, seeds and skip are read from memory, so that a CUDA graph holds the step;
+differences and inverses of coefficients are formed in float64. Exact states (float32, float64, those of
+half-precision weights) take IEEE's square root and quotient; beside stochastically rounded ones the fast
+ones do, within two units of the last place.
 """
 
 from __future__ import annotations
@@ -184,7 +190,7 @@ def update_generate_kernel(
         row_ptr, 0, first, offs, mask, in_n, STATES, K, GROUP, STORAGE, DTYPE, COMPUTE, MULTIPLE,
         STATE_MULTIPLE,
     )  # fmt: skip
-    in_trained = in_n & (trained_rows > 0)
+    in_trained = offs_n < trained_rows - first
     b, b0, b1 = load_parameter(
         row_ptr, 5, first, offs_n, in_n, in_trained, STATES if WITH_BIAS else 0, 1, BIAS_GROUP, STORAGE,
         DTYPE, COMPUTE, 1, 1,
@@ -261,8 +267,8 @@ class _Group(NamedTuple):
 
 
 def _groups(table: Sequence[tuple[int, ...]], multiple: int) -> dict[_Group, list[tuple[int, ...]]]:
-    """Rows of the kernels: those of the table without K, but with the number of their layer. multiple: bytes of
-    a state beside 16 bytes of the weight."""
+    """Rows of the kernels: those of the table without K, but with the number of their layer. multiple: bytes
+    of a state beside 16 bytes of the weight."""
     ordered = [(*row[:14], row[16], layer, row[14], row[15]) for layer, row in enumerate(table)]
     found: dict[_Group, list[tuple[int, ...]]] = {}
     for (K, is_aligned), rows in by_layout(ordered).items():
@@ -287,8 +293,8 @@ def launches(
 ) -> Iterator[Launch]:
     """table: (weight [N, K], state, its scales, second state, its scales, bias [N], its four, dw [N], z [K],
     new z [K], next weights [N], N, K, whether the bias is trained) for each layer, addresses of contiguous
-    memory on `device`, 0 for what is not there. rule: "adam" or "sgd"; storage: "plain", "bfloat16" or "8bit",
-    beside float32 only. coefficients, bias_coefficients: float64 [L, fields of the rule's NamedTuple];
+    memory on `device`, 0 for what is not there. rule: "adam" or "sgd"; storage: "plain", "bfloat16" or
+    "8bit", beside float32 only. coefficients, bias_coefficients: float64 [L, fields of the rule's row];
     grad_scale: float64 []; seeds: int64 [L] of 32 bits; skip: float32 [], where it is not 0 only the next
     weights are written. ValueError for an address between elements and for low-precision states beside other
     dtypes."""
@@ -321,3 +327,28 @@ def run(*arguments) -> None:
     """Updates in place and fills next weights; arguments of `launches`."""
     for launch in launches(*arguments):
         launch.run()
+
+
+def examples() -> list[tuple[str, Launch]]:
+    """Named launches to compile without a GPU: `full` first."""
+    found = []
+    for name, rule, storage, N, K, dtype, address in (
+        ("full, AdamW, float32", "adam", "plain", 1_179_648, 16, torch.float32, 16),
+        ("full, AdamW, 8-bit states", "adam", "8bit", 1_179_648, 16, torch.float32, 16),
+        ("full, AdamW, bfloat16 states", "adam", "bfloat16", 1_179_648, 16, torch.float32, 16),
+        ("K 16, AdamW, bfloat16", "adam", "plain", 4099, 16, torch.bfloat16, 16),
+        ("K 16, SGD with momentum, float32", "sgd", "plain", 4099, 16, torch.float32, 16),
+        ("K 512, AdamW, 8-bit states", "adam", "8bit", 4099, 512, torch.float32, 16),
+        ("K 17, AdamW, 8-bit states, misaligned", "adam", "8bit", 4099, 17, torch.float32, 4),
+        ("K 100, AdamW, float64", "adam", "plain", 4099, 100, torch.float64, 16),
+    ):
+        rows, bias_rows = (torch.zeros(8, FIELDS[rule], dtype=torch.float64) for _ in range(2))
+        scale, seeds, skip = (
+            torch.ones((), dtype=torch.float64),
+            torch.zeros(8, dtype=torch.int64),
+            torch.zeros(()),
+        )
+        table = [(*[address] * 14, N, K, 1)] * 8
+        made = launches(table, rows, bias_rows, rule, storage, scale, seeds, skip, dtype, torch.device("cpu"))
+        found += [(name, launch) for launch in made]
+    return found
