@@ -50,7 +50,7 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
 
 class Resources(NamedTuple):
     """What a compiled kernel takes: registers of a thread, bytes of stack a thread (spilled registers), bytes
-    of shared memory a block; threads of a block; the assembly, and Triton's own last form of the kernel, which
+    of shared memory a block; threads of a block; the assembly, and Triton's last own form of the kernel, that
     shows how its arrays lie over threads."""
 
     registers: int
