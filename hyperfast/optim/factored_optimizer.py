@@ -172,7 +172,8 @@ class FactoredOptimizer(torch.optim.Optimizer):
     ):
         if isinstance(params, nn.Module):
             params = params.parameters()
-        nonfinite = nonfinite or ("skip" if capturable else "raise")
+        if nonfinite is None:
+            nonfinite = "skip" if capturable else "raise"
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
         if capturable and nonfinite != "skip":
