@@ -207,7 +207,7 @@ def _recipes() -> Iterator[str]:
         for recipe in dict.fromkeys(recipes.values()):
             values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(recipe).items())
             models = ", ".join(name for name, own in recipes.items() if own == recipe)
-            yield f"{kind}, {models}: {values}."
+            yield f"{kind} for {models}: {values}."
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

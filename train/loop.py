@@ -139,6 +139,10 @@ class Trainer:
         self.recipe, self.circumstances = recipe, circumstances or {}
         self.stages, self.epoch_built = stages, 0
         self.device = torch.device(config.device)
+        on_cpu = self.device.type == "cpu"
+        self.window = 1 if on_cpu else WINDOW
+        # one on the CPU, where a batch stays in the cache
+        self.batches_at_once = 1 if on_cpu else max(1, CHUNK // config.batch_size)
         self.data = data.to(self.device)
         self.steps_per_epoch = len(data.train[1]) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -265,7 +269,7 @@ class Trainer:
             limit = min(limit, config.max_steps - self.steps)
         torch.manual_seed(derive_seed(config.seed, epoch, "model"))
         self.model.train()
-        meter = _Meter(epoch, 1 if self.device.type == "cpu" else WINDOW, self.device)
+        meter = _Meter(epoch, self.window, self.device)
         rate, started = None, self._seconds_to_start()
         self._wait_for_device()
         start, waiting = time.perf_counter(), _Stopwatch(self.device)
@@ -356,16 +360,12 @@ class Trainer:
         seed, size = self.config.seed, self.config.batch_size
         order = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
         chance = torch.Generator(self.device).manual_seed(derive_seed(seed, epoch, "augment"))
-        chunk = size * self._batches_at_once()
+        chunk = size * self.batches_at_once
         for x, y in batches(*self.data.train, chunk, shuffle=order, drop_last=False):
             whole = len(y) // size * size
             if whole:
                 x = self._layout(self.data.augment(x[:whole], chance))
                 yield from zip(x.split(size), y[:whole].split(size), strict=True)
-
-    def _batches_at_once(self) -> int:
-        """How many batches are augmented together: one on the CPU, where they stay in the cache."""
-        return 1 if self.device.type == "cpu" else max(1, CHUNK // self.config.batch_size)
 
     def _layout(self, x: Tensor) -> Tensor:
         return x.to(memory_format=torch.channels_last)

@@ -394,13 +394,13 @@ def test_every_epoch_has_its_own_order_and_augmentation(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(8, 4), (8, 1), (50, 3), (7, 100), (1, 16)])
-def test_chunks_hold_the_batches_of_the_epoch(tmp_path, monkeypatch, size, at_once):
+def test_chunks_hold_the_batches_of_the_epoch(tmp_path, size, at_once):
     """Same order and labels however many batches are augmented at once; every sample its own chance."""
     parts = data()
     parts.augment = lambda x, generator: x.float()
     trainer = make(tmp_path, parts=parts, batch_size=size)
     expected = list(trainer._train_batches(3))
-    monkeypatch.setattr(trainer, "_batches_at_once", lambda: at_once)
+    trainer.batches_at_once = at_once
     calls = []
     trainer.data.augment = lambda x, generator: (calls.append(len(x)), x.float())[1]
     got = list(trainer._train_batches(3))
