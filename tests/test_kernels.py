@@ -39,7 +39,6 @@ NOT_OF_KERNELS = "not compile and not opcheck and not memory_of_the_op and not t
             "not_trained_is_added or first_step_from_zero or guard_bytes or bumped",
         ),
         ("optim/test_adamw.py", "twenty_steps"),
-        ("optim/test_adam_sgd.py", "twenty_steps and not clip"),
     ],
 )
 def test_ops_and_optimizers_on_interpreted_kernels(file, tests):
@@ -53,6 +52,7 @@ def test_ops_and_optimizers_on_interpreted_kernels(file, tests):
     [
         ("ops/test_generate.py", "test_values or layers_in_one_call"),
         ("ops/test_generate_backward.py", f"{NOT_OF_KERNELS} and not do_not_serve"),
+        ("optim/test_adam_sgd.py", "twenty_steps"),
         ("test_states.py", "TestKernels and not thread_count or TestNumbersInTensors and auto"),
     ],
 )
