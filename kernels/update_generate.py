@@ -6,13 +6,13 @@ registers and the next forward reads no generator: w is bit for bit what generat
 update (rows.py).
 
 A program updates one tile of one layer, a launch all layers of one K. Everything a tile needs is asked for
-before its first use and before anything is stored: with AdamW six float4 for each thread. An H100 has room
-for six programs of 128 threads with 80 registers a multiprocessor: 74 KB in flight, where 18 KB (3.35 TB/s
-times 0.7 us, over 132) hide the latency. Sixteen elements a thread took 150 registers and left room for 256
-threads. All streams are cut alike, four elements of a float32 weight for a thread beside the four of each
-state, hence 16, 8 or 4 bytes an access. Weight and states are read and written once a step, `full` has
-twenty times the L2 cache of them: their lines are the first to leave it, which keeps dw, w and what the
-main network reads. Tile and warps await a measurement on a GPU.
+before its first use and before anything is stored: with AdamW six float4 for each thread. A multiprocessor
+of an H100 has room for five or six programs of 128 threads with 80 to 90 registers: over 60 KB in flight,
+where 18 KB (3.35 TB/s times 0.7 us, over 132) hide the latency. Sixteen elements a thread took 150
+registers and left room for 256 threads. All streams are cut alike, four elements of a float32 weight for a
+thread beside the four of each state, hence 16, 8 or 4 bytes an access. Weight and states are read and
+written once a step, `full` has twenty times the L2 cache of them: their lines are the first to leave it,
+which keeps dw, w and what the main network reads. Tile and warps await a measurement on a GPU.
 
 8-bit states share scales in groups of rows that lie within a tile; their largest values go through shared
 memory, a float for each row. Where a tile has fewer rows than share a scale of the bias (K > 32), biases

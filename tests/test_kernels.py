@@ -25,11 +25,40 @@ def test_under_the_interpreter():
     run_interpreted("tests/kernels")
 
 
+NOT_OF_KERNELS = "not compile and not opcheck and not memory_of_the_op and not thread_count"
+
+
 @pytest.mark.timeout(600)
-def test_ops_on_interpreted_kernels():
-    run_interpreted(
-        "tests/ops/test_generate.py", "-k", "not compile and not opcheck and not memory_of_the_op"
-    )
+@pytest.mark.parametrize(
+    "file, tests",
+    [
+        ("ops/test_generate.py", f"{NOT_OF_KERNELS} and not test_values and not layers_in_one_call"),
+        ("ops/test_generate_backward.py", "out_of_the_middle or no_layers or own_gradient or bad_input"),
+        (
+            "ops/test_adamw_generate.py",
+            "not_trained_is_added or first_step_from_zero or guard_bytes or bumped",
+        ),
+        ("optim/test_adamw.py", "twenty_steps"),
+    ],
+)
+def test_ops_and_optimizers_on_interpreted_kernels(file, tests):
+    run_interpreted(f"tests/{file}", "-k", tests)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "file, tests",
+    [
+        ("ops/test_generate.py", "test_values or layers_in_one_call"),
+        ("ops/test_generate_backward.py", f"{NOT_OF_KERNELS} and not do_not_serve"),
+        ("optim/test_adam_sgd.py", "twenty_steps"),
+        ("test_states.py", "TestKernels and not thread_count or TestNumbersInTensors and auto"),
+    ],
+)
+def test_all_sizes_on_interpreted_kernels(file, tests):
+    run_interpreted(f"tests/{file}", "-k", tests)
+
 
 
 @pytest.mark.timeout(600)

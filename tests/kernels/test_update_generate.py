@@ -136,7 +136,7 @@ class Problem:
 RULES = [("adam", 2), ("sgd", 1), ("sgd", 0)]
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule, count", RULES)
 def test_plain_states_equal_reference(rule, count, dtype, shift, device, assert_accurate):
     if shift and dtype != torch.float32:
@@ -155,7 +155,7 @@ def test_plain_states_equal_reference(rule, count, dtype, shift, device, assert_
 
 @pytest.mark.parametrize("storage", ["bfloat16", "8bit"])
 @pytest.mark.parametrize("rule", ["adam", "sgd"])
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stored_states_equal_the_specification_bit_for_bit(rule, storage, shift, device, assert_accurate):
     ours = Problem(rule, storage, torch.float32, device, shift)
     wanted = ours.expected()
