@@ -30,3 +30,9 @@ def test_ops_on_interpreted_kernels():
     run_interpreted(
         "tests/ops/test_generate.py", "-k", "not compile and not opcheck and not memory_of_the_op"
     )
+
+
+@pytest.mark.timeout(600)
+def test_layers_on_interpreted_kernels():
+    chosen = "middle or belong or only_one or factored_forms or autocast or leading or no_rows or no_images"
+    run_interpreted("tests/ops/test_hyper_layers.py", "-k", chosen)
