@@ -455,8 +455,9 @@ def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype, x_d
         block_o = min(max(_power(outputs), 16), 32 if weights > 256 else 16)
         block_i = min(max(_power(columns), 16), weights // block_o)
         return Tiles(min(max(_power(rows), 16), MOST_ROWS * scale), block_o, block_i, True)
-    # float32's elements, whose 8 x weights sums fill at most 64 registers
-    weights = min(TILE_BYTES // (16 if dtype == torch.float64 else 4) // _power(K), 2048)
+    # as many elements as in float32, so that the sums [rows, weights] fit the registers beside them
+    elements = TILE_BYTES // (16 if dtype == torch.float64 else 4) // (2 if rows > FEW_ROWS // 2 else 1)
+    weights = min(elements // _power(K), 1024)
     block_i = min(_power(columns), weights)
     return Tiles(min(_power(rows), FEW_ROWS), min(_power(outputs), weights // block_i), block_i, False)
 

@@ -71,3 +71,9 @@ def test_batch_norm_on_interpreted_kernels():
         "autograd_sees or needed or without_parameters or test_layouts or running_statistics_in or expanded"
         " or of_inference or (like_torch and momentum and 2-auto)",
     )
+
+
+@pytest.mark.timeout(600)
+def test_layers_on_interpreted_kernels():
+    chosen = "middle or belong or only_one or factored_forms or autocast or leading or no_rows or no_images"
+    run_interpreted("tests/ops/test_hyper_layers.py", "-k", chosen)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from hyperfast.kernels import hyper_conv2d
 from hyperfast.kernels.hyper_conv2d import FEW_ROWS, MOST_ROWS, launches, run, run_backward
+from hyperfast.nn import HyperConv2d, HyperLinear
+from hyperfast.ops.hyper_layers import merged_wins
 from hyperfast.ops.merged import Geometry, expression
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -119,7 +121,7 @@ def test_equals_reference(name, dtype, device, assert_accurate):
     check(CASES[name], dtype, device, assert_accurate)
 
 
-@pytest.mark.parametrize("name", ["few rows", "K 100, no tensor cores", "pairs"])
+@pytest.mark.parametrize("name", ["few rows", "K 100, no tensor cores", "3x3"])
 def test_float64(name, device, assert_accurate):
     check(CASES[name], torch.float64, device, assert_accurate)
 
@@ -205,6 +207,35 @@ def test_few_blocks_are_cut_into_parts(rows, inputs, K, device, assert_accurate)
         launch.run()
     wanted = expression(*(t.cpu().double() for t in tensors), case.geometry)
     assert_accurate(y.cpu(), wanted, dtype)
+
+
+def test_rule(device):
+    """Where `auto` merges: few rows, and never with gradients."""
+
+    def most(K: int, dtype: torch.dtype) -> int:
+        weight = torch.empty(64, K, dtype=dtype, device=device)
+        assert not merged_wins(1, weight, needs_grad=True)
+        return max(rows for rows in range(1, 200) if merged_wins(rows, weight, needs_grad=False))
+
+    assert [most(16, dtype) for dtype in (*FLOATS, torch.float64)] == [32, 32, 32, 8]
+    assert [most(64, torch.float32), most(65, torch.float32)] == [32, 8]
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)
+def test_layers_in_evaluation(precision, device, monkeypatch):
+    """They merge, under autocast too, where x reaches the kernels in its dtype."""
+    given = []
+    monkeypatch.setattr(hyper_conv2d, "run", lambda x, *rest: given.append(x.dtype) or run(x, *rest))
+    torch.manual_seed(1)
+    convolution, linear = HyperConv2d(2, 3, 3, padding=1, z_dim=4), HyperLinear(12, 5, z_dim=4)
+    model = torch.nn.Sequential(convolution, torch.nn.Flatten(), linear).to(device)
+    x = torch.randn(2, 2, 2, 2, device=device)
+    trained = model(x).detach()
+    with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision is not None):
+        y = model(x)
+    assert given == [precision or torch.float32] * 2
+    assert y.dtype == (precision or torch.float32)
+    assert (y - trained).norm() <= (1e-6 if precision is None else 0.02) * trained.norm()
 
 
 def test_float32_follows_torch():
