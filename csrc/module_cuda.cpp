@@ -66,7 +66,8 @@ void check_present(const std::string& where, const char* names, std::initializer
 void check_aligned(const std::string& where, std::initializer_list<int64_t> addresses, int64_t bytes) {
   for (const int64_t address : addresses)
     if (address % bytes)
-      throw py::value_error(where + "a pointer is not aligned to elements of " + std::to_string(bytes) + " bytes");
+      throw py::value_error(where + "a tensor begins at an address that is no multiple of its elements' " +
+                            std::to_string(bytes) + " bytes: clone() it");
 }
 
 void check_done(const char* op, const char* error) {
@@ -143,9 +144,8 @@ void update_generate_binding(const Rows<17>& segments, int64_t coefficients, int
   if (stored != Storage::plain && info.dtype != DType::f32)
     throw py::value_error("states are stored as " + storage + " beside float32 weights only, got " + dtype);
   const int64_t state_bytes = stored == Storage::plain ? info.bytes : stored == Storage::bfloat16 ? 2 : 1;
-  const bool with_states = kind == Rule::adam || (!segments.empty() && segments[0][1]);
-  if (stored != Storage::plain && !with_states)
-    throw py::value_error("there is no state to store as " + storage);
+  bool with_states = kind == Rule::adam || stored != Storage::plain;
+  for (const auto& segment : segments) with_states = with_states || segment[1];
   const int states = kind == Rule::adam ? 2 : with_states ? 1 : 0;
   check_present("", "coefficients, bias_coefficients, grad_scale and seeds",
                 {coefficients, bias_coefficients, grad_scale, seeds});

@@ -29,7 +29,7 @@ GOOD = (64, 0, 128, 192, 5, 3)
         ((64, 0, 128, 192, 5, 513), "float32", ValueError, "K is 513"),
         ((64, 0, 128, 192, -1, 3), "float32", ValueError, "N is -1"),
         ((0, 0, 128, 192, 5, 3), "float32", ValueError, "must not be null"),
-        ((66, 0, 128, 192, 5, 3), "float32", ValueError, "not aligned to elements of 4 bytes"),
+        ((66, 0, 128, 192, 5, 3), "float32", ValueError, "no multiple of its elements' 4 bytes"),
         ((64, 0, 128, 192, 5), "float32", TypeError, "incompatible function arguments"),
     ],
 )

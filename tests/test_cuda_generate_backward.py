@@ -58,8 +58,8 @@ GOOD = (64, 128, 192, 256, 5, 3)
         ((64, 0, 192, 256, 5, 3), 512, "weight, dw and scratch must not be null"),
         (GOOD, 0, "weight, dw and scratch must not be null"),
         ((64, 128, 0, 256, 5, 3), 512, "dz and squared_norm must not be null"),
-        ((64, 130, 192, 256, 5, 3), 512, "not aligned to elements of 4 bytes"),
-        ((64, 128, 192, 260, 5, 3), 512, "not aligned to elements of 8 bytes"),
+        ((64, 130, 192, 256, 5, 3), 512, "no multiple of its elements' 4 bytes"),
+        ((64, 128, 192, 260, 5, 3), 512, "no multiple of its elements' 8 bytes"),
     ],
 )
 def test_bad_input_never_reaches_the_gpu(segment, scratch, said):

@@ -83,7 +83,7 @@ def test_a_result_does_not_depend_on_other_rows(cuda_kernels):
         ((64,) * 7, (1, 4, 4, 4), "float64", "dtype is 'float64'; wanted float32"),
         ((64, 0, 64, 0, 0, 64, 64), (1, 4, 4, 4), "float32", "weight, z, x and y must not be null"),
         ((64, 0, 64, 64, 0, 64, 0), (1, 4, 400, 4), "float32", "scratch must not be null"),
-        ((66, 0, 64, 64, 0, 64, 64), (1, 4, 4, 4), "float32", "not aligned to elements of 4 bytes"),
+        ((66, 0, 64, 64, 0, 64, 64), (1, 4, 4, 4), "float32", "no multiple of its elements' 4 bytes"),
     ],
 )
 def test_bad_input_never_reaches_the_gpu(tensors, sizes, dtype, said):

@@ -216,10 +216,10 @@ def changed(**fields: int) -> tuple:
         (ROW, "8bit", "float32", 64, "scales must not be null"),
         (ROW, "8bit", "float64", 64, "beside float32 weights only"),
         (ROW, "4bit", "float32", 64, "storage is '4bit'; wanted one of 8bit, bfloat16, plain"),
-        (changed(weight=66), "plain", "float32", 64, "not aligned to elements of 4 bytes"),
-        (changed(s0=65), "bfloat16", "float32", 64, "not aligned to elements of 2 bytes"),
+        (changed(weight=66), "plain", "float32", 64, "no multiple of its elements' 4 bytes"),
+        (changed(s0=65), "bfloat16", "float32", 64, "no multiple of its elements' 2 bytes"),
         (ROW, "plain", "float32", 0, "coefficients, bias_coefficients, grad_scale and seeds must not be null"),
-        (ROW, "plain", "float32", 60, "not aligned to elements of 8 bytes"),
+        (ROW, "plain", "float32", 60, "no multiple of its elements' 8 bytes"),
     ],
 )
 def test_bad_input_never_reaches_the_gpu(row, storage, dtype, numbers, said):

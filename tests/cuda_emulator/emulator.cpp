@@ -208,7 +208,7 @@ void run_block() {
   at_barrier = ended = 0;
   while (failure.empty()) {
     const int next = choose();
-    if (next < 0 && in_flight.empty()) break;
+    if (next < 0 && (in_flight.empty() || ended == thread_count)) break;
     if (next < 0) {
       arrive_one();
       continue;
