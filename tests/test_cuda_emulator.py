@@ -1,4 +1,4 @@
-"""The emulator that runs CUDA kernels on the CPU finds the faults planted in tests/cuda_emulator/faults.cu."""
+"""The emulator that runs CUDA kernels on the CPU finds the faults planted in faults.cu."""
 
 import ctypes
 import os
