@@ -9,7 +9,8 @@ from tests.cuda_emulator import build
 from tests.cuda_emulator.kernels import Kernels, address, dtype_name
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# M: rows of a thread and one more, all; O: outputs of a block and one more; I: part of a tile, one, several; K: one access, one lane's more, a ring of two stages (512)
+# M: rows of a thread and one more, all; O: outputs of a block and one more; I: part of a tile, one, several;
+# K: one access, one lane's more, a ring of two stages (512)
 SIZES = [(1, 1, 1, 1), (3, 5, 7, 3), (1, 33, 40, 16), (8, 32, 64, 16), (9, 31, 17, 4), (17, 20, 33, 17)]
 SIZES += [(64, 40, 50, 16), (63, 65, 9, 100), (5, 3, 70, 512), (33, 4, 3, 64)]
 
