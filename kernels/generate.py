@@ -40,7 +40,10 @@ def generate_fwd_kernel(
     N = tl.load(row_ptr + 4)
     N_bias = tl.where(tl.load(row_ptr + 1) == 0, 0, N)
 
-    offs_n, offs_k, offs, mask = row_tile(block.to(tl.int64) * BLOCK_N, N, K, BLOCK_K, BLOCK_N)
+    first = block.to(tl.int64) * BLOCK_N
+    offs, mask = row_tile(N - first, K, BLOCK_K, BLOCK_N)
+    offs_n, offs_k = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    weight_ptr += first * K
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
     z = tl.load(z_ptr + offs_k, mask=offs_k < K, other=0.0).to(COMPUTE)
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N_bias, other=0.0).to(COMPUTE)
@@ -66,3 +69,19 @@ def run(table: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.devi
     """Fills every `out`."""
     for launch in launches(table, dtype, device):
         launch.run()
+
+
+def examples() -> list[tuple[str, Launch]]:
+    """Named launches to compile without a GPU: `full` first."""
+    device, found = torch.device("cpu"), []
+    for name, N, K, dtype, weight in (
+        ("full, float32", 1_179_648, 16, torch.float32, 16),
+        ("full, bfloat16", 1_179_648, 16, torch.bfloat16, 16),
+        ("K 512, float32", 4099, 512, torch.float32, 16),
+        ("K 17, float32, misaligned", 4099, 17, torch.float32, 4),
+        ("K 100, float64", 4099, 100, torch.float64, 16),
+        ("K 1, float16", 4099, 1, torch.float16, 16),
+    ):
+        (launch,) = launches([(weight, 16, 16, 16, N, K)] * 8, dtype, device)
+        found.append((name, launch))
+    return found

@@ -1,15 +1,17 @@
 """generate_backward: dz[k] = sum_n weight[n, k] dw[n] and |dw|^2, for all layers of a network.
 
-The gradient of weight is dw outer z: rank one, never formed. Floor: the N K elements of weight are read once.
+The gradient of weight is dw outer z: rank one, never formed. Floor: the N K elements of weight are read
+once.
 
 A program sums a chunk of 65,536 elements, sixteen tiles one after another, and leaves K + 1 partial sums in
-float64, at K = 16 0.05 % of the bytes it read. `full` has 1,300 chunks, an H100 room for 660 programs (48
+float64, at K = 16 0.05 % of the bytes it read. `full` has 1,300 chunks, an H100 room for 528 programs (64
 registers, 256 threads). A second launch, of one small program for each layer and 32 columns, adds them up.
-Loads are not pipelined through shared memory: each thread has four float4 in flight, an SM 80 KiB, where its
-share of 3.35 TB/s times a latency of 0.7 us is 18 KiB. Whether other chunks or tiles do better awaits a GPU.
+Loads are not pipelined through shared memory: each thread has four float4 in flight, an SM 64 KiB, where
+its share of 3.35 TB/s times a latency of 0.7 us is 18 KiB. Whether other chunks or tiles do better awaits a
+GPU.
 
 dz adds N terms: a lane adds at most 64 in the compute type before lanes are added in pairs, all else is in
-float64, so are the squares of dw. The order depends on N and K alone.
+float64, so are the squares of dw. The order is a property of the layer (rows.py).
 """
 
 from __future__ import annotations
@@ -54,8 +56,10 @@ def generate_bwd_kernel(
     squares = tl.zeros((BLOCK_N,), tl.float64)
     begin = chunk.to(tl.int64) * (TILES * BLOCK_N)
     for first in range(begin, tl.minimum(begin + TILES * BLOCK_N, N), BLOCK_N):
-        offs_n, _, offs, mask = row_tile(first, N, K, BLOCK_K, BLOCK_N)
-        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        offs, mask = row_tile(N - first, K, BLOCK_K, BLOCK_N)
+        tile_ptr = weight_ptr + first * K + offs
+        weight = tl.load(tile_ptr, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        offs_n = first + tl.arange(0, BLOCK_N)
         dw = tl.load(dw_ptr + offs_n, mask=offs_n < N, other=0.0)
         dz += weight * dw.to(COMPUTE)[:, None]
         squares += dw.to(tl.float64) * dw.to(tl.float64)
@@ -94,9 +98,9 @@ def generate_bwd_sum_kernel(
 
 
 def launches(table: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:
-    """table: (weight [N, K], dw [N], dz [K], squared norm, N, K) for each layer, the first four as addresses of
-    contiguous memory on `device`, of `dtype` but for the norm, one float64. ValueError for an address between
-    elements."""
+    """table: (weight [N, K], dw [N], dz [K], squared norm, N, K) for each layer, the first four as addresses
+    of contiguous memory on `device`, of `dtype` but for the norm, one float64. ValueError for an address
+    between elements."""
     check_aligned((address for row in table for address in row[:3]), dtype.itemsize)
     check_aligned((row[3] for row in table), 8)
     chunks = [triton.cdiv(row[4], TILES * tile(row[5])["BLOCK_N"]) for row in table]
@@ -105,14 +109,20 @@ def launches(table: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch
     partials = {"partials_ptr": torch.empty(offsets[-1], dtype=torch.float64, device=device)}
     types = {"DTYPE": TRITON_TYPES[dtype], "COMPUTE": compute_type(dtype)}
 
-    found = [(*row[:2], offset, count, *row[4:]) for row, offset, count in zip(table, offsets, chunks)]
+    found = [
+        (*row[:2], offset, count, *row[4:])
+        for row, offset, count in zip(table, offsets[:-1], chunks, strict=True)
+    ]
     for (K, is_aligned), rows in by_layout(found).items():
         made = segments([(*row[:3], row[4]) for row in rows], [row[3] for row in rows], device)
         constants = tile(K) | types | {"TILES": TILES, "MULTIPLE": 16 if is_aligned else 1}
         arguments = made.arguments() | partials | constants
         yield Launch(generate_bwd_kernel, (made.blocks,), arguments, num_warps=WARPS)
 
-    rows = [(*row[2:4], offset, count, row[5]) for row, offset, count in zip(table, offsets, chunks)]
+    rows = [
+        (*row[2:4], offset, count, row[5])
+        for row, offset, count in zip(table, offsets[:-1], chunks, strict=True)
+    ]
     made = segments(rows, [triton.cdiv(row[4] + 1, BLOCK_J) for row in rows], device)
     constants = {"BLOCK_C": BLOCK_C, "BLOCK_J": BLOCK_J} | types
     arguments = made.arguments() | partials | constants
@@ -123,3 +133,21 @@ def run(table: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.devi
     """Fills every dz and squared norm."""
     for launch in launches(table, dtype, device):
         launch.run()
+
+
+def examples() -> list[tuple[str, Launch]]:
+    """Named launches to compile without a GPU: `full` first."""
+    device, found = torch.device("cpu"), []
+    for name, N, K, dtype, weight in (
+        ("full, float32", 1_179_648, 16, torch.float32, 16),
+        ("full, bfloat16", 1_179_648, 16, torch.bfloat16, 16),
+        ("K 512, float32", 4099, 512, torch.float32, 16),
+        ("K 17, float32, misaligned", 4099, 17, torch.float32, 4),
+        ("K 100, float64", 4099, 100, torch.float64, 16),
+        ("K 1, float16", 4099, 1, torch.float16, 16),
+    ):
+        first, last = launches([(weight, 16, 16, 16, N, K)] * 8, dtype, device)
+        found.append((name, first))
+        if name.startswith("full"):
+            found.append((name, last))
+    return found

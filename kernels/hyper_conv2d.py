@@ -1,29 +1,30 @@
 """hyper_conv2d: generation merged with the convolution, or linear layer, that uses the weights.
 
-y[m, o] = sum_i x_col[m, i] w[o, i] + layer_bias[o], w[o, i] = sum_k weight[o I + i, k] z[k] + bias[o I + i], for
-M = B H' W' rows and I = C / groups R S columns i = (c, r, s) of each group: an implicit matrix product that gathers
-its rows from x by index arithmetic and makes each tile of w on chip. A linear layer is a 1 x 1 convolution of
-1 x 1 images.
+y[m, o] = sum_i x_col[m, i] w[o, i] + layer_bias[o], w[o, i] = sum_k weight[o I + i, k] z[k] + bias[o I +
+i], for M = B H' W' rows and the I = C / groups R S columns i = (c, r, s) of a group: an implicit matrix
+product that gathers its rows from x by index arithmetic and makes each tile of w on chip. A linear layer is
+a 1 x 1 convolution of 1 x 1 images.
 
-Floors of the forward: N K elements of the generator over the bandwidth; 2 N K operations of generation in
-float32 and 2 M N of the product. Generating first adds only 2 N elements (w written, then read, often in L2) and a
-launch: merging may cost no more than that, and every further block of rows generates the tiles again, N K
-elements from L2. So BLOCK_M takes all rows up to 128, programs of one tile of w are neighbours in the grid, and
-`merged_wins` (hyperfast.ops.hyper_layers) takes this path up to one block of rows only.
+Floor of the forward: the N K elements of the generator over the bandwidth; beside it 2 N K operations of
+generation, in float32, and 2 M N of the product. Generating first adds 2 N elements (w written and read,
+mostly in L2) and a launch: merging may cost no more than that, but each further block of rows makes the
+tiles again from N K elements in L2. So a block takes all rows up to 128 (64 in float32), programs of one
+tile of w are neighbours in the grid, and `merged_wins` (hyperfast.ops.hyper_layers) takes this path for few
+rows only.
 
-Up to 8 rows a product of tiles would leave 1/2 of the tensor cores' 16 rows empty and pass w through shared
-memory: there, and for float64 and K over 64 (a tile of 16 x 16 weights no longer fits the registers), weights
-are multiplied and added where they were made, and the sum over i follows at the end. Else tensor cores
-multiply: float16 and bfloat16, TF32 if torch.backends.cuda.matmul allows it; float32 otherwise, in ordinary
-registers, which is exact and slower.
+- Up to 8 rows a product of tiles would leave half of the tensor cores' 16 rows empty and pass w through
+  shared memory. There, for float64, and for K over 64 (a tile of 16 x 16 outputs and columns would not fit
+  the registers), weights are multiplied where they were made and added up at the end. Blocks are long in I
+  and short in O: enough of them that no sum is cut.
+- Beyond, tensor cores multiply what is generated in float32 and rounded to x's type: float16, bfloat16, and
+  TF32 if torch.backends.cuda.matmul.fp32_precision says so. Float32 otherwise goes through ordinary
+  registers. Loads run two tiles ahead. Where there are fewer blocks than a GPU runs at a time, the sum is
+  cut into parts, added up in their order by a second kernel: 8 bytes for each output, row and part.
 
-Where the tiles are fewer than the GPU runs at a time (132 multiprocessors, two blocks each) the sum is cut into parts
-added up afterwards in a fixed order. Sizes and splits depend on shapes and dtype alone; they follow from the
-arithmetic above and await measurement.
-
-Backward: dx gathers, for each pixel of x, the outputs it meets (generating again); dw[n] = sum_m dy[m, o]
-x_col[m, i] and, in the same program while rows fit in one block, dz[k] = sum_n dw[n] weight[n, k]. Floor: the
-generator read twice, once for dx and once for dz.
+Backward: dx gathers, for each pixel of x, the outputs it meets, and generates again; dw[n] = sum_m dy[m, o]
+x_col[m, i] and, in the same program while the rows fit in one block, dz[k] = sum_n dw[n] weight[n, k].
+Floor: the generator read twice, once for dx and once for dz. No sum depends on timing. The sizes of blocks
+and parts depend on shapes and dtypes alone; they follow from the above and await measurement on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch import Tensor
 from hyperfast.kernels.launch import INTERPRETED, TRITON_TYPES, Launch, compute_type
 
 FEW_ROWS = 8  # up to here without tensor cores
-MOST_ROWS = 128  # of a block
+MOST_ROWS = 64  # of a block in float32; twice that in half precision
 DOT_K = 64  # beyond, without tensor cores
 TILE_BYTES = 32768  # of the generator, for each step of a block
 PROGRAMS = {True: 2 * 132, False: 4 * 132}  # with tensor cores: blocks that 132 multiprocessors run at a time
@@ -145,9 +146,8 @@ def hyper_conv2d_fwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # grid: (row blocks x output blocks x groups, the rows fastest; parts of `chunk` steps); a step is BLOCK_I
-    # columns, or BY_TAP as many channels at one place (r, s) of the kernel, so that x in channels_last is read in
-    # vectors
+    # grid: (row blocks x output blocks x groups, the rows fastest; parts of `chunk` steps). A step is BLOCK_I
+    # columns or, BY_TAP, as many channels at one place (r, s) of the kernel: channels_last comes in vectors
     pid = tl.program_id(0)
     row_blocks, output_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
     group = pid // row_blocks // output_blocks
@@ -266,9 +266,9 @@ def hyper_conv2d_bwd_x_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # dx[p, c] = sum over outputs o and places (r, s) of the kernel of dy[the output pixel there, o] w[o, c, r, s]
-    # grid: (pixel blocks x channel blocks x groups, the pixels fastest; parts of `chunk` steps); a step is
-    # BLOCK_O outputs at one place of the kernel
+    # dx[p, c] = sum over o, r, s of dy[the pixel that p meets there, o] w[o, c, r, s]
+    # grid: (pixel blocks x channel blocks x groups, the pixels fastest; parts of `chunk` steps). A step is
+    # BLOCK_O outputs at one place (r, s) of the kernel
     pid = tl.program_id(0)
     pixel_blocks, channel_blocks = tl.cdiv(P, BLOCK_P), tl.cdiv(C, BLOCK_C)
     group = pid // pixel_blocks // channel_blocks
@@ -359,8 +359,8 @@ def hyper_conv2d_bwd_w_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # grid: (column blocks x output blocks x groups; parts of `chunk` rows). dw_ptr or dz_ptr may be None; dz_ptr,
-    # [grid, K], takes this tile's part of dz, and asks for one part only
+    # grid: (column blocks x output blocks x groups; parts of `chunk` rows). dw_ptr or dz_ptr may be None;
+    # dz_ptr [grid, K] takes each tile's share of dz and asks for one part only
     pid = tl.program_id(0)
     I = C * (R * S)
     column_blocks, output_blocks = tl.cdiv(I, BLOCK_I), tl.cdiv(O, BLOCK_O)
@@ -450,15 +450,15 @@ def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype, x_d
     """By the sizes of a group and the dtypes of the generator and of x; see the head of this file."""
     dot = rows > FEW_ROWS and K <= DOT_K and dtype != torch.float64
     if dot:  # a tile of at least 16 x 16, the least that tensor cores take
-        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), 4096)
-        block_o = min(max(_power(outputs), 16), 64 if weights > 1024 else 32 if weights > 256 else 16)
-        block_i = min(max(_power(columns), 16), 64, weights // block_o)
-        most_rows = MOST_ROWS // 2 if x_dtype == torch.float32 else MOST_ROWS  # registers
-        return Tiles(min(max(_power(rows), 16), most_rows), block_o, block_i, True)
+        scale = 1 if x_dtype == torch.float32 else 2  # float32 products take twice the registers
+        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), 512 * scale)
+        block_o = min(max(_power(outputs), 16), 32 if weights > 256 else 16)
+        block_i = min(max(_power(columns), 16), weights // block_o)
+        return Tiles(min(max(_power(rows), 16), MOST_ROWS * scale), block_o, block_i, True)
     # float32's elements, whose 8 x weights sums fill at most 64 registers
     weights = min(TILE_BYTES // (16 if dtype == torch.float64 else 4) // _power(K), 2048)
-    block_i = min(_power(columns), 64, weights)
-    return Tiles(min(_power(rows), FEW_ROWS), min(_power(outputs), 64, weights // block_i), block_i, False)
+    block_i = min(_power(columns), weights)
+    return Tiles(min(_power(rows), FEW_ROWS), min(_power(outputs), weights // block_i), block_i, False)
 
 
 def _parts(steps: int, blocks: int, dot: bool) -> tuple[int, int]:
@@ -474,8 +474,8 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 class _Layer:
-    """Sizes of one call and the arguments its kernels share. geometry: R, S, stride (2), padding (top, bottom,
-    left, right), dilation (2), groups."""
+    """Sizes of one call and the arguments its kernels share. geometry: R, S, stride (2), padding (top,
+    bottom, left, right), dilation (2), groups."""
 
     def __init__(self, x: Tensor, z: Tensor, weight: Tensor, y: Tensor, geometry: tuple[int, ...]):
         R, S, stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w, self.groups = geometry
@@ -502,11 +502,10 @@ class _Layer:
         )
 
     def launch(self, kernel, grid: tuple[int, ...], dot: bool, **arguments) -> Launch:
-        """With those of the shared arguments that the kernel has. The interpreter cannot multiply bfloat16."""
-        on_cores = (
-            tl.float32 if INTERPRETED and self.x_dtype == torch.bfloat16 else TRITON_TYPES[self.x_dtype]
-        )
-        arguments = self.shared | {"DOT": on_cores if dot else None} | arguments
+        """With those of the shared arguments that the kernel has."""
+        replaced = INTERPRETED and self.x_dtype == torch.bfloat16  # which the interpreter cannot multiply
+        factors = TRITON_TYPES[torch.float32 if replaced else self.x_dtype]
+        arguments = self.shared | {"DOT": factors if dot else None} | arguments
         arguments = {name: arguments[name] for name in kernel.arg_names}
         return Launch(kernel, grid, arguments, num_warps=WARPS, num_stages=STAGES)
 
@@ -538,7 +537,7 @@ def launches(
     """Fills y [B, O, H', W'], dense in memory, in x's dtype. x [B, groups C, H, W] has any strides; z [K],
     weight [N, K], bias [N], layer_bias [O] are contiguous and of one dtype. geometry: see `_Layer`."""
     layer = _Layer(x, z, weight, y, geometry)
-    by_tap = layer.taps > 1 and layer.C >= 16
+    by_tap = layer.taps > 1 and layer.C >= 16 and layer.rows > FEW_ROWS
     columns, repeats = (layer.C, layer.taps) if by_tap else (layer.I, 1)
     block_m, block_o, block_i, dot = layer.tiles(layer.rows, columns)
     blocks = triton.cdiv(layer.rows, block_m) * layer.groups * triton.cdiv(layer.O, block_o)
@@ -574,7 +573,7 @@ def backward_launches(
 
 
 def _dx_launches(layer: _Layer, dy: Tensor, bias: Tensor | None, dx: Tensor) -> Iterator[Launch]:
-    block_p, block_o, block_c, dot = layer.tiles(layer.pixels, layer.C)
+    block_p, block_o, block_c, dot = layer.tiles(layer.pixels, min(layer.C, 64))
     blocks = triton.cdiv(layer.pixels, block_p) * layer.groups * triton.cdiv(layer.C, block_c)
     parts, chunk = _parts(triton.cdiv(layer.O, block_o) * layer.taps, blocks, dot)
     out = dx if parts == 1 else layer.scratch(dx.device, parts, dx.numel())
@@ -590,8 +589,8 @@ def _dx_launches(layer: _Layer, dy: Tensor, bias: Tensor | None, dx: Tensor) -> 
 def _dw_launches(
     layer: _Layer, dy: Tensor, x: Tensor, dz: Tensor | None, dw: Tensor | None
 ) -> Iterator[Launch]:
-    """dz in the pass that makes dw where that has all rows in one block and a tile fits the registers beside the
-    generator's; else from dw, in the pass that adds up its parts."""
+    """dz in the pass that makes dw, where one block has all rows and its tile of the generator fits the
+    registers; else in the pass that adds up the parts of dw."""
     block_m, block_o, block_i, dot = layer.tiles(layer.rows, layer.I)
     one_pass = layer.rows <= block_m
     if not one_pass:
@@ -638,7 +637,7 @@ PADDED = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1)
 def _example(
     B: int, I: int, O: int, side: int, geometry: tuple[int, ...], dtype: torch.dtype, backward: bool
 ):
-    """The launches of a layer of `full`, on tensors without memory."""
+    """Those of a layer of `full`, on tensors without memory."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -653,21 +652,22 @@ def _example(
 
 
 def examples() -> list[tuple[str, Launch]]:
-    """(name, launch) of layers of `full`, K = 16, for looking at what they compile to."""
+    """(name, launch) of layers of `full`, K = 16, to see what they compile to; the last of a case's sums."""
     half, single = torch.bfloat16, torch.float32
-    cases = [
-        ("fc1, 64 rows, bf16", (64, 512, 1024, 1, LINEAR, half)),
-        ("conv5, 64 rows, bf16", (16, 512, 512, 2, PADDED, half)),
-        ("fc1, 64 rows, fp32", (64, 512, 1024, 1, LINEAR, single)),
-        ("fc1, 1 row, fp32", (1, 512, 1024, 1, LINEAR, single)),
-        ("fc2, 1 row, bf16", (1, 1024, 512, 1, LINEAR, half)),
-        ("conv5, 256 rows, fp32", (64, 512, 512, 2, PADDED, single)),
-        ("conv3, 256 rows, bf16", (4, 128, 256, 8, PADDED, half)),
-        ("fc2, 256 rows, fp16", (256, 1024, 512, 1, LINEAR, torch.float16)),
-    ]
-    return [
-        (f"{launch.kernel.__name__}, {name}", launch)
-        for name, case in cases
+    cases = {
+        "conv5, 64 rows, bf16": (16, 512, 512, 2, PADDED, half),
+        "fc1, 1 row, fp32": (1, 512, 1024, 1, LINEAR, single),
+        "fc1, 64 rows, bf16": (64, 512, 1024, 1, LINEAR, half),
+        "fc1, 64 rows, fp32": (64, 512, 1024, 1, LINEAR, single),
+        "conv5, 64 rows, fp32": (16, 512, 512, 2, PADDED, single),
+        "conv3, 256 rows, bf16": (4, 128, 256, 8, PADDED, half),
+        "fc2, 1 row, bf16": (1, 1024, 512, 1, LINEAR, half),
+        "fc2, 256 rows, fp16": (256, 1024, 512, 1, LINEAR, torch.float16),
+    }
+    named = {
+        f"{launch.kernel.__name__}, {name}": launch
+        for name, case in cases.items()
         for backward in (False, True)
         for launch in _example(*case, backward)
-    ]
+    }
+    return list(named.items())

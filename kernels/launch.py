@@ -50,7 +50,7 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
 
 class Resources(NamedTuple):
     """What a compiled kernel takes: registers of a thread, bytes of stack a thread (spilled registers), bytes
-    of shared memory a block; threads of a block; the assembly, and Triton's own last form of the kernel, which
+    of shared memory a block; threads of a block; the assembly, and Triton's last own form of the kernel, that
     shows how its arrays lie over threads."""
 
     registers: int
@@ -127,7 +127,7 @@ def _specialise(value: Any, parameter: Any) -> tuple[str, bool, bool]:
             return "constexpr", True, False
         kind = "i32" if -(2**31) <= value < 2**31 else "i64"
         return kind, False, special and value % 16 == 0
-    return "fp32", False, False
+    return parameter.annotation_type or "fp32", False, False
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

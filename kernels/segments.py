@@ -102,8 +102,8 @@ def _made(rows, blocks, device, host_memory: Callable[[int], Tensor]) -> Segment
 
 
 def check_aligned(addresses: Iterable[int], size: int) -> None:
-    """ValueError for an address (0: none) that is no multiple of `size`, the bytes of an element: kernels read
-    elements where elements may lie."""
+    """ValueError for an address (0: none) that is no multiple of `size`, the bytes of an element: kernels
+    read elements where elements may lie."""
     for address in addresses:
         if address % size:
             raise ValueError(
@@ -124,7 +124,7 @@ def find_segment(rows_ptr, starts_ptr, L, FIELDS: tl.constexpr, BLOCK_L: tl.cons
 
 @triton.jit
 def pointer(row_ptr, field: tl.constexpr, dtype: tl.constexpr, multiple: tl.constexpr = 1):
-    """The address in a field of the row, known to be a multiple of that many bytes: what one load may take."""
+    """The address in a field of the row, a multiple of that many bytes: what one load may take."""
     address = tl.load(row_ptr + field).to(tl.pointer_type(dtype))
     if multiple > 1:
         address = tl.multiple_of(address, multiple)

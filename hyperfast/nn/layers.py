@@ -13,7 +13,7 @@ from torch.nn.modules.utils import _pair
 from hyperfast import ops
 from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
-from hyperfast.ops._library import needs_function, no_autocast
+from hyperfast.ops._library import autocast_dtype, needs_function, no_autocast
 from hyperfast.ops.hyper_layers import geometry_of, merged_wins
 
 
@@ -56,7 +56,7 @@ class HyperLayer(nn.Module):
         if (
             g._forward_hooks
             or g._forward_pre_hooks
-            or x.dtype != g.weight.dtype
+            or x.dtype not in (g.weight.dtype, autocast_dtype(g.weight))
             or x.device != g.weight.device
         ):
             return None

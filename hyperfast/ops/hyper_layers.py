@@ -33,13 +33,11 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     gradients: merging wins there only up to about 16 rows, and the forwards of a training must not depend, in
     the last bit, on whether the optimizer left the next weights.
 
-    On a GPU by arithmetic, which awaits measurement: merging saves a launch and 2 N of N (K + 3) elements, and
-    a second block of rows would read the generator again, N K elements. So up to one block of rows: 128 on
-    tensor cores, half of that in a convolution, whose gathering costs about as many loads then as the
-    generator; float32 without TF32 up to 8 K rows, beyond which its product takes longer than the reading
-    (2 rows operations against 4 K bytes a weight, at 25 TFLOP/s and 3.35 TB/s, with a margin of two); 8 rows
-    where the kernels do not use tensor cores (float64, K over 64). The CUDA C++ kernel, which serves where
-    Triton does not, is for linear layers alone, up to 64 rows.
+    On a GPU by arithmetic, which awaits measurement (kernels/hyper_conv2d.py): merging saves 2 N of N (K + 3)
+    elements. Up to 8 rows it saves a launch too. Then the sum over the columns is cut into parts, 8 bytes
+    for each part, row and output: what merging saves is used up at 64 rows of a 512 -> 1024 layer in float32,
+    at 32 in half precision. Without tensor cores (float64, K over 64) 9 rows read the generator twice. The
+    CUDA C++ kernel, which serves where Triton does not, is for linear layers alone, up to 64 rows.
     """
     engine = "reference" if needs_grad else generator_engine([weight], cuda="hyper_linear")
     if engine == "cpu":
@@ -47,15 +45,8 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
         return rows <= (limit // 4 if convolution else limit)
     if engine == "cuda":
         return not convolution and cuda_serves(rows, weight)
-    return engine == "triton" and rows <= _gpu_rows(weight, convolution)
-
-
-def _gpu_rows(weight: Tensor, convolution: bool) -> int:
-    K = weight.shape[1]
-    if weight.dtype == torch.float64 or K > 64:
-        return 8
-    limit = 64 if convolution else 128
-    return min(limit, max(8, 8 * K)) if weight.dtype == torch.float32 else limit
+    has_cores = weight.dtype != torch.float64 and weight.shape[1] <= 64
+    return engine == "triton" and rows <= (32 if has_cores else 8)
 
 
 def hyper_linear(

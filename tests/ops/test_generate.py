@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import hyperfast
 from hyperfast import ops, reference
 from hyperfast.ops._library import _cpu
 from hyperfast.ops.next_weights import is_current, record
@@ -306,9 +308,11 @@ def test_vmap(in_dims):
 @pytest.mark.filterwarnings("ignore")  # the raw op has no formula of its own: Generate has
 def test_opcheck(dtype, requires_grad):
     weights, biases, zs = small(dtype, requires_grad)
-    torch.library.opcheck(
-        torch.ops.hyperfast.generate.default, (weights, biases, zs, [None, torch.zeros(2).to(dtype), None])
-    )
+    next_weights = [None, torch.zeros(2).to(dtype), None]
+    for wanted in (None, torch.bfloat16):
+        torch.library.opcheck(
+            torch.ops.hyperfast.generate.default, (weights, biases, zs, next_weights, wanted)
+        )
 
 
 class TestAutocast:
@@ -494,3 +498,39 @@ def test_bad_next_weights_and_backend(no_native):
         ops.generate(weights, biases, zs, next_weights=[None])
     with pytest.raises(ValueError, match="backend must be one of auto, reference, got 'cuda'"):
         ops.generate(weights, biases, zs, backend="cuda")
+
+
+class Calls(TorchDispatchMode):
+    """Names of the ops that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_all_layers_at_once():
+    """One launch for the weights of all layers, one for their gradients, on next weights as on made ones."""
+    generators = torch.nn.ModuleList(hyperfast.nn.LinearGenerator((size,), 5) for size in (7, 1, 30))
+    model = hyperfast.factored_(generators)
+    optimizer = hyperfast.optim.AdamW(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), Calls() as forward:
+            made = [w for (w,) in hyperfast.nn.generator.generate_together(model)]
+        with Calls() as backward:
+            torch.autograd.backward(made, [torch.ones_like(w) for w in made])
+        assert "aten::_to_copy" not in forward.names + backward.names
+        assert backward.names.count("aten::_foreach_copy_") == 1
+        assert all(w.dtype == torch.bfloat16 for w in made)
+        for g, w in zip(model, made, strict=True):
+            torch.testing.assert_close(w, (g.weight @ g.z + g.bias).bfloat16())
+            assert torch.equal(g.bias.grad, torch.ones_like(g.bias))
+        optimizer.step()
+        buffers = [g.next_weight.data_ptr() for g in model]
+        with torch.autocast("cpu", torch.bfloat16):
+            made = [w for (w,) in hyperfast.nn.generator.generate_together(model)]
+        assert not {w.data_ptr() for w in made} & set(buffers)
