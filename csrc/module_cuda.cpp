@@ -66,7 +66,8 @@ void check_present(const std::string& where, const char* names, std::initializer
 void check_aligned(const std::string& where, std::initializer_list<int64_t> addresses, int64_t bytes) {
   for (const int64_t address : addresses)
     if (address % bytes)
-      throw py::value_error(where + "a pointer is not aligned to elements of " + std::to_string(bytes) + " bytes");
+      throw py::value_error(where + "a tensor begins at an address that is no multiple of its elements' " +
+                            std::to_string(bytes) + " bytes: clone() it");
 }
 
 void check_done(const char* op, const char* error) {
@@ -108,11 +109,11 @@ void generate_backward_binding(const Rows<6>& segments, int64_t scratch, const s
     if (N > 0) check_present(at(i), "weight, dw and scratch", {weight, dw, scratch});
     check_aligned(at(i), {weight, dw, dz}, info.bytes);
     check_aligned(at(i), {squared_norm, scratch}, sizeof(double));
-    table.push_back({pointer(weight), pointer(dw), pointer(dz), pointer<double>(squared_norm), N,
-                     static_cast<int>(K)});
+    table.push_back(
+        {pointer(weight), pointer(dw), pointer(dz), pointer<double>(squared_norm), N, static_cast<int>(K)});
   }
-  check_done("generate_backward", generate_backward(table.data(), table.size(), pointer<double>(scratch),
-                                                    info.dtype, stream));
+  check_done("generate_backward",
+             generate_backward(table.data(), table.size(), pointer<double>(scratch), info.dtype, stream));
 }
 
 Updated updated(int64_t values, const std::array<int64_t, 4>& states) {
@@ -121,7 +122,8 @@ Updated updated(int64_t values, const std::array<int64_t, 4>& states) {
           {pointer<float>(states[1]), pointer<float>(states[3])}};
 }
 
-// The states (address, scales, address, scales) of what is updated: as many as the rule has, scales in 8 bits.
+// The states (address, scales, address, scales) of what is updated: as many as the rule has, scales in 8
+// bits.
 void check_states(const std::string& where, const std::array<int64_t, 4>& states, int count, Storage storage,
                   int64_t bytes) {
   for (int j = 0; j < count; ++j) {
@@ -138,14 +140,13 @@ void update_generate_binding(const Rows<17>& segments, int64_t coefficients, int
   const DTypeInfo info = dtype_info(dtype);
   const Rule kind = named<Rule>("rule", {{"adam", Rule::adam}, {"sgd", Rule::sgd}}, rule);
   const Storage stored = named<Storage>(
-      "storage",
-      {{"plain", Storage::plain}, {"bfloat16", Storage::bfloat16}, {"8bit", Storage::eight_bit}}, storage);
+      "storage", {{"plain", Storage::plain}, {"bfloat16", Storage::bfloat16}, {"8bit", Storage::eight_bit}},
+      storage);
   if (stored != Storage::plain && info.dtype != DType::f32)
     throw py::value_error("states are stored as " + storage + " beside float32 weights only, got " + dtype);
   const int64_t state_bytes = stored == Storage::plain ? info.bytes : stored == Storage::bfloat16 ? 2 : 1;
-  const bool with_states = kind == Rule::adam || (!segments.empty() && segments[0][1]);
-  if (stored != Storage::plain && !with_states)
-    throw py::value_error("there is no state to store as " + storage);
+  bool with_states = kind == Rule::adam || stored != Storage::plain;
+  for (const auto& segment : segments) with_states = with_states || segment[1];
   const int states = kind == Rule::adam ? 2 : with_states ? 1 : 0;
   check_present("", "coefficients, bias_coefficients, grad_scale and seeds",
                 {coefficients, bias_coefficients, grad_scale, seeds});
@@ -153,7 +154,8 @@ void update_generate_binding(const Rows<17>& segments, int64_t coefficients, int
   check_aligned("", {skip}, sizeof(float));
   std::vector<UpdateGenerateSegment> table;
   for (size_t i = 0; i < segments.size(); ++i) {
-    const auto [weight, s0, c0, s1, c1, bias, bs0, bc0, bs1, bc1, dw, z, z_next, w, N, K, trained] = segments[i];
+    const auto [weight, s0, c0, s1, c1, bias, bs0, bc0, bs1, bc1, dw, z, z_next, w, N, K, trained] =
+        segments[i];
     check_sizes(at(i), N, K);
     if (N == 0) continue;
     const std::array<int64_t, 4> of_weight{s0, c0, s1, c1}, of_bias{bs0, bc0, bs1, bc1};
@@ -168,8 +170,8 @@ void update_generate_binding(const Rows<17>& segments, int64_t coefficients, int
   const UpdateGenerateNumbers numbers{pointer<double>(coefficients), pointer<double>(bias_coefficients),
                                       pointer<double>(grad_scale), pointer<int64_t>(seeds),
                                       pointer<float>(skip)};
-  check_done("update_generate", update_generate(table.data(), table.size(), numbers, kind, with_states, stored,
-                                                info.dtype, stream));
+  check_done("update_generate", update_generate(table.data(), table.size(), numbers, kind, with_states,
+                                                stored, info.dtype, stream));
 }
 
 void check_linear(int64_t M, int64_t O, int64_t I, int64_t K) {
@@ -182,7 +184,8 @@ void check_linear(int64_t M, int64_t O, int64_t I, int64_t K) {
 
 DTypeInfo linear_dtype_info(const std::string& name) {
   const DTypeInfo info = dtype_info(name);
-  if (info.dtype == DType::f64) throw py::value_error("dtype is 'float64'; wanted float32, float16 or bfloat16");
+  if (info.dtype == DType::f64)
+    throw py::value_error("dtype is 'float64'; wanted float32, float16 or bfloat16");
   return info;
 }
 
@@ -204,9 +207,10 @@ void hyper_linear_binding(const std::array<int64_t, 7>& tensors, const LinearSiz
   if (hyper_linear_scratch(M, O, I, static_cast<int>(K), info.dtype)) check_present("", "scratch", {scratch});
   check_aligned("", {weight, bias, z, x, layer_bias, y}, info.bytes);
   check_aligned("", {scratch}, sizeof(float));
-  const HyperLinear call{pointer(weight), pointer(bias), pointer(z),
-                         pointer(x),      pointer(layer_bias), pointer(y),
-                         pointer<float>(scratch), M, O, I, static_cast<int>(K)};
+  const HyperLinear call{
+      pointer(weight),    pointer(bias),           pointer(z), pointer(x), pointer(layer_bias),
+      pointer(y),         pointer<float>(scratch), M,          O,          I,
+      static_cast<int>(K)};
   check_done("hyper_linear", hyper_linear(call, info.dtype, stream));
 }
 
@@ -216,7 +220,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() =
       "CUDA kernels of hyperfast over plain addresses, sizes and a stream; use hyperfast.ops.\n\n"
       "Addresses are those of contiguous data on the current device, 0 for what is not there; dtype is "
-      "'float32', 'float64', 'float16' or 'bfloat16'; stream is a cudaStream_t. Nothing is allocated or waited "
+      "'float32', 'float64', 'float16' or 'bfloat16'; stream is a cudaStream_t. Nothing is allocated or "
+      "waited "
       "for. ValueError for bad input, RuntimeError with CUDA's message where a launch fails.";
   m.def("generate", &generate_binding, py::arg("segments"), py::arg("dtype"), py::arg("stream"),
         "segments: (weight, bias or 0, z, out, N, K) each; sums in float32, float64 for float64.");
@@ -228,14 +233,17 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("update_generate", &update_generate_binding, py::arg("segments"), py::arg("coefficients"),
         py::arg("bias_coefficients"), py::arg("rule"), py::arg("storage"), py::arg("grad_scale"),
         py::arg("seeds"), py::arg("skip"), py::arg("dtype"), py::arg("stream"),
-        "segments: (weight, state, scales, second state, scales, bias, its four, dw, z, new_z, w, N, K, whether "
-        "bias is trained) each. Addresses of float64 coefficients and bias_coefficients [L, fields of the rule] "
+        "segments: (weight, state, scales, second state, scales, bias, its four, dw, z, new_z, w, N, K, "
+        "whether "
+        "bias is trained) each. Addresses of float64 coefficients and bias_coefficients [L, fields of the "
+        "rule] "
         "and grad_scale, int64 seeds [L], float32 skip or 0: hyperfast/ops/update_generate.py.");
   m.def("hyper_linear_scratch", &hyper_linear_scratch_binding, py::arg("sizes"), py::arg("dtype"),
         "Floats of scratch that hyper_linear needs for sizes (M, O, I, K).");
   m.def("hyper_linear", &hyper_linear_binding, py::arg("tensors"), py::arg("sizes"), py::arg("dtype"),
         py::arg("stream"),
-        "tensors: (weight [O I, K], bias [O I] or 0, z [K], x [M, I], layer_bias [O] or 0, y [M, O], scratch or "
+        "tensors: (weight [O I, K], bias [O I] or 0, z [K], x [M, I], layer_bias [O] or 0, y [M, O], scratch "
+        "or "
         "0); sizes: (M, O, I, K), M at most 64. Not for float64.");
   m.attr("MAX_ROWS") = kMaxRows;
 }

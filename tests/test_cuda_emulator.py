@@ -1,4 +1,4 @@
-"""The emulator that runs CUDA kernels on the CPU finds the faults planted in tests/cuda_emulator/faults.cu."""
+"""The emulator that runs CUDA kernels on the CPU finds the faults planted in faults.cu."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ FAULTS = {
     "missing_copy_wait": "a thread ends with copies it never waited for",
     "no_wait": "more arrivals at a barrier than it was made for",
     "no_last_wait": "a block ends with copies it never waited for",
-    "wrong_phase": "wrong",
+    "wrong_phase": "threads wait for ever",
     "odd_size": "multiples of 16 bytes",
     "odd_address": "multiples of 16 bytes",
     "no_second_barrier": "wrong",

@@ -8,9 +8,21 @@ from hyperfast.info import why_missing
 from tests.cuda_emulator.kernels import address, dtype_name
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-# rows: none, one, fewer than a block holds at a time, one more than a block's; K: odd, lanes of a row, blocks of
-# columns of the second kernel
-SHAPES = [(0, 16), (1, 1), (7, 3), (63, 16), (257, 16), (2049, 16), (65, 17), (33, 31), (33, 32), (70, 64), (130, 100)]
+# rows: none, one, fewer than a block holds at a time, one more than a block's; K: odd, lanes of a row, blocks
+# of columns of the second kernel
+SHAPES = [
+    (0, 16),
+    (1, 1),
+    (7, 3),
+    (63, 16),
+    (257, 16),
+    (2049, 16),
+    (65, 17),
+    (33, 31),
+    (33, 32),
+    (70, 64),
+    (130, 100),
+]
 SHAPES += [(66, 128), (65, 511), (65, 512)]
 
 
@@ -31,11 +43,13 @@ def run(kernels, weights, dws, dtype: torch.dtype) -> tuple[list[torch.Tensor], 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_reference(cuda_kernels, dtype, offset, assert_accurate):
-    """Sums that do not cancel, since the bound is relative to them; 70 layers, so two launches of each kernel."""
+    """Sums that do not cancel, since the bound is relative to them; 70 layers: two launches each."""
     shapes = SHAPES + [(5, 4)] * (70 - len(SHAPES))
     weights = [cuda_kernels.randn(*shape, dtype=dtype, offset=offset).abs_() for shape in shapes]
     dws = [cuda_kernels.randn(N, dtype=dtype).abs_() for N, _ in shapes]
-    wanted, wanted_norms = reference.generate_backward([w.double() for w in weights], [d.double() for d in dws])
+    wanted, wanted_norms = reference.generate_backward(
+        [w.double() for w in weights], [d.double() for d in dws]
+    )
     plain, _ = reference.generate_backward(weights, dws)
     found = []
     for schedule in cuda_kernels.schedules()[: 3 if dtype == torch.float32 and not offset else 1]:
@@ -58,8 +72,8 @@ GOOD = (64, 128, 192, 256, 5, 3)
         ((64, 0, 192, 256, 5, 3), 512, "weight, dw and scratch must not be null"),
         (GOOD, 0, "weight, dw and scratch must not be null"),
         ((64, 128, 0, 256, 5, 3), 512, "dz and squared_norm must not be null"),
-        ((64, 130, 192, 256, 5, 3), 512, "not aligned to elements of 4 bytes"),
-        ((64, 128, 192, 260, 5, 3), 512, "not aligned to elements of 8 bytes"),
+        ((64, 130, 192, 256, 5, 3), 512, "no multiple of its elements' 4 bytes"),
+        ((64, 128, 192, 260, 5, 3), 512, "no multiple of its elements' 8 bytes"),
     ],
 )
 def test_bad_input_never_reaches_the_gpu(segment, scratch, said):

@@ -9,8 +9,8 @@ from tests.cuda_emulator import build
 from tests.cuda_emulator.kernels import Kernels, address, dtype_name
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# M: rows of a thread and one more, all; O: outputs of a block and one more; I: part of a tile, one, several of a
-# chunk; K: one access, one lane's more, a ring of two stages (512)
+# M: rows of a thread and one more, all; O: outputs of a block and one more; I: part of a tile, one, several;
+# K: one access, one lane's more, a ring of two stages (512)
 SIZES = [(1, 1, 1, 1), (3, 5, 7, 3), (1, 33, 40, 16), (8, 32, 64, 16), (9, 31, 17, 4), (17, 20, 33, 17)]
 SIZES += [(64, 40, 50, 16), (63, 65, 9, 100), (5, 3, 70, 512), (33, 4, 3, 64)]
 
@@ -83,7 +83,7 @@ def test_a_result_does_not_depend_on_other_rows(cuda_kernels):
         ((64,) * 7, (1, 4, 4, 4), "float64", "dtype is 'float64'; wanted float32"),
         ((64, 0, 64, 0, 0, 64, 64), (1, 4, 4, 4), "float32", "weight, z, x and y must not be null"),
         ((64, 0, 64, 64, 0, 64, 0), (1, 4, 400, 4), "float32", "scratch must not be null"),
-        ((66, 0, 64, 64, 0, 64, 64), (1, 4, 4, 4), "float32", "not aligned to elements of 4 bytes"),
+        ((66, 0, 64, 64, 0, 64, 64), (1, 4, 4, 4), "float32", "no multiple of its elements' 4 bytes"),
     ],
 )
 def test_bad_input_never_reaches_the_gpu(tensors, sizes, dtype, said):

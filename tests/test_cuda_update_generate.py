@@ -11,9 +11,21 @@ from tests.cuda_emulator.kernels import Kernels, address, dtype_name
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 RULES = {"adam": 2, "momentum": 1, "sgd": 0}  # states
-# K: lanes of a row, one access, several (over 128), rows in single elements (odd); N: one, less and more than a
-# group of 8-bit states, a block's rows and one more
-SHAPES = [(1, 1), (33, 4), (40, 3), (129, 16), (17, 17), (20, 100), (9, 128), (3, 511), (5, 512), (65, 8), (7, 33)]
+# K: lanes of a row, one access, several (over 128), rows in single elements (odd); N: one, less and more than
+# a group of 8-bit states, a block's rows and one more
+SHAPES = [
+    (1, 1),
+    (33, 4),
+    (40, 3),
+    (129, 16),
+    (17, 17),
+    (20, 100),
+    (9, 128),
+    (3, 511),
+    (5, 512),
+    (65, 8),
+    (7, 33),
+]
 SHAPES += [(513, 16), (35, 5)]
 ADAM = [0.999, 1e-2, 0.9, 0.99, 0.7, 1e-8, 0.01]
 SGD = {"momentum": [0.1, 0.01, 0.9, 0.8, 1.0, 0.9], "sgd": [0.1, 0.01, 0.0, 1.0, 1.0, 0.0]}
@@ -47,7 +59,9 @@ class Problem:
 
     def state(self, like: Tensor, kind: int) -> states.State:
         """In the midst of a training, in groups of different sizes."""
-        values = torch.randn_like(like) * 10 ** torch.randint(-3, 2, (len(like),) + (1,) * (like.dim() - 1)).to(like)
+        values = torch.randn_like(like) * 10 ** torch.randint(
+            -3, 2, (len(like),) + (1,) * (like.dim() - 1)
+        ).to(like)
         values = values if kind == 0 else values.square()
         if self.storage == "plain":
             return values
@@ -129,7 +143,7 @@ def generated(p: Problem) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_equals_reference(cuda_kernels, rule, dtype, offset, assert_accurate):
-    """Offset 1: no tensor begins at a multiple of 16 bytes. Next weights are those of `generate` to the bit."""
+    """Offset 1: no tensor begins at a multiple of 16 bytes. Next weights are those of `generate`."""
     p = Problem(cuda_kernels, rule, "plain", dtype, offset)
     expected, plain = p.reference(torch.float64), p.reference(dtype)
     p.run()
@@ -144,7 +158,7 @@ def test_equals_reference(cuda_kernels, rule, dtype, offset, assert_accurate):
 @pytest.mark.parametrize("storage", ["bfloat16", "8bit"])
 @pytest.mark.parametrize("rule", ["adam", "momentum"])
 def test_low_precision_states(cuda_kernels, rule, storage, assert_accurate):
-    """Codes are the reference's but for the few that a difference of rounding in float32 takes to a neighbour."""
+    """Codes are the reference's but for the few that float32's rounding takes to a neighbour."""
     p = Problem(cuda_kernels, rule, storage, torch.float32)
     expected = p.reference(torch.float32)
     p.run()
@@ -216,10 +230,16 @@ def changed(**fields: int) -> tuple:
         (ROW, "8bit", "float32", 64, "scales must not be null"),
         (ROW, "8bit", "float64", 64, "beside float32 weights only"),
         (ROW, "4bit", "float32", 64, "storage is '4bit'; wanted one of 8bit, bfloat16, plain"),
-        (changed(weight=66), "plain", "float32", 64, "not aligned to elements of 4 bytes"),
-        (changed(s0=65), "bfloat16", "float32", 64, "not aligned to elements of 2 bytes"),
-        (ROW, "plain", "float32", 0, "coefficients, bias_coefficients, grad_scale and seeds must not be null"),
-        (ROW, "plain", "float32", 60, "not aligned to elements of 8 bytes"),
+        (changed(weight=66), "plain", "float32", 64, "no multiple of its elements' 4 bytes"),
+        (changed(s0=65), "bfloat16", "float32", 64, "no multiple of its elements' 2 bytes"),
+        (
+            ROW,
+            "plain",
+            "float32",
+            0,
+            "coefficients, bias_coefficients, grad_scale and seeds must not be null",
+        ),
+        (ROW, "plain", "float32", 60, "no multiple of its elements' 8 bytes"),
     ],
 )
 def test_bad_input_never_reaches_the_gpu(row, storage, dtype, numbers, said):

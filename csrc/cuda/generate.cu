@@ -7,13 +7,13 @@
 //
 // Bytes. N K + 2 N elements (weight, bias, out); z is nothing. Model `full` (5,009,088 weights, K = 16) in
 // float32: 361 MB, at the memory's nominal rate no less than 108 us on an H100 (3.35 TB/s) and 177 us on an
-// A100 (2.04 TB/s). Plain loads suffice: 3 TB/s at a latency of 700 ns are 2.1 MB in flight, 16 KB for each of
-// 132 SMs; one block has 256 x 4 x 16 bytes = 16 KB in flight, and at least four are resident.
-// Where it loses: when K or the address of weight is no multiple of 16 bytes, rows are read element by element.
+// A100 (2.04 TB/s). Plain loads suffice: 3 TB/s at a latency of 700 ns are 2.1 MB in flight, 16 KB for each
+// of 132 SMs; one block has 256 x 4 x 16 bytes = 16 KB in flight, and at least four are resident. Where it
+// loses: when K or the address of weight is no multiple of 16 bytes, rows are read element by element.
 //
 // Why beside Triton's: it completes it. Layers of any K share a launch, the table travels as kernel parameter
-// (nothing is copied to the device, graphs capture it as it is), and it serves where Triton is missing. Which of
-// them is faster awaits `python -m benchmarks.gpu`.
+// (nothing is copied to the device, graphs capture it as it is), and it serves where Triton is missing. Which
+// of them is faster awaits `python -m benchmarks.gpu`.
 
 #include "rows.cuh"
 

@@ -1,16 +1,19 @@
-// generate_backward: dz[k] = sum_n weight[n, k] dw[n] and |dw|^2, for all layers of a network in two launches.
+// generate_backward: dz[k] = sum_n weight[n, k] dw[n] and |dw|^2, for all layers of a network in two
+// launches.
 //
-// Idea. A stream over weight [N, K], as in generate.cu, summed along the other axis: lanes keep their columns and
-// walk down the rows of their block in registers, the rows of a block add up by shuffles and in shared memory,
-// and each block writes its K sums and its part of |dw|^2 to scratch. The second kernel adds the blocks of a
-// layer. Every sum is added in an order that the sizes alone decide; the long ones, over blocks, in double.
+// Idea. A stream over weight [N, K], as in generate.cu, summed along the other axis: lanes keep their columns
+// and walk down the rows of their block in registers, the rows of a block add up by shuffles and in shared
+// memory, and each block writes its K sums and its part of |dw|^2 to scratch. The second kernel adds the
+// blocks of a layer. Every sum is added in an order that the sizes alone decide; the long ones, over blocks,
+// in double.
 //
-// Bytes. N K + N elements (weight, dw). Model `full` in float32: 341 MB, no less than 102 us on an H100; partial
-// sums are 8 (K + 1) bytes for 32,768 elements, under a thousandth. In flight: four 16-byte loads of each of 256
-// threads, 16 KB a block, as much as an H100's SM needs (see generate.cu), with at least four blocks resident.
-// The second kernel is one wave of short blocks: launch and latency, some 5 us by estimate.
+// Bytes. N K + N elements (weight, dw). Model `full` in float32: 341 MB, no less than 102 us on an H100;
+// partial sums are 8 (K + 1) bytes for 32,768 elements, under a thousandth. In flight: four 16-byte loads of
+// each of 256 threads, 16 KB a block, as much as an H100's SM needs (see generate.cu), with at least four
+// blocks resident. The second kernel is one wave of short blocks: launch and latency, some 5 us by estimate.
 //
-// Why beside Triton's: it completes it, as generate.cu does. Which is faster awaits `python -m benchmarks.gpu`.
+// Why beside Triton's: it completes it, as generate.cu does. Which is faster awaits `python -m
+// benchmarks.gpu`.
 
 #include "rows.cuh"
 
@@ -44,7 +47,8 @@ struct BackwardShared {
   double norms[kWarps];
 };
 
-// Sums of one block over its rows: columns k .. k + V - 1 of this thread, and |dw|^2 where it has the first ones.
+// Sums of one block over its rows: columns k .. k + V - 1 of this thread, and |dw|^2 where it has the first
+// ones.
 template <int V, class T, class A = compute_t<T>>
 __device__ void sum_rows(const BackwardEntry& entry, int64_t block, int k, A (&sum)[V], double& norm) {
   const int K = entry.s.K, log2_lanes = entry.layout.log2_lanes;
@@ -135,7 +139,8 @@ __global__ void __launch_bounds__(kSumThreads)
   double sum = 0;
   if (column <= K)
 #pragma unroll 8
-    for (int64_t block = part; block < blocks; block += kParts) sum += entry.partials[block * (K + 1) + column];
+    for (int64_t block = part; block < blocks; block += kParts)
+      sum += entry.partials[block * (K + 1) + column];
   shared.sums[part][x] = sum;
   __syncthreads();
   if (part > 0 || column > K) return;
@@ -149,7 +154,8 @@ template <class T>
 cudaError_t flush(BackwardTable& rows, BackwardTable& columns, cudaStream_t stream) {
   if (columns.count == 0) return cudaSuccess;
   cudaError_t error = cudaSuccess;
-  if (rows.blocks() > 0) error = launch(generate_backward_kernel<T>, rows.blocks(), kThreads, 0, stream, rows);
+  if (rows.blocks() > 0)
+    error = launch(generate_backward_kernel<T>, rows.blocks(), kThreads, 0, stream, rows);
   if (error == cudaSuccess)
     error = launch(generate_backward_sum_kernel<T>, columns.blocks(), kSumThreads, 0, stream, columns);
   rows.clear();

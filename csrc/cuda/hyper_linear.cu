@@ -1,26 +1,30 @@
 // hyper_linear: y = x w^T + layer_bias with w = weight z + bias generated on chip, for up to 64 rows of x.
 //
-// Idea. For few rows a linear layer on generated weights is a stream over its generator [O I, K], which is K times
-// what it makes: w never reaches memory. A block makes kOutputs outputs of all rows over a chunk of the inputs, a
-// tile of kOutputs x tile_inputs weights at a time: the tile's part of the generator arrives in shared memory, the
-// lanes of a warp multiply it with z and add up rows as in generate.cu, the weights go to shared memory, and every
-// thread multiplies them with its rows of x (fused multiply-adds in float32, also for half precision, whose
-// generated weights are not rounded on the way). Where the outputs alone are too few blocks for the machine, the
-// inputs are cut into chunks, and a second kernel adds the parts of y in order: sums depend on the sizes alone.
+// Idea. For few rows a linear layer on generated weights is a stream over its generator [O I, K], which is K
+// times what it makes: w never reaches memory. A block makes kOutputs outputs of all rows over a chunk of the
+// inputs, a tile of kOutputs x tile_inputs weights at a time: the tile's part of the generator arrives in
+// shared memory, the lanes of a warp multiply it with z and add up rows as in generate.cu, the weights go to
+// shared memory, and every thread multiplies them with its rows of x (fused multiply-adds in float32, also
+// for half precision, whose generated weights are not rounded on the way). Where the outputs alone are too
+// few blocks for the machine, the inputs are cut into chunks, and a second kernel adds the parts of y in
+// order: sums depend on the sizes alone.
 //
-// Bytes. O I (K + 1) elements; x is read once for each kOutputs outputs, from L2. 512 -> 1024, K = 16, float32:
-// 35.7 MB, no less than 11 us on an H100. Arithmetic: O I (K + M) multiply-adds, 42 million at M = 64, 1.5 us.
+// Bytes. O I (K + 1) elements; x is read once for each kOutputs outputs, from L2. 512 -> 1024, K = 16,
+// float32: 35.7 MB, no less than 11 us on an H100. Arithmetic: O I (K + M) multiply-adds, 42 million at M =
+// 64, 1.5 us.
 //
-// Copies. Between two barriers threads multiply and load nothing, so loads into registers would leave the memory
-// idle, unless many blocks share an SM. So the generator comes by asynchronous copies, kStages tiles ahead: 48 KB in
-// flight a block with two blocks on an SM, six times the 16 KB that 3 TB/s at a latency of 700 ns ask of each of
-// 132 SMs (plain loads: 12 KB in registers, less what the barriers cost). On sm_90 these are bulk copies that
-// complete on an mbarrier: a row of outputs each, 32 instructions a tile instead of 1024. On sm_80 cp.async, 16
-// bytes each. Rows that are not aligned to 16 bytes are copied by the threads themselves, and lose.
+// Copies. Between two barriers threads multiply and load nothing, so loads into registers would leave the
+// memory idle, unless many blocks share an SM. So the generator comes by asynchronous copies, kStages tiles
+// ahead: 48 KB in flight a block with two blocks on an SM, six times the 16 KB that 3 TB/s at a latency of
+// 700 ns ask of each of 132 SMs (plain loads: 12 KB in registers, less what the barriers cost). On sm_90
+// these are bulk copies that complete on an mbarrier: a row of outputs each, 32 instructions a tile instead
+// of 1024. On sm_80 cp.async, 16 bytes each. Rows that are not aligned to 16 bytes are copied by the threads
+// themselves, and lose.
 //
-// Why beside Triton's: Triton's merged kernel is an implicit GEMM on tensor cores, which are idle at these sizes,
-// and has no float32 path that is exact and pipelined at once; this one is for evaluation with few rows in exact
-// float32. It should win there; whether it does awaits `python -m benchmarks.gpu`, and if not it goes.
+// Why beside Triton's: Triton's merged kernel is an implicit GEMM on tensor cores, which are idle at these
+// sizes, and has no float32 path that is exact and pipelined at once; this one is for evaluation with few
+// rows in exact float32. It should win there; whether it does awaits `python -m benchmarks.gpu`, and if not
+// it goes.
 
 #include "rows.cuh"
 
@@ -66,7 +70,8 @@ Shape shape_of(int64_t M, int64_t O, int64_t I, int K, RowLayout layout) {
   return s;
 }
 
-struct alignas(16) Tile {  // everything but the generator, for two tiles: the next one is written while one is read
+struct alignas(16)
+    Tile {  // everything but the generator, for two tiles: the next one is written while one is read
   float w[kMaxInputs * kPitch];
   float x[2][kMaxInputs * kPitchX];
   float bias[2][kMaxInputs * kOutputs];
@@ -197,8 +202,7 @@ __device__ void generate_tile(const Block<T>& b, int t) {
       for (int k = lane * V; k < K; k += lanes * V) {
         const auto pack = *reinterpret_cast<const Pack<T, V>*>(stage + n * K + k);
 #pragma unroll
-        for (int e = 0; e < V; ++e)
-          sum = multiply_add(static_cast<float>(pack.v[e]), b.tile.z[k + e], sum);
+        for (int e = 0; e < V; ++e) sum = multiply_add(static_cast<float>(pack.v[e]), b.tile.z[k + e], sum);
       }
     sum = sum_lanes(sum, log2_lanes);
     if (lane == 0) b.tile.w[i * kPitch + r] = sum;
@@ -271,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0)
     for (int stage = 0; stage < s.stages; ++stage) init_barrier(tile.arrived[stage], 1);
 #endif
-  for (int k = threadIdx.x; k < s.K; k += kThreads) tile.z[k] = static_cast<float>(static_cast<const T*>(p.z)[k]);
+  for (int k = threadIdx.x; k < s.K; k += kThreads)
+    tile.z[k] = static_cast<float>(static_cast<const T*>(p.z)[k]);
   __syncthreads();
   Carried<T> carried;
   carried.load(b, 0);
@@ -298,7 +303,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // y = layer_bias + the parts of all chunks, in order
 template <class T>
-__global__ void __launch_bounds__(kThreads) hyper_linear_sum_kernel(const __grid_constant__ HyperLinear p, int chunks) {
+__global__ void __launch_bounds__(kThreads)
+    hyper_linear_sum_kernel(const __grid_constant__ HyperLinear p, int chunks) {
   const int64_t size = p.M * p.O, e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (e >= size) return;
   float sum = p.layer_bias ? static_cast<float>(static_cast<const T*>(p.layer_bias)[e % p.O]) : 0.0f;
@@ -317,8 +323,8 @@ cudaError_t launch_all(const HyperLinear& p, cudaStream_t stream) {
   const cudaError_t error =
       launch(hyper_linear_kernel<T>, static_cast<int>(blocks), kThreads, shared, stream, p, s);
   if (error != cudaSuccess || s.chunks == 1) return error;
-  return launch(hyper_linear_sum_kernel<T>, static_cast<int>(ceil_div(p.M * p.O, kThreads)), kThreads, 0, stream,
-                p, s.chunks);
+  return launch(hyper_linear_sum_kernel<T>, static_cast<int>(ceil_div(p.M * p.O, kThreads)), kThreads, 0,
+                stream, p, s.chunks);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // Launchers of the CUDA kernels, free of CUDA and torch headers. Letters: N generated weights of a layer, K
 // embedding size, M rows of x, O outputs, I inputs.
 //
-// Pointers are device pointers to contiguous data. A launcher queues its kernels on `stream` (a cudaStream_t) of
-// the current device, allocates nothing and waits for nothing; it returns null, or CUDA's words for what failed.
-// One launch covers as many segments (layers) as fit into its parameters.
+// Pointers are device pointers to contiguous data. A launcher queues its kernels on `stream` (a cudaStream_t)
+// of the current device, allocates nothing and waits for nothing; it returns null, or CUDA's words for what
+// failed. One launch covers as many segments (layers) as fit into its parameters.
 #pragma once
 
 #include <cstddef>
@@ -50,8 +50,8 @@ struct Updated {
   float* scales[2];  // eight_bit: one for every rows_per_scale(K) rows
 };
 
-// The rule on weight with the gradient dw outer z, on bias with dw, then w[n] = sum_k weight[n, k] z_next[k] +
-// bias[n].
+// The rule on weight with the gradient dw outer z, on bias with dw, then w[n] = sum_k weight[n, k] z_next[k]
+// + bias[n].
 struct UpdateGenerateSegment {
   Updated weight, bias;    // [N, K], [N]; bias may be null
   const void* dw;          // [N]

@@ -25,7 +25,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared)))
       return error;
   }
-  kernel<<<blocks, threads, shared, stream>>>(arguments...);
+  kernel<<<blocks, threads, shared, stream> > >(arguments...);
   return cudaGetLastError();
 }
 
@@ -53,8 +53,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// cp.async (sm_80): 16 bytes for the calling thread, both addresses multiples of 16. A thread's copies since its
-// last commit are one group; wait_copies<n> returns when all but its n newest groups have arrived.
+// cp.async (sm_80): 16 bytes for the calling thread, both addresses multiples of 16. A thread's copies since
+// its last commit are one group; wait_copies<n> returns when all but its n newest groups have arrived.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
                : "memory");
@@ -92,7 +92,8 @@ __device__ __forceinline__ void wait_barrier(Barrier& barrier, uint32_t parity) 
 }
 
 // Bulk copy (sm_90) that counts towards the barrier's phase; addresses and bytes multiples of 16.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, Barrier& barrier) {
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes,
+                                          Barrier& barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           shared_address(shared)),

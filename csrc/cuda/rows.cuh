@@ -1,6 +1,6 @@
 // What the kernels over rows of generators share: types, the table of layers, and how the threads of a warp
-// divide a row and add up its product with z. That order is one for all of them, so next weights are bit for bit
-// what `generate` makes.
+// divide a row and add up its product with z. That order is one for all of them, so next weights are bit for
+// bit what `generate` makes.
 #pragma once
 
 #include <climits>
@@ -62,8 +62,8 @@ struct Word<16> {
   using type = uint4;
 };
 
-// Reads or writes V elements in one access, evict-first: a generator is larger than L2, which is better kept for
-// what comes back.
+// Reads or writes V elements in one access, evict-first: a generator is larger than L2, which is better kept
+// for what comes back.
 template <int V, class T>
 __device__ __forceinline__ Pack<T, V> load(const T* p) {
   using W = typename Word<sizeof(Pack<T, V>)>::type;
@@ -80,8 +80,8 @@ __device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
   __stcs(reinterpret_cast<W*>(p), word);
 }
 
-// A row of K elements is shared by 2^log2_lanes neighbouring lanes; lane s reads elements s V .. s V + V - 1, and
-// so on 2^log2_lanes V further. V is kVector where every row begins at a multiple of 16 bytes, else 1.
+// A row of K elements is shared by 2^log2_lanes neighbouring lanes; lane s reads elements s V .. s V + V - 1,
+// and so on 2^log2_lanes V further. V is kVector where every row begins at a multiple of 16 bytes, else 1.
 struct RowLayout {
   int16_t log2_lanes;
   int16_t vectors;  // 1: V is kVector
@@ -103,8 +103,8 @@ __device__ __forceinline__ A sum_lanes(A sum, int log2_lanes) {
   return sum;
 }
 
-// Layers travel as kernel parameters: no table in device memory, no copy, and a captured graph holds them. Block
-// numbers are dealt out to the entries in order.
+// Layers travel as kernel parameters: no table in device memory, no copy, and a captured graph holds them.
+// Block numbers are dealt out to the entries in order.
 template <class Entry, int kCapacity>
 struct Table {
   Entry entries[kCapacity];

@@ -1,24 +1,25 @@
-// update_generate: an optimizer's step on weight [N, K] with the rank-one gradient dw outer z, on bias [N] with
-// dw, and the next weights from the new z: every layer in one launch, the generator and its states read and
-// written once, the gradient formed in registers.
+// update_generate: an optimizer's step on weight [N, K] with the rank-one gradient dw outer z, on bias [N]
+// with dw, and the next weights from the new z: every layer in one launch, the generator and its states read
+// and written once, the gradient formed in registers.
 //
-// Idea. Elementwise streams, with the rows and sums of generate.cu, so that the next weights are bit for bit what
-// it would make. A warp takes a unit: two 16-byte accesses' worth of weight per thread (16 rows at K = 16 in
-// float32, 64 of their threads' four elements each in two steps) and the same of each state. With 8-bit states
-// a unit is exactly a group of rows that share a scale, so its largest magnitude is one warp reduction and the
-// values wait for it in registers; where a group is larger than two accesses (K > 128, or rows that are not
-// aligned) it is read twice. A block begins with the biases of its rows, one thread each.
-// All numbers of a step (coefficients, clip factor, seeds, skip) are read from device memory: a captured graph
-// takes the new ones.
+// Idea. Elementwise streams, with the rows and sums of generate.cu, so that the next weights are bit for bit
+// what it would make. A warp takes a unit: two 16-byte accesses' worth of weight per thread (16 rows at K =
+// 16 in float32, 64 of their threads' four elements each in two steps) and the same of each state. With 8-bit
+// states a unit is exactly a group of rows that share a scale, so its largest magnitude is one warp reduction
+// and the values wait for it in registers; where a group is larger than two accesses (K > 128, or rows that
+// are not aligned) it is read twice. A block begins with the biases of its rows, one thread each. All numbers
+// of a step (coefficients, clip factor, seeds, skip) are read from device memory: a captured graph takes the
+// new ones.
 //
 // Bytes, for each float32 weight: 8 and 8 for each float32 state, 4 for each bfloat16, 2 for each 8-bit one.
 // Model `full`, AdamW, float32: 2.0 GB with biases, no less than 611 us on an H100; 8 bits 1.0 GB, 306 us.
 // In flight: Adam's three streams are 96 bytes a thread and 24 KB a block; at most 80 registers a thread keep
-// three blocks on an SM, four times the 16 KB that 3 TB/s at 700 ns ask of each (generate.cu). Bulk copies would add a
-// trip through shared memory and gain nothing where arithmetic is short and registers suffice: plain loads.
+// three blocks on an SM, four times the 16 KB that 3 TB/s at 700 ns ask of each (generate.cu). Bulk copies
+// would add a trip through shared memory and gain nothing where arithmetic is short and registers suffice:
+// plain loads.
 //
-// Why beside Triton's: it completes it: layers of any K in one launch, a table that travels as kernel parameter,
-// no Triton needed. Which is faster awaits `python -m benchmarks.gpu`.
+// Why beside Triton's: it completes it: layers of any K in one launch, a table that travels as kernel
+// parameter, no Triton needed. Which is faster awaits `python -m benchmarks.gpu`.
 
 #include "state_storage.cuh"
 
@@ -45,8 +46,8 @@ static_assert(sizeof(UpdateTable) + sizeof(UpdateGenerateNumbers) <= 4096, "the 
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
 
-// The rules in the compute type A; csrc/cpu/kernels.h has the equations. exact: IEEE's square root and quotient,
-// for states that are exact themselves.
+// The rules in the compute type A; csrc/cpu/kernels.h has the equations. exact: IEEE's square root and
+// quotient, for states that are exact themselves.
 template <class A, bool exact>
 struct Adam {
   static constexpr int states = 2, coefficients = 7;
@@ -104,7 +105,8 @@ struct UpdateShared {
 
 // V elements of state j from element i on, as they are computed with.
 template <class Format, int V, class A>
-__device__ __forceinline__ void read_state(const void* state, int64_t i, bool aligned, float scale, A (&x)[V]) {
+__device__ __forceinline__ void read_state(const void* state, int64_t i, bool aligned, float scale,
+                                           A (&x)[V]) {
   using Code = typename Format::Code;
   const Code* codes = static_cast<const Code*>(state) + i;
   Pack<Code, V> pack;
@@ -119,8 +121,8 @@ __device__ __forceinline__ void read_state(const void* state, int64_t i, bool al
 }
 
 template <class Format, int V, class A>
-__device__ __forceinline__ void write_state(void* state, int64_t i, bool aligned, float inverse, uint32_t seed,
-                                            uint32_t index, const A (&x)[V]) {
+__device__ __forceinline__ void write_state(void* state, int64_t i, bool aligned, float inverse,
+                                            uint32_t seed, uint32_t index, const A (&x)[V]) {
   using Code = typename Format::Code;
   Code* codes = static_cast<Code*>(state) + i;
   Pack<Code, V> pack;
@@ -134,7 +136,8 @@ __device__ __forceinline__ void write_state(void* state, int64_t i, bool aligned
   }
 }
 
-// One access of a thread: V elements of weight and of each state, those of row r of its block from column k on.
+// One access of a thread: V elements of weight and of each state, those of row r of its block from column k
+// on.
 template <int V, class T>
 struct Access {
   using A = compute_t<T>;
@@ -241,9 +244,11 @@ struct Update {
     store(static_cast<T*>(s.weight.values) + i, a.p);
     const uint32_t index = static_cast<uint32_t>(i);
     if constexpr (R::states > 0)
-      write_state<First, V>(s.weight.states[0], i, entry.states_aligned, scale[0].inverse, seed, index, a.x[0]);
+      write_state<First, V>(s.weight.states[0], i, entry.states_aligned, scale[0].inverse, seed, index,
+                            a.x[0]);
     if constexpr (R::states > 1)
-      write_state<Second, V>(s.weight.states[1], i, entry.states_aligned, scale[1].inverse, seed, index, a.x[1]);
+      write_state<Second, V>(s.weight.states[1], i, entry.states_aligned, scale[1].inverse, seed, index,
+                             a.x[1]);
   }
 
   template <int V>
@@ -265,7 +270,8 @@ struct Update {
     }
   }
 
-  __device__ __forceinline__ void write_scales(const Updated& u, int64_t group, const Scale (&scale)[2]) const {
+  __device__ __forceinline__ void write_scales(const Updated& u, int64_t group,
+                                               const Scale (&scale)[2]) const {
     if constexpr (scaled) {
       u.scales[0][group] = scale[0].scale;
       if constexpr (R::states > 1) u.scales[1][group] = scale[1].scale;
@@ -277,8 +283,7 @@ struct Update {
   __device__ __forceinline__ A multiply(const Access<V, T>& a, A sum) const {
     if (a.there)
 #pragma unroll
-      for (int e = 0; e < V; ++e)
-        sum = multiply_add(static_cast<A>(a.p.v[e]), shared.z_next[a.k + e], sum);
+      for (int e = 0; e < V; ++e) sum = multiply_add(static_cast<A>(a.p.v[e]), shared.z_next[a.k + e], sum);
     return sum;
   }
 
@@ -345,7 +350,9 @@ struct Update {
 
 // Blocks that an SM must be able to hold, which bounds the registers.
 template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 2 : sizeof(T) == 4 ? 3 : 4;
+constexpr int kResident = sizeof(T) == 8   ? 2
+                          : sizeof(T) == 4 ? 3
+                                           : 4;
 
 template <class T, class R, Storage storage>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
@@ -365,7 +372,11 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
   const int block_rows = entry.block_rows();
   const int rows = s.N - first < block_rows ? static_cast<int>(s.N - first) : block_rows;
-  const Update<T, R, storage> update{entry, shared, first, rows, static_cast<A>(*numbers.grad_scale),
+  const Update<T, R, storage> update{entry,
+                                     shared,
+                                     first,
+                                     rows,
+                                     static_cast<A>(*numbers.grad_scale),
                                      static_cast<uint32_t>(numbers.seeds[s.layer]),
                                      numbers.skip && *numbers.skip != 0};
   __syncthreads();
@@ -383,8 +394,8 @@ UpdateEntry entry_of(const UpdateGenerateSegment& s) {
   const int rows = 32 >> entry.layout.log2_lanes, V = entry.layout.vectors ? kVector<T> : 1;
   if (storage == Storage::eight_bit) entry.steps = rows_per_scale(s.K) / rows;
   else if (V << entry.layout.log2_lanes >= s.K) entry.steps = kAccesses<T>;
-  while (entry.block_rows() % 32 || (2 * entry.block_rows() <= kMaxBlockRows &&
-                                     2 * entry.block_rows() * s.K <= kBlockElements))
+  while (entry.block_rows() % 32 ||
+         (2 * entry.block_rows() <= kMaxBlockRows && 2 * entry.block_rows() * s.K <= kBlockElements))
     entry.repeats *= 2;
   using First = typename FormatOf<T, storage, 0>::type;
   for (const void* state : s.weight.states)
@@ -434,7 +445,8 @@ const char* update_generate(const UpdateGenerateSegment* segments, size_t count,
       const bool adam = rule == Rule::adam;
       if (storage == bfloat16 && adam) return run(launch_all<T, Adam<A, false>, bfloat16>);
       if (storage == bfloat16) return run(launch_all<T, Momentum<A>, bfloat16>);
-      return adam ? run(launch_all<T, Adam<A, false>, eight_bit>) : run(launch_all<T, Momentum<A>, eight_bit>);
+      return adam ? run(launch_all<T, Adam<A, false>, eight_bit>)
+                  : run(launch_all<T, Momentum<A>, eight_bit>);
     }
     return cudaErrorInvalidValue;
   });

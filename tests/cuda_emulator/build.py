@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the emulator, with ninja under build/: what did not change is not compiled again."""
+"""Builds CUDA sources for the emulator, with ninja under build/: only what changed is compiled again."""
 
 from __future__ import annotations
 
@@ -36,14 +36,22 @@ def toolkit_headers() -> Path | None:
         places.append(Path(nvcc).resolve().parents[1] / "include")
         command = [nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True).stderr
-        places += [Path(line.split("=", 1)[1].strip().strip('"')) / "include" for line in said.splitlines() if "TOP=" in line]
+        places += [
+            Path(line.split("=", 1)[1].strip().strip('"')) / "include"
+            for line in said.splitlines()
+            if "TOP=" in line
+        ]
     site = Path(sysconfig.get_path("purelib"))
     places += sorted(site.glob("nvidia/*/include"))
-    return next((p for p in places if (p / "cuda_fp16.h").exists() and (p / "cuda_runtime_api.h").exists()), None)
+    return next(
+        (p for p in places if (p / "cuda_fp16.h").exists() and (p / "cuda_runtime_api.h").exists()), None
+    )
 
 
-def build(name: str, sources: Sequence[Path], flags: str = "", sanitize: bool = False, bulk: bool = True) -> Path:
-    """The shared library of `sources` and the emulator. Skips the test where g++, ninja or headers are missing.
+def build(
+    name: str, sources: Sequence[Path], flags: str = "", sanitize: bool = False, bulk: bool = True
+) -> Path:
+    """The shared library of `sources` and the emulator. Skips the test where g++, ninja or headers miss.
 
     bulk: as a GPU with bulk copies runs them (sm_90), or without (sm_80).
     """
@@ -54,9 +62,10 @@ def build(name: str, sources: Sequence[Path], flags: str = "", sanitize: bool = 
         pytest.skip("no CUDA headers: neither nvcc nor NVIDIA's Python packages")
     if ninja is None or shutil.which(shlex.split(cxx)[0]) is None:
         pytest.skip("the emulator needs ninja and g++")
-    common = "-std=c++17 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-attributes"
+    common = "-std=c++17 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
     common += " -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined" if sanitize else " -O1"
-    common += f" -ffp-contract=off -DHYPERFAST_BULK_COPIES={int(bulk)} -I{HERE} -I{ROOT / 'csrc'} -isystem {headers} {flags}"
+    common += f" -ffp-contract=off -DHYPERFAST_BULK_COPIES={int(bulk)}"
+    common += f" -I{HERE} -I{ROOT / 'csrc'} -isystem {headers} {flags}"
     folder = ROOT / "build" / "cuda_emulator" / f"{name}-{'sanitized' if sanitize else 'plain'}-{int(bulk)}"
     folder.mkdir(parents=True, exist_ok=True)
     text = [RULES.format(cxx=cxx, flags=common)]

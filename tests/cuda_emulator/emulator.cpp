@@ -160,7 +160,8 @@ void count(uint64_t* barrier, int arrivals, int64_t bytes) {
     state.missing = state.arrivals;
     ++state.phase;
     for (int i = 0; i < thread_count; ++i)
-      if (fibers[i].wait == Wait::barrier && fibers[i].barrier == barrier && state.phase % 2 != fibers[i].parity)
+      if (fibers[i].wait == Wait::barrier && fibers[i].barrier == barrier &&
+          state.phase % 2 != fibers[i].parity)
         set_ready(i);
   }
 }
@@ -177,7 +178,8 @@ std::string where_they_wait() {
   int at[5] = {};
   for (int i = 0; i < thread_count; ++i) ++at[int(fibers[i].wait)];
   return "threads wait for ever: " + std::to_string(at[1]) + " for the block, " + std::to_string(at[2]) +
-         " for their warp, " + std::to_string(at[3]) + " for copies, " + std::to_string(at[4]) + " have ended";
+         " for their warp, " + std::to_string(at[3]) + " for copies, " + std::to_string(at[4]) +
+         " have ended";
 }
 
 // A fiber that could go on, or -1.
@@ -208,7 +210,7 @@ void run_block() {
   at_barrier = ended = 0;
   while (failure.empty()) {
     const int next = choose();
-    if (next < 0 && in_flight.empty()) break;
+    if (next < 0 && (in_flight.empty() || ended == thread_count)) break;
     if (next < 0) {
       arrive_one();
       continue;
@@ -249,7 +251,8 @@ cudaError_t run(int blocks, int threads, size_t shared, const std::function<void
   if (blocks < 1 || threads < 1 || threads > kMaxThreads || threads % 32 || shared > kMaxShared)
     return cudaErrorInvalidConfiguration;
   if (!stacks) {
-    void* made = mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* made =
+        mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (made == MAP_FAILED) return cudaErrorMemoryAllocation;
     stacks = static_cast<char*>(made);
   }

@@ -1,17 +1,19 @@
-// CUDA kernels on the CPU: g++ compiles the very .cu files of csrc/cuda with this header in the place of nvcc's
-// part of csrc/cuda/launch.cuh, and `launch` runs them. It finds what a GPU would hide or do wrong silently.
+// CUDA kernels on the CPU: g++ compiles the very .cu files of csrc/cuda with this header in the place of
+// nvcc's part of csrc/cuda/launch.cuh, and `launch` runs them. It finds what a GPU would hide or do wrong
+// silently.
 //
-// Every thread of a block is a fiber with a stack of its own. One runs until it waits (for the block, its warp, a
-// copy), then another one is chosen: the lowest first (schedule 0), the highest first (1), or at random from the
-// schedule's number; from 2 on blocks come in random order too. Threads of a warp do not run in step, as on
-// GPUs since Volta, so a missing __syncwarp shows as well. Shared memory is allocated to the byte, filled with
-// NaN bits for every block. Asynchronous copies arrive as late as the waits allow (even schedules) or at once (odd
-// ones): late shows a missing wait, at once a buffer that is filled while others still read it.
+// Every thread of a block is a fiber with a stack of its own. One runs until it waits (for the block, its
+// warp, a copy), then another one is chosen: the lowest first (schedule 0), the highest first (1), or at
+// random from the schedule's number; from 2 on blocks come in random order too. Threads of a warp do not run
+// in step, as on GPUs since Volta, so a missing __syncwarp shows as well. Shared memory is allocated to the
+// byte, filled with NaN bits for every block. Asynchronous copies arrive as late as the waits allow (even
+// schedules) or at once (odd ones): late shows a missing wait, at once a buffer that is filled while others
+// still read it.
 //
-// A fault ends the launch with an error whose text cudaGetErrorString gives: threads that wait for ever, lanes
-// that meet in different operations, misaligned accesses and copies, copies never waited for. Accesses out of
-// bounds show under -fsanitize=address. Not emulated: atomics, clusters, the memory model (a fiber's writes are
-// seen at once), sizes of more than one dimension.
+// A fault ends the launch with an error whose text cudaGetErrorString gives: threads that wait for ever,
+// lanes that meet in different operations, misaligned accesses and copies, copies never waited for. Accesses
+// out of bounds show under -fsanitize=address. Not emulated: atomics, clusters, the memory model (a fiber's
+// writes are seen at once), sizes of more than one dimension.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -44,7 +46,8 @@ cudaError_t run(int blocks, int threads, size_t shared, const std::function<void
 [[noreturn]] void fault(const std::string& what);
 
 void wait_for_block();
-// Waits for the lanes of `mask`, which must come here with the same operation; what each of the 32 handed over.
+// Waits for the lanes of `mask`, which must come here with the same operation; what each of the 32 handed
+// over.
 const uint64_t* exchange(const char* operation, unsigned mask, uint64_t value);
 
 void* shared_memory(const void* key, size_t bytes);
@@ -60,7 +63,8 @@ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barri
 
 template <class T>
 const T* aligned(const T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fault("misaligned access of " + std::to_string(sizeof(T)) + " bytes");
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T))
+    fault("misaligned access of " + std::to_string(sizeof(T)) + " bytes");
   return p;
 }
 
@@ -93,7 +97,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::exchange("__sync
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return emulator::lane_of<T>(emulator::exchange_values("__shfl_xor_sync", mask, value), (threadIdx.x % 32) ^ lanes);
+  return emulator::lane_of<T>(emulator::exchange_values("__shfl_xor_sync", mask, value),
+                              (threadIdx.x % 32) ^ lanes);
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
@@ -167,7 +172,9 @@ void wait_copies() {
 
 using Barrier = uint64_t;
 inline void init_barrier(Barrier& barrier, int arrivals) { emulator::init_barrier(&barrier, arrivals); }
-inline void arrive_expecting(Barrier& barrier, uint32_t bytes) { emulator::arrive_expecting(&barrier, bytes); }
+inline void arrive_expecting(Barrier& barrier, uint32_t bytes) {
+  emulator::arrive_expecting(&barrier, bytes);
+}
 inline void wait_barrier(Barrier& barrier, uint32_t parity) { emulator::wait_barrier(&barrier, parity); }
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, Barrier& barrier) {
   emulator::copy_bulk(shared, global, bytes, &barrier);

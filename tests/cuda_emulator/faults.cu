@@ -59,7 +59,8 @@ __global__ void bulk_copies(const float* in, float* out) {
     }
     const bool waits = fault != no_wait && !(fault == no_last_wait && half == 1);
     if (waits) wait_barrier(shared.arrived, fault == wrong_phase ? 0 : half);
-    if (threadIdx.x < kCount / 2) out[kCount - 1 - half * kCount / 2 - threadIdx.x] = shared.values[threadIdx.x];
+    if (threadIdx.x < kCount / 2)
+      out[kCount - 1 - half * kCount / 2 - threadIdx.x] = shared.values[threadIdx.x];
     if (fault != no_second_barrier) __syncthreads();
   }
 }
@@ -101,7 +102,10 @@ struct Named {
   const char* name;
   void (*kernels[2])(const float*, float*);  // right, with the fault
 };
-#define BOTH(name) {#name, {name<false>, name<true>}}
+#define BOTH(name)                     \
+  {                                    \
+    #name, { name<false>, name<true> } \
+  }
 constexpr Named kFaults[] = {
     BOTH(missing_syncthreads),
     BOTH(missing_syncwarp),
@@ -123,12 +127,14 @@ constexpr Named kFaults[] = {
 }  // namespace hyperfast::cuda
 
 // The launch's error, or null: out becomes in backwards where there is no fault.
-extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name, int fault, int threads,
-                                                                         const float* in, float* out) {
+extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name, int fault,
+                                                                         int threads, const float* in,
+                                                                         float* out) {
   using namespace hyperfast::cuda;
   for (const Named& known : kFaults)
     if (!std::strcmp(known.name, name)) {
-      const cudaError_t error = launch(known.kernels[fault], 1, threads, kCount * sizeof(float), nullptr, in, out);
+      const cudaError_t error =
+          launch(known.kernels[fault], 1, threads, kCount * sizeof(float), nullptr, in, out);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     }
   return "no such kernel";

@@ -1,4 +1,4 @@
-"""The fixture through which the tests of csrc/cuda run everywhere: on the emulator, and on a GPU if there is one."""
+"""The fixture through which the tests of csrc/cuda run: on the emulator, and on a GPU if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pytest -p tests.cuda_emulator.plugin`: the ops run the CUDA kernels, on the emulator, for tensors on the CPU."""
+"""`pytest -p tests.cuda_emulator.plugin`: ops on CPU tensors run the CUDA kernels on the emulator."""
 
 from __future__ import annotations
 
