@@ -126,10 +126,10 @@ def update_(
     before = [t.clone() for t in written] if skip is not None else []
     is_plain = len(stored) == 0 or states.storage_of(stored[0], p.dtype) == "plain"
     values = [states.decode(state, signed=i == 0).to(grad.dtype) for i, state in enumerate(stored)]
-    wide = p.to(grad.dtype)
-    rule(wide, *values, grad, c)
+    new = p.to(grad.dtype)
+    rule(new, *values, grad, c)
     random = None if is_plain else states.random_bits(seed, first, p.shape, p.device)
-    p.copy_(wide)
+    p.copy_(new)
     for i, (state, value) in enumerate(zip(stored, values, strict=True)):
         if is_plain:
             state.copy_(value)
@@ -144,7 +144,7 @@ def _row(kind: type, coefficients: Sequence[NamedTuple | None] | Tensor, i: int)
     return kind(*coefficients[i].unbind()) if isinstance(coefficients, Tensor) else coefficients[i]
 
 
-def _wide(t: Tensor) -> Tensor:
+def wide(t: Tensor) -> Tensor:
     """In the dtype that kernels compute in."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
@@ -178,8 +178,8 @@ def adamw_generate(
     int64 [L]. skip: a tensor of no dimensions; nonzero changes nothing but `next_weights`.
     """
     for i, (weight, bias, dw) in enumerate(zip(weights, biases, dws, strict=True)):
-        g, seed = _wide(dw) * grad_scale, 0 if seeds is None else seeds[i]
-        grad, c = torch.outer(g, _wide(zs[i])), _row(AdamWCoefficients, coefficients, i)
+        g, seed = wide(dw) * grad_scale, 0 if seeds is None else seeds[i]
+        grad, c = torch.outer(g, wide(zs[i])), _row(AdamWCoefficients, coefficients, i)
         update_(adamw_, weight, (exp_avgs[i], exp_avg_sqs[i]), grad, c, seed, 0, skip)
         m, v = bias_exp_avgs[i], bias_exp_avg_sqs[i]
         if m is not None and v is not None:
@@ -208,11 +208,11 @@ def sgd_generate(
     """SGD as `adamw_generate` does AdamW. momentum_buffers: all None without momentum. A bias whose
     coefficients are None, or for which bias_is_trained is False, is added but not trained."""
     for i, (weight, bias, dw) in enumerate(zip(weights, biases, dws, strict=True)):
-        g, seed = _wide(dw) * grad_scale, 0 if seeds is None else seeds[i]
+        g, seed = wide(dw) * grad_scale, 0 if seeds is None else seeds[i]
         row, bias_row = (_row(SGDCoefficients, c, i) for c in (coefficients, bias_coefficients))
         bias_row = bias_row if bias_is_trained is None or bias_is_trained[i] else None
         for p, buffer, grad, c, first in (
-            (weight, momentum_buffers[i], torch.outer(g, _wide(zs[i])), row, 0),
+            (weight, momentum_buffers[i], torch.outer(g, wide(zs[i])), row, 0),
             (bias, bias_momentum_buffers[i], g, bias_row, weight.numel()),
         ):
             if c is not None:

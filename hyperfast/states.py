@@ -117,6 +117,19 @@ def random_bits(seed: int | Tensor, first: int, shape: Sequence[int], device: to
     return (x ^ x >> 15).view(shape)
 
 
+def seeds(steps: Tensor, positions: Tensor) -> Tensor:
+    """Of the rounding: 32 bits, int64 [L], from steps [L] (whole numbers, any dtype) and the parameters'
+    positions int64 [L], the same on every device. Both in one word of 64 bits, which is multiplied, folded
+    and multiplied again; the highest bits then depend on all of it."""
+    x = torch.add(positions, steps.long(), alpha=1 << 32) * _odd(0x9E3779B97F4A7C15)
+    return (x ^ x >> 32) * _odd(0xD6E8FEB86659FD93) >> 32 & 0xFFFFFFFF
+
+
+def _odd(factor: int) -> int:
+    """A factor of 64 bits as int64."""
+    return factor - (1 << 64)
+
+
 def converted(state: State, like: Tensor, storage: str, signed: bool) -> State:
     """`state` in another storage (to nearest), for the parameter `like`; itself if it is in that already."""
     plain = storage == "plain" and isinstance(state, Tensor) and state.dtype == like.dtype

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -134,11 +135,15 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 def color_jitter_(images: Tensor, jitter: Jitter) -> Tensor:
     """Apply the four colour adjustments to every sample in its own order, in place.
 
-    images: float [B, 3, H, W] in [0, 1]. Returns images.
+    images: float [B, 3, H, W] in [0, 1]. Returns images. On a GPU the host waits once, for the sizes of the
+    groups of samples that have an operation at the same position.
     """
+    samples = jitter.order.argsort(dim=0, stable=True)  # by operation, in each column
+    operations = torch.arange(len(ADJUSTMENTS), device=samples.device)
+    sizes = (jitter.order.unsqueeze(2) == operations).sum(0).tolist()
     for position in range(4):
-        for operation, adjust in enumerate(ADJUSTMENTS):
-            chosen = (jitter.order[:, position] == operation).nonzero().flatten()
+        groups = samples[:, position].split(sizes[position])
+        for operation, (adjust, chosen) in enumerate(zip(ADJUSTMENTS, groups, strict=True)):
             if len(chosen):
                 factor = jitter.factors[chosen, operation].to(images.device)
                 chosen = chosen.to(images.device)
@@ -162,8 +167,14 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def _normalize_(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    shift, scale = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    shift, scale = (_per_channel(tuple(v), images.device) for v in (mean, std))
     return images.sub_(shift).div_(scale)
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [C, 1, 1], made once: a copy to a GPU makes the host wait."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def erase_(images: Tensor, box: Box) -> Tensor:
@@ -300,6 +311,8 @@ class Augment:
         if any(self.jitter):
             color_jitter_(colors, sample_jitter(n, *self.jitter, generator))
         _normalize_(colors, self.mean, self.std)
+        if not self.erasing:
+            return colors
         return erase_(colors, sample_erasing(n, height, width, self.erasing, generator))
 
 

@@ -8,6 +8,7 @@ does not verify them; `load` does.
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import zipfile
@@ -20,6 +21,7 @@ import torch
 
 FORMAT = "hyperfast-checkpoint"
 VERSION = 1
+CAPABILITIES = ("capturable", "fused", "foreach")  # of a group of torch's optimizers
 
 
 class CheckpointError(ValueError):
@@ -49,9 +51,21 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 def save(path: str | Path, payload: dict[str, Any]) -> None:
-    """Write `payload` (tensors and plain values, string keys) atomically. Raises CheckpointError."""
-    content = {"format": FORMAT, "version": VERSION, **payload}
+    """Write `payload` (tensors and plain values, string keys) atomically, tensors as on the CPU. Raises
+    CheckpointError."""
+    content = {"format": FORMAT, "version": VERSION, **_on_cpu(payload)}
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _on_cpu(value: Any) -> Any:
+    """`value` with its tensors on the CPU; those that are there stay the same."""
+    if torch.is_tensor(value):
+        return value.cpu()
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # a state dict has attributes
+        copied.update((key, _on_cpu(item)) for key, item in value.items())
+        return copied
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def load(path: str | Path, required: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -132,7 +146,10 @@ def load_model(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
-    """`optimizer.load_state_dict(state)`; state that does not fit its parameters raises CheckpointError."""
+    """`optimizer.load_state_dict(state)`; state that does not fit its parameters raises CheckpointError.
+
+    How `optimizer` computes (CAPABILITIES of its groups) stays as it is, whatever device the state is from.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     faults = [
         f"{key} of parameter {i} has shape {tuple(value.shape)}, wanted {tuple(parameters[i].shape)}"
@@ -146,8 +163,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     ]
     if faults:
         raise CheckpointError(f"{path}: optimizer state of another model: {_first(faults)}")
+    own = [{key: group[key] for key in CAPABILITIES if key in group} for group in optimizer.param_groups]
+    groups = [{**group, **ways} for group, ways in zip(state["param_groups"], own, strict=False)]
     try:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict({**state, "param_groups": groups + state["param_groups"][len(own) :]})
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: optimizer state does not fit, {one_line(error)}") from error
 

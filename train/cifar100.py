@@ -38,6 +38,7 @@ from train.loop import (
     Trainer,
     cosine,
     exponential,
+    one_cycle,
     open_run,
 )
 from train.models import MODELS, build_model
@@ -63,9 +64,16 @@ PUBLISHED = {
 }
 
 
+AUGMENTS = {  # options of Augment
+    "report": {},
+    "crop_flip": dict.fromkeys(("degrees", "brightness", "contrast", "saturation", "hue", "erasing"), 0),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; `schedule` is cosine to min_lr or exponential, times lr_decay each epoch."""
+    """How a model is trained. schedule: cosine to min_lr, or exponential, times lr_decay, by epoch; one_cycle
+    by step, up to lr over the share warm_up of all steps and down to min_lr. augment: a name in AUGMENTS."""
 
     optimizer: str = "adamw"
     schedule: str = "cosine"
@@ -77,16 +85,27 @@ class Recipe:
     weight_decay: float = 1e-4
     clip: float = 1.0
     patience: int = 15
+    warm_up: float = 0.2
+    augment: str = "report"
 
 
 # the report gives no learning rate for this family: Adam's usual one
 FIXED_FAMILY = Recipe("adam", "exponential", batch_size=128, weight_decay=0.0, clip=100.0, patience=0)
-RECIPES = {name: FIXED_FAMILY if model.network is FixedNet else Recipe() for name, model in MODELS.items()}
+REPORT = {name: FIXED_FAMILY if model.network is FixedNet else Recipe() for name, model in MODELS.items()}
+# to the published accuracy of `full` in few epochs; no claim is made for what comes after
+FAST = Recipe(
+    "adamw", "one_cycle", epochs=20, batch_size=256, weight_decay=0.02, patience=0, augment="crop_flip"
+)
+RECIPES = {
+    "report": REPORT,
+    "fast": {name: FAST for name, model in MODELS.items() if model.network is not FixedNet},
+}
 
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}  # both in hyperfast.optim and in torch.optim
-SCHEDULES = {
-    "cosine": lambda args: cosine(args.epochs, args.lr, args.min_lr),
-    "exponential": lambda args: exponential(args.lr, args.lr_decay),
+SCHEDULES = {  # by options and steps of an epoch
+    "cosine": lambda args, steps: cosine(args.epochs, args.lr, args.min_lr),
+    "exponential": lambda args, steps: exponential(args.lr, args.lr_decay),
+    "one_cycle": lambda args, steps: one_cycle(args.epochs * steps, args.lr, args.min_lr, args.warm_up),
 }
 
 
@@ -97,8 +116,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def number(kind: type, low: float, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` that is at least `low` (`above`: larger than it)."""
+def number(kind: type, low: float, above: bool = False, high: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` from `low` (`above`: larger than it) to `high`."""
 
     def parse(text: str) -> Any:
         try:
@@ -107,6 +126,8 @@ def number(kind: type, low: float, above: bool = False) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not (low < value if above else low <= value) or value == float("inf"):
             raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low}, got {text}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, got {text}")
         return value
 
     return parse
@@ -140,7 +161,9 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue the run in --out")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="fp32 (the default): float32, "
+        "without TF32; tf32: matrix products and convolutions in TF32, on a GPU; bf16: autocast")  # fmt: skip
+    add("--cuda-graph", action=boolean, help="the whole step as one CUDA graph (on a GPU: yes)")
     add(
         "--state-dtype",
         choices=list(STATE_DTYPES),
@@ -150,18 +173,25 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=count, help="CPU threads (torch's choice)")
     recipe = p.add_argument_group("recipe (each model has its own, see below)")
     own = recipe.add_argument
+    own("--recipe", choices=list(RECIPES), default="report", help="report: as published (the default); fast: "
+        "to the published accuracy of full in few epochs")  # fmt: skip
     own("--optimizer", choices=list(OPTIMIZERS))
-    own("--schedule", choices=list(SCHEDULES), help="of the learning rate, by epoch")
+    own("--schedule", choices=list(SCHEDULES), help="of the learning rate")
     own("--epochs", type=count)
     own("--batch-size", type=count)
     own("--lr", type=number(float, 0, above=True))
-    own("--min-lr", type=rate, help="end of the cosine")
+    own("--min-lr", type=rate, help="end of the cosine and of one_cycle")
     own("--lr-decay", type=number(float, 0, above=True), help="factor of the exponential schedule")
+    own("--warm-up", type=number(float, 0, high=1), metavar="SHARE", help="of all steps, in one_cycle")
+    own("--augment", choices=list(AUGMENTS), help="all of the published augmentation, or crop and flip")
     own("--weight-decay", type=rate)
     own("--clip", type=number(float, 0, above=True), help="gradient norm")
     own("--patience", type=number(int, 0), help="epochs without a better validation accuracy, 0: any number")
     add("--seed", type=number(int, 0), default=42)
     add("--max-steps", type=count, help="stop the run after so many steps")
+    accuracy = number(float, 0, above=True, high=100)
+    add("--target-accuracy", type=accuracy, metavar="PERCENT", help="stop after the first epoch whose test "
+        "accuracy reaches this, and say how long the training took")  # fmt: skip
     add("--eval-batches", type=count, help="evaluate on so many batches only")
     add("--save-every", type=count, default=1, help="epochs between two last.pt (%(default)s)")
     add(
@@ -173,9 +203,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _recipes() -> Iterator[str]:
-    for recipe in dict.fromkeys(RECIPES.values()):
-        values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(recipe).items())
-        yield f"{', '.join(name for name, own in RECIPES.items() if own == recipe)}: {values}."
+    for kind, recipes in RECIPES.items():
+        for recipe in dict.fromkeys(recipes.values()):
+            values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(recipe).items())
+            models = ", ".join(name for name, own in recipes.items() if own == recipe)
+            yield f"{kind}, {models}: {values}."
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -185,15 +217,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     options = parser()
     args = options.parse_args(arguments)
-    for name, value in vars(RECIPES[args.model]).items():
+    recipes = RECIPES[args.recipe]
+    if args.model not in recipes:
+        options.error(f"--recipe {args.recipe} is for {', '.join(recipes)}, not for {args.model}")
+    for name, value in vars(recipes[args.model]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"cifar100_{args.model}"
+    _choose_device_options(args, options)
     try:
         _name_layers(args)
     except ValueError as error:
         options.error(str(error))
     return args
+
+
+def _choose_device_options(args: argparse.Namespace, options: Parser) -> None:
+    """Sets cuda_graph where it was not given; refuses what needs a GPU elsewhere."""
+    on_gpu = args.device.partition(":")[0] == "cuda"
+    if not on_gpu and args.cuda_graph:
+        options.error(f"--cuda-graph needs --device cuda, got {args.device}")
+    if not on_gpu and args.precision == "tf32":
+        options.error(f"--precision tf32 needs --device cuda, got {args.device}")
+    if args.cuda_graph is None:
+        args.cuda_graph = on_gpu
 
 
 def _name_layers(args: argparse.Namespace) -> None:
@@ -211,19 +258,24 @@ def _name_layers(args: argparse.Namespace) -> None:
 def make_optimizer(
     model: nn.Module, args: argparse.Namespace
 ) -> tuple[torch.optim.Optimizer, Callable[[], Tensor | float]]:
-    """Optimizer with clipping, fused or plain, and what makes a step and returns the norm."""
+    """Optimizer with clipping, fused or plain, and what makes a step and returns the norm.
+
+    In a CUDA graph both leave the norm on the device. The fused one then skips a step without a finite norm
+    instead of raising; the plain one takes it, as it does without a graph.
+    """
     options: dict[str, Any] = {"lr": args.lr, "betas": BETAS, "weight_decay": args.weight_decay}
     if args.fused:
-        fused = getattr(hyperfast.optim, OPTIMIZERS[args.optimizer])(
-            model, max_grad_norm=args.clip, state_dtype=STATE_DTYPES[args.state_dtype], **options
-        )
+        capturable = {"capturable": True, "nonfinite": "skip"} if args.cuda_graph else {}
+        options |= {"max_grad_norm": args.clip, "state_dtype": STATE_DTYPES[args.state_dtype]}
+        fused = getattr(hyperfast.optim, OPTIMIZERS[args.optimizer])(model, **options, **capturable)
 
-        def fused_step() -> float:
+        def fused_step() -> Tensor | float:
             fused.step()
             return fused.grad_norm
 
         return fused, fused_step
-    plain = getattr(torch.optim, OPTIMIZERS[args.optimizer])(model.parameters(), **options)
+    capturable = {"capturable": True, "fused": True} if args.cuda_graph else {}
+    plain = getattr(torch.optim, OPTIMIZERS[args.optimizer])(model.parameters(), **options, **capturable)
 
     def plain_step() -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -242,7 +294,8 @@ def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     ]
     test = (data.test_images, data.test_labels)
     labels = torch.cat((data.train_labels, data.test_labels)).to(torch.uint8)
-    images = ImageData(*parts, test, Augment(MEAN, STD), partial(normalize, mean=MEAN, std=STD))
+    augment = Augment(MEAN, STD, **AUGMENTS[args.augment])
+    images = ImageData(*parts, test, augment, partial(normalize, mean=MEAN, std=STD))
     return images, zlib.crc32(labels.numpy())
 
 
@@ -267,12 +320,12 @@ def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Tr
         start_from_(model, state, args.init_from)
     at = tuple(sorted({epoch for epoch in args.generated_from.values() if epoch}))
     stages = Stages(at, partial(build, args)) if at else None
-    same = ("model", "init", "precision", "state_dtype", *vars(RECIPES[args.model]), "seed", "eval_batches")
+    same = ("model", "init", "precision", "state_dtype", *vars(REPORT[args.model]), "seed", "eval_batches")
     recipe = {name: getattr(args, name) for name in same if name != "patience"}
     recipe |= describe(args.generated_from, args.z_dims)
     recipe |= {"generated_l2": args.generated_l2, "init_from": str(args.init_from or "none")}
     recipe |= {"validation_images": VALIDATION, "label_checksum": checksum}
-    free = ("fused", "device", "patience", "max_steps", "save_every")
+    free = ("fused", "device", "cuda_graph", "patience", "max_steps", "target_accuracy", "save_every")
     circumstances = {name: getattr(args, name) for name in free}
     circumstances |= {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     config = Config(
@@ -282,11 +335,13 @@ def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Tr
         patience=args.patience or None,
         precision=args.precision,
         device=args.device,
+        cuda_graph=args.cuda_graph,
+        target_accuracy=args.target_accuracy,
         max_steps=args.max_steps,
         eval_batches=args.eval_batches,
         save_every=args.save_every,
     )
-    schedule = SCHEDULES[args.schedule](args)
+    schedule = SCHEDULES[args.schedule](args, len(data.train[1]) // args.batch_size)
     return Trainer(model, data, optimizer, step, schedule, config, args.out, recipe, circumstances, stages)
 
 
@@ -297,11 +352,22 @@ def save_frozen(model: nn.Module, path: Path) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raises RunError for a device that does not exist here."""
+    """Makes a GPU the current one. Raises RunError for a device that does not exist here."""
     try:
-        torch.empty(1, device=name)
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def set_precision(precision: str) -> None:
+    """How a GPU multiplies float32: in TF32 only where `precision` is "tf32". torch's own default has TF32 in
+    convolutions. cuDNN tries its algorithms once for each shape: shapes are fixed."""
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
 
 
 def run(args: argparse.Namespace, command: str) -> Trainer:
@@ -309,11 +375,13 @@ def run(args: argparse.Namespace, command: str) -> Trainer:
 
     args: from `parse`. Raises RunError, CheckpointError, DataError, Interrupted.
     """
-    if args.schedule == "cosine" and args.min_lr > args.lr:
+    if args.schedule != "exponential" and args.min_lr > args.lr:
         raise RunError(f"--min-lr {args.min_lr} is larger than --lr {args.lr}")
     if args.state_dtype != "fp32" and not args.fused:
         raise RunError(f"--state-dtype {args.state_dtype} needs --fused")
     check_device(args.device)
+    if torch.device(args.device).type == "cuda":
+        set_precision(args.precision)
     keep_freed_memory()
     open_run(args.out, args.resume)
     if args.threads:
@@ -334,6 +402,8 @@ def run(args: argparse.Namespace, command: str) -> Trainer:
     published = PUBLISHED.get(args.model) if as_published else None
     path = report.write(trainer, name, reason, command, published, frozen)
     epoch, accuracy = trainer.best["epoch"], trainer.best["test_accuracy"]
+    if reached := trainer.target_row():
+        reason += f", {reached['training_seconds']:.1f} s of training"
     print(f"{reason}; test accuracy {accuracy:.2f} % at the best validation epoch, {epoch}; {path}")
     return trainer
 

@@ -3,7 +3,12 @@
 Epoch e of a run with seed s draws its dropout, its data order and its augmentation from generators seeded
 by (s, e) alone, so the state at the end of an epoch is the parameters, the optimizer and the history: what
 `last.pt` holds. A run that was killed at any moment and resumed ends with the parameters of one that was
-not (CPU, same threads).
+not (CPU, same threads). On a GPU it goes on with the same order, augmentation and dropout, but not bit for
+bit: cuDNN chooses its algorithms by timing and some of them add in no fixed order, between two whole runs as
+well.
+
+On a GPU the step is a CUDA graph (`train.graph`), the data lie there, and batches are augmented many at a
+time, since that takes a hundred short kernels however many images there are.
 """
 
 from __future__ import annotations
@@ -30,9 +35,14 @@ from tqdm import tqdm
 from hyperfast.nn import named_generators
 from train import checkpoint
 from train.data import batches
+from train.graph import CaptureError, CudaGraph, GraphedStep
 from train.transfer import carry_moments, start_from_
 
 EVAL_BATCH = 256
+# Images augmented at once on a GPU. The published augmentation moves about 1 MB for each, by count, so 70 MB
+# for a batch of 64, where the generators of `full` alone move 2240 MB in a step; crop and flip are 0.3 MB.
+CHUNK = 4096
+WINDOW = 20  # steps whose figures a GPU keeps before the host waits for them
 Row = dict[
     str, Any
 ]  # one epoch: plain ints and floats by column name; accuracies in percent, times in seconds
@@ -76,6 +86,8 @@ class Config:
     patience: int | None = None  # epochs without a better validation accuracy
     precision: str = "fp32"  # "bf16": autocast
     device: str = "cpu"
+    cuda_graph: bool = False  # the step as one CUDA graph; the optimizer must be capturable
+    target_accuracy: float | None = None  # percent: the run ends when the test accuracy reaches it
     max_steps: int | None = None
     eval_batches: int | None = None
     save_every: int = 1  # epochs between two last.pt
@@ -101,8 +113,11 @@ class Trainer:
     """Trains `model` on `data` and keeps `out`: last.pt, best.pt, metrics.csv and TensorBoard files.
 
     `step()` clips, updates the parameters and returns the gradient norm before clipping; it may raise
-    FloatingPointError. `schedule(epoch, step)` gives the learning rate of the step to come, both counted
-    from 0. `recipe` (plain values) must be equal on resume; `circumstances` may differ, which is said.
+    FloatingPointError. With config.cuda_graph it must not wait for the device, and its optimizer takes the
+    learning rate as a tensor. A gradient that is not finite ends the run when the figures are looked at;
+    `last.pt` is of the last epoch's end. `schedule(epoch, step)` gives the learning rate of the step to come,
+    both counted from 0. `recipe` (plain values) must be equal on resume; `circumstances` may differ, which is
+    said.
     `stages`: the network changes, outputs kept; the first three arguments are those of epoch 0.
     """
 
@@ -134,6 +149,7 @@ class Trainer:
         self.steps = 0
         self.initial_z = z_statistics(model)
         self._signals = _Signals()
+        self._prepare_step()
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -149,6 +165,8 @@ class Trainer:
 
     def _ended(self) -> str | None:
         config, epoch = self.config, len(self.history)
+        if (reached := self.target_row()) is not None:
+            return f"test accuracy {reached['test_accuracy']:.2f} % reached after epoch {reached['epoch']}"
         if epoch >= config.epochs:
             return f"all {config.epochs} epochs done"
         if self.best and config.patience and epoch - self.best["epoch"] >= config.patience:
@@ -156,6 +174,13 @@ class Trainer:
         if config.max_steps is not None and self.steps >= config.max_steps:
             return f"{config.max_steps} steps done"
         return None
+
+    def target_row(self) -> Row | None:
+        """The first epoch whose test accuracy reached the target, if there is a target and such an epoch."""
+        target = self.config.target_accuracy
+        if target is None:
+            return None
+        return next((row for row in self.history if row["test_accuracy"] >= target), None)
 
     def _run_epoch(self, board: SummaryWriter) -> None:
         """One epoch with evaluation; the records and checkpoints are written last."""
@@ -169,6 +194,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise RunError(f"epoch {epoch}: {part} loss is {loss}")
         row["evaluation_seconds"] = time.perf_counter() - start
+        row["training_seconds"] = row["seconds"] + sum(earlier["seconds"] for earlier in self.history)
         row |= z_statistics(self.model)
         self.history.append(row)
         if self.best is None or row["validation_accuracy"] > self.best["validation_accuracy"]:
@@ -197,8 +223,10 @@ class Trainer:
         if self.stages is None or self.stages.number(epoch) == self.stages.number(self.epoch_built):
             return False
         torch.manual_seed(derive_seed(self.config.seed, epoch, "stage"))
+        self._run_step = self._eager_step  # a graph gives its memory back before the new network takes some
         self.model, self.optimizer, self.step = self.stages.build(epoch)
         self.epoch_built = epoch
+        self._prepare_step()
         return True
 
     def _last_is_due(self, row: Row) -> bool:
@@ -209,6 +237,27 @@ class Trainer:
         cut_next = limit is not None and self.steps + self.steps_per_epoch > limit
         return row["epoch"] % self.config.save_every == 0 or cut_next or self._ended() is not None
 
+    # -- steps ------------------------------------------------------------------------------------
+
+    def _prepare_step(self) -> None:
+        """Makes the step of the network and optimizer as they are now. A graph holds the addresses of their
+        tensors: whatever replaces those comes here afterwards."""
+        self._run_step: Callable[[Tensor, Tensor], Tensor] = self._eager_step
+        self._rate: Tensor | None = None
+        if self.config.cuda_graph:
+            self._run_step = GraphedStep(self._eager_step, CudaGraph(self.device))
+            self._rate = torch.zeros((), device=self.device)  # read by the graph
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate
+
+    def _set_rate(self, rate: float, before: float | None) -> None:
+        """The learning rate of the step to come; `before`: of the last one, None if unknown."""
+        if self._rate is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        elif rate != before:
+            self._rate.fill_(rate)
+
     def _train(self, epoch: int) -> Row:
         """The steps of one epoch (counted from 0); fewer where `max_steps` ends it."""
         config, limit = self.config, self.steps_per_epoch
@@ -216,8 +265,10 @@ class Trainer:
             limit = min(limit, config.max_steps - self.steps)
         torch.manual_seed(derive_seed(config.seed, epoch, "model"))
         self.model.train()
-        meter = _Meter(epoch, window=1 if self.device.type == "cpu" else 20)
-        start, waited = time.perf_counter(), 0.0
+        meter = _Meter(epoch, 1 if self.device.type == "cpu" else WINDOW, self.device)
+        rate, started = None, self._seconds_to_start()
+        self._wait_for_device()
+        start, waiting = time.perf_counter(), _Stopwatch(self.device)
         inputs = self._train_batches(epoch)
         # tqdm counts images, so its rate is images/s
         bar = tqdm(
@@ -226,42 +277,62 @@ class Trainer:
         with bar:
             for _ in range(limit):
                 self._signals.check()
-                began = time.perf_counter()
-                x, y = next(inputs)
-                waited += time.perf_counter() - began
-                rate = self.schedule(epoch, self.steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                meter.add(*self._step(x, y, epoch), y.numel())
+                with waiting:
+                    x, y = next(inputs)
+                before, rate = rate, self.schedule(epoch, self.steps)
+                self._set_rate(rate, before)
+                meter.add(self._checked_step(x, y, epoch), y.numel())
                 self.steps += 1
                 bar.update(y.numel())
                 if meter.fresh:
                     bar.set_postfix(loss=f"{meter.loss:.3f}", acc=f"{meter.accuracy:.1f}%", refresh=False)
             meter.flush()
+        self._wait_for_device()
         seconds = time.perf_counter() - start
-        return {
+        row = {
             "steps": limit,
             "lr": rate,
             "train_loss": meter.loss,
             "train_accuracy": meter.accuracy,
             "gradient_norm": meter.norm,
             "seconds": seconds,
-            "input_seconds": waited,
+            "input_seconds": waiting.seconds(),
             "images_per_second": meter.images / seconds,
         }
+        if config.cuda_graph:
+            row["startup_seconds"] = self._seconds_to_start() - started
+        return row
 
-    def _step(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Loss [], correct answers [] and gradient norm of one optimizer step."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def _seconds_to_start(self) -> float:
+        """What compiling kernels and capturing the step have taken so far."""
+        return self._run_step.seconds if isinstance(self._run_step, GraphedStep) else 0.0
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _checked_step(self, x: Tensor, y: Tensor, epoch: int) -> Tensor:
+        """The step's figures; what goes wrong in it is a RunError that names it."""
+        try:
+            return self._run_step(x, y)
+        except FloatingPointError as error:
+            raise RunError(f"{_place(epoch, self.steps % self.steps_per_epoch)}: {error}") from error
+        except CaptureError as error:
+            raise RunError(
+                f"the step cannot be captured as a CUDA graph, {error}; train with --no-cuda-graph"
+            ) from error
+
+    def _eager_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One optimizer step: loss, correct answers and gradient norm, float32 [3] on the device."""
         with self._autocast():
             logits = self.model(x)
         loss = F.cross_entropy(logits.float(), y)
         loss.backward()
-        try:
-            norm = self.step()
-        except FloatingPointError as error:
-            raise RunError(f"{_place(epoch, self.steps % self.steps_per_epoch)}: {error}") from error
-        return loss.detach(), (logits.detach().argmax(1) == y).sum(), norm
+        norm = torch.as_tensor(self.step(), dtype=torch.float32, device=loss.device)
+        correct = (logits.detach().argmax(1) == y).sum()
+        figures = torch.stack((loss.detach().float(), correct.float(), norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        return figures
 
     @torch.no_grad()
     def evaluate(self, part: str) -> tuple[float, float]:
@@ -281,12 +352,20 @@ class Trainer:
         return float(loss) / seen, 100 * int(correct) / seen
 
     def _train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        seed = self.config.seed
+        """The epoch's batches, augmented; a partial last one is dropped."""
+        seed, size = self.config.seed, self.config.batch_size
         order = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
         chance = torch.Generator(self.device).manual_seed(derive_seed(seed, epoch, "augment"))
-        size = self.config.batch_size
-        for x, y in batches(*self.data.train, size, shuffle=order, drop_last=True):
-            yield self._layout(self.data.augment(x, chance)), y
+        chunk = size * self._batches_at_once()
+        for x, y in batches(*self.data.train, chunk, shuffle=order, drop_last=False):
+            whole = len(y) // size * size
+            if whole:
+                x = self._layout(self.data.augment(x[:whole], chance))
+                yield from zip(x.split(size), y[:whole].split(size), strict=True)
+
+    def _batches_at_once(self) -> int:
+        """How many batches are augmented together: one on the CPU, where they stay in the cache."""
+        return 1 if self.device.type == "cpu" else max(1, CHUNK // self.config.batch_size)
 
     def _layout(self, x: Tensor) -> Tensor:
         return x.to(memory_format=torch.channels_last)
@@ -326,6 +405,7 @@ class Trainer:
         self._build(len(state["history"]) - 1)
         checkpoint.load_model(self.model, state["model"], path)
         checkpoint.load_optimizer(self.optimizer, state["optimizer"], path)
+        self._prepare_step()
         self.history, self.steps, self.initial_z = state["history"], state["steps"], state["initial_z"]
         if self.history:  # best.pt may be newer than last.pt; its own row says what it is
             self.best = checkpoint.load(self.out / "best.pt", ("model", "row"))["row"]
@@ -337,6 +417,7 @@ class Trainer:
         state = checkpoint.load(path, ("model", "row"))
         self._build(state["row"]["epoch"] - 1)
         checkpoint.load_model(self.model, state["model"], path)
+        self._prepare_step()
 
 
 # -- helpers -------------------------------------------------------------------------------------
@@ -374,6 +455,20 @@ def exponential(lr: float, decay: float) -> Callable[[int, int], float]:
     return lambda epoch, step: lr * decay**epoch
 
 
+def one_cycle(steps: int, lr: float, min_lr: float, warm_up: float) -> Callable[[int, int], float]:
+    """lr of a step: a line up to `lr` over the share `warm_up` of all `steps`, then a line down to `min_lr`
+    at the last step. Smith and Topin, "Super-convergence" (2018), with one line down."""
+    rise = round(warm_up * steps)
+
+    def rate(epoch: int, step: int) -> float:
+        if step < rise:
+            return lr * (step + 1) / rise
+        fallen = (step - rise + 1) / (steps - rise)
+        return lr + (min_lr - lr) * min(fallen, 1.0)
+
+    return rate
+
+
 def z_statistics(model: nn.Module) -> Row:
     """Smallest, largest, mean, std (population) and norm of every embedding: {"z/conv1/min": ...}."""
     row: Row = {}
@@ -407,28 +502,25 @@ def summary(row: Row, epochs: int) -> str:
 
 
 class _Meter:
-    """Sums of one epoch. Values stay on the device for `window` steps, so a GPU is not stopped at each."""
+    """Sums of one epoch. Figures stay on the device for `window` steps, so a GPU is not stopped at each."""
 
-    def __init__(self, epoch: int, window: int) -> None:
-        self.epoch, self.window, self.pending = epoch, window, []
+    def __init__(self, epoch: int, window: int, device: torch.device) -> None:
+        self.epoch, self.pending = epoch, []  # images of the steps whose figures are in the ring
+        self.ring = torch.empty(window, 3, device=device)
         self.steps = self.images = self.correct = 0
         self.loss_sum = self.norm_sum = 0.0
 
-    def add(self, loss: Tensor, correct: Tensor, norm: Tensor | float, images: int) -> None:
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
-        self.pending.append((torch.stack((loss.float(), correct.float(), norm)), images))
-        if len(self.pending) == self.window:
+    def add(self, figures: Tensor, images: int) -> None:
+        """figures: loss, correct answers and gradient norm of a step, float32 [3]."""
+        self.ring[len(self.pending)].copy_(figures)
+        self.pending.append(images)
+        if len(self.pending) == len(self.ring):
             self.flush()
 
     def flush(self) -> None:
         """Take the pending values in; raises RunError at the first that is not finite."""
-        if not self.pending:
-            return
-        for (loss, correct, norm), images in zip(
-            torch.stack([values for values, _ in self.pending]).tolist(),
-            [images for _, images in self.pending],
-            strict=True,
-        ):
+        figures = self.ring[: len(self.pending)].tolist()
+        for (loss, correct, norm), images in zip(figures, self.pending, strict=True):
             for name, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     raise RunError(f"{_place(self.epoch, self.steps)}: {name} is {value}")
@@ -455,6 +547,34 @@ class _Meter:
     @property
     def norm(self) -> float:
         return self.norm_sum / self.steps
+
+
+class _Stopwatch:
+    """Adds up the time spent in `with` blocks: the host's, or on a GPU what the device took for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu, self.total, self.events = device.type == "cuda", 0.0, []
+
+    def __enter__(self) -> None:
+        self.began = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        ended = self._now()
+        if self.on_gpu:
+            self.events.append((self.began, ended))
+        else:
+            self.total += ended - self.began
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """The sum so far; on a GPU all of it must be done."""
+        return self.total + sum(began.elapsed_time(ended) for began, ended in self.events) / 1000
 
 
 class _Signals:

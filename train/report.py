@@ -96,11 +96,26 @@ def _result(figures: Summary) -> str:
         f"Trained {figures['epochs']} of {figures['planned_epochs']} epochs, {ended}.\n",
         table(["", "epoch", "validation accuracy", "test accuracy"], rows),
     ]
+    if target := figures["target"]:
+        lines.append("\n" + _target(target))
     if figures["eval_batches"] is not None:
         lines.append(f"\nEvaluated on {figures['eval_batches']} batches only: not comparable.")
     if figures["cut_short"]:
         lines.append("\nThe best epoch was cut short by --max-steps.")
     return "\n".join(lines) + "\n"
+
+
+def _target(target: dict[str, Any]) -> str:
+    """Whether and when the target accuracy was reached."""
+    if target["epoch"] is None:
+        return f"No epoch reached the target of {target['accuracy']:.2f} % test accuracy."
+    startup = target["startup_seconds"]
+    return (
+        f"Test accuracy reached the target of {target['accuracy']:.2f} % after epoch {target['epoch']}: "
+        f"{target['seconds']:.1f} s of training"
+        + (f" ({startup:.1f} s of them to compile kernels and capture the step)" if startup else "")
+        + f", {target['evaluation_seconds']:.1f} s of evaluation beside it."
+    )
 
 
 def _files(figures: Summary) -> str:
@@ -156,10 +171,14 @@ def _time(time: dict[str, float]) -> str:
         ["training, s per epoch", f"{time['epoch']:.1f}"],
         ["evaluation (validation and test), s per epoch", f"{time['evaluation']:.1f}"],
         ["training step, ms", f"{1000 * time['step']:.1f}"],
-        ["of it waiting for data, %", f"{100 * time['input']:.1f}"],
+        ["of training for data, %", f"{100 * time['input']:.1f}"],
         ["images/s in training", f"{time['images_per_second']:.0f}"],
         ["peak memory of the process, MB", f"{time['peak_memory'] / MB:.0f}"],
     ]
+    if time["startup"]:
+        rows.insert(3, ["compiling kernels and capturing the step, s in all", f"{time['startup']:.1f}"])
+    if "gpu_memory" in time:
+        rows.append(["peak memory of the GPU, MB", f"{time['gpu_memory'] / MB:.0f}"])
     return f"## Time and memory\n\n{table(['', 'value'], rows)}\n"
 
 

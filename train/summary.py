@@ -75,12 +75,13 @@ def collect(
         "eval_batches": trainer.config.eval_batches,
         "cut_short": trainer.best["steps"] < trainer.steps_per_epoch,  # the best epoch, by --max-steps
         "best": trainer.best,
+        "target": _target(trainer),
         "recipe": trainer.recipe,
         "circumstances": trainer.circumstances,
         "parameters": parameter_counts(trainer.model) | {"layers": _layers(trainer.model)},
         "bytes": _sizes(trainer, frozen),
         "plain_file": frozen.name if frozen else None,
-        "time": _time(trainer.history),
+        "time": _time(trainer.history) | _gpu_memory(trainer.device),
         "machine": _machine(trainer.device),
         "published": dataclasses.asdict(published) if published else None,
     }
@@ -150,17 +151,41 @@ def _sizes(trainer: Trainer, frozen: Path | None) -> dict[str, int]:
 
 
 def _time(history: list[Row]) -> dict[str, float]:
-    """Means over the epochs; step: a training step, input: share of training spent waiting for data."""
+    """Means over the epochs; step: a training step once its graph is captured, startup: all of what came
+    before, input: share of training spent on data."""
     keys = ("seconds", "evaluation_seconds", "input_seconds", "steps")
     seconds, evaluation, waited, steps = (sum(row[key] for row in history) for key in keys)
+    startup = sum(row.get("startup_seconds", 0.0) for row in history)
     images = sum(row["images_per_second"] * row["seconds"] for row in history)
     return {
         "epoch": seconds / len(history),
         "evaluation": evaluation / len(history),
-        "step": seconds / steps,
+        "step": (seconds - startup) / steps,
+        "startup": startup,
         "input": waited / seconds,
         "images_per_second": images / seconds,
         "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def _gpu_memory(device: torch.device) -> dict[str, int]:
+    """Most bytes of tensors at a time, those of captured graphs included."""
+    return {"gpu_memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+
+
+def _target(trainer: Trainer) -> dict[str, Any] | None:
+    """The target accuracy, and if it was reached: after which epoch, and the seconds until then."""
+    if trainer.config.target_accuracy is None:
+        return None
+    row, target = trainer.target_row(), {"accuracy": trainer.config.target_accuracy}
+    if row is None:
+        return target | {"epoch": None}
+    until = trainer.history[: row["epoch"]]
+    return target | {
+        "epoch": row["epoch"],
+        "seconds": row["training_seconds"],
+        "startup_seconds": sum(r.get("startup_seconds", 0.0) for r in until),
+        "evaluation_seconds": sum(r["evaluation_seconds"] for r in until),
     }
 
 

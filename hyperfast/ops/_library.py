@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 try:
     from hyperfast import _cpu
@@ -82,6 +83,12 @@ def use_engine(name: str) -> Iterator[None]:
         yield
     finally:
         _WANTED = before
+
+
+def to_device(numbers: float | Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of `numbers`, copied to `device` without waiting for it."""
+    pinned = device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def triton_kernels(op: str) -> ModuleType:
@@ -192,7 +199,7 @@ def check_memory(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str
         for name, tensor in tensors:
             if is_written:
                 _check_writable(name, tensor)
-            if tensor.numel() and not tensor.is_meta:
+            if tensor.numel() and not tensor.is_meta and not isinstance(tensor, FakeTensor):
                 last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 start = tensor.data_ptr()
                 spans.append((start, start + (last + 1) * tensor.itemsize, name, is_written))

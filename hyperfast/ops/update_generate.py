@@ -23,6 +23,7 @@ from hyperfast.ops._library import (
     dtype_name,
     generator_engine,
     library,
+    to_device,
     triton_kernels,
 )
 from hyperfast.states import EightBit, State, num_scales, storage_of
@@ -230,11 +231,10 @@ def _table(name: str, rows: Sequence[Sequence[float]] | Tensor, kind: type, L: i
 
 
 def _numeric(name: str, value, dtype: torch.dtype, shape: list[int], device: torch.device) -> Tensor:
-    """`value` as a tensor on `device`, to which numbers go without waiting for it. A tensor must be there
-    already, of that shape; its dtype may be another float."""
+    """`value` as a tensor on `device`. A tensor must be there already, of that shape; a float may be another
+    float."""
     if not isinstance(value, Tensor):
-        made = torch.tensor(value, dtype=dtype, pin_memory=device.type == "cuda")
-        return made.to(device, non_blocking=True)
+        return to_device(value, dtype, device)
     if list(value.shape) != shape:
         raise ValueError(f"{name} must be {shape} as a tensor, got {list(value.shape)}")
     if value.device != device:

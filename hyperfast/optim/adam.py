@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
-from hyperfast import ops
+from hyperfast import ops, reference
 from hyperfast.ops import AdamWCoefficients
 from hyperfast.optim.factored_optimizer import FactoredBatch, FactoredOptimizer, check_options
 
@@ -20,35 +18,35 @@ class Adam(FactoredOptimizer):
 
     params: a model, `hyperfast.param_groups(model)`, or parameters and groups as in torch. Each factored
     weight must come with its bias and z (in any group, so each may have its own lr and decay). weight_decay:
-    L2, added to the (clipped) gradient. max_grad_norm, nonfinite, state_dtype: `FactoredOptimizer`. State and
-    `state_dict` are those of `torch.optim.Adam`. Raises ValueError for options out of range, a factored
+    L2, added to the (clipped) gradient. max_grad_norm, nonfinite, state_dtype, capturable:
+    `FactoredOptimizer`. State and `state_dict` are those of `torch.optim.Adam`. Raises ValueError for options out of range, a factored
     weight without its bias or z, and the state of an amsgrad, maximize or differentiable optimizer.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    row = AdamWCoefficients
     refused = ("amsgrad", "maximize", "differentiable")
     decoupled_weight_decay = False
 
     def __init__(
         self,
         params: nn.Module | Iterable,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         max_grad_norm: float | None = None,
-        nonfinite: str = "raise",
+        nonfinite: str | None = None,
         state_dtype: torch.dtype | str | None = None,
+        capturable: bool = False,
         backend: str = "auto",
     ):
         # torch's options, so that a state_dict loads either way
-        torch_only = dict(
-            amsgrad=False, maximize=False, foreach=None, capturable=False, differentiable=False, fused=None
-        )
+        torch_only = dict(amsgrad=False, maximize=False, foreach=None, differentiable=False, fused=None)
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **torch_only)
-        defaults["decoupled_weight_decay"] = self.decoupled_weight_decay
-        super().__init__(params, defaults, max_grad_norm, nonfinite, state_dtype, backend)
+        defaults |= dict(capturable=capturable, decoupled_weight_decay=self.decoupled_weight_decay)
+        super().__init__(params, defaults, max_grad_norm, nonfinite, state_dtype, capturable, backend)
 
     @staticmethod
     def _check_group(group: dict) -> None:
@@ -61,62 +59,56 @@ class Adam(FactoredOptimizer):
         }
         check_options(group, checks)
 
-    def _step_of(self, p: Tensor) -> Tensor:
-        return self.state[p].setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+    def _rule(self, group: dict) -> Callable[..., None]:
+        return reference.adamw_
 
-    def _update_ordinary(self, group: dict, params: list[Tensor], grads: list[Tensor], fused: bool) -> None:
-        steps = [self._step_of(p) for p in params]
+    def _fused(self, group: dict, params: list[Tensor], grads: list[Tensor], skip: Tensor | None) -> None:
         exp_avgs, exp_avg_sqs = (list(column) for column in zip(*map(self._states, params), strict=True))
-        beta1, beta2 = group["betas"]
-        adam(
-            params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=fused, foreach=False if fused else None,
-            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=False, decoupled_weight_decay=group["decoupled_weight_decay"],
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        beta1, beta2 = map(float, group["betas"])
+        kernel(
+            params, grads, exp_avgs, exp_avg_sqs, [], self._steps_beside(params), amsgrad=False,
+            lr=self._fused_lr(group, params[0].device), beta1=beta1, beta2=beta2,
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False, grad_scale=None,
+            found_inf=skip,
         )  # fmt: skip
 
-    def _update_factored(self, batch: FactoredBatch) -> None:
-        trained = [f.bias_is_trained for f in batch.factors]
-        coefficients = [self._advance(f.weight, g) for f, g in zip(batch.factors, batch.groups, strict=True)]
-        bias_coefficients = [
-            self._advance(f.bias, g) if t else c
-            for f, g, t, c in zip(batch.factors, batch.bias_groups, trained, coefficients, strict=True)
-        ]
-        exp_avgs, exp_avg_sqs = zip(
-            *(self._states(f.weight, self.state_dtype) for f in batch.factors), strict=True
+    def _coefficients(self, params: list[Tensor], groups: list[dict]) -> Tensor:
+        """Seven launches."""
+        steps = torch.stack([self.state[p]["step"] for p in params])
+
+        def constant(*numbers):
+            return self._constants.get(numbers, steps.device)
+
+        lr, eps = self._lrs(groups, steps.device), constant(*(float(g["eps"]) for g in groups))
+        betas = constant(*(tuple(float(g["betas"][i]) for g in groups) for i in (0, 1)))
+        decays = [float(g["weight_decay"]) for g in groups]
+        decoupled = [g["decoupled_weight_decay"] for g in groups]
+        decay = constant(*(d if own else 0.0 for d, own in zip(decays, decoupled, strict=True)))
+        l2 = constant(*(0.0 if own else d for d, own in zip(decays, decoupled, strict=True)))
+        corrections = 1 - betas**steps
+        row = AdamWCoefficients(
+            decay=torch.addcmul(self._constants.get(1.0, steps.device), lr, decay, value=-1),
+            step_size=lr / corrections[0],
+            beta1=betas[0],
+            beta2=betas[1],
+            bias_correction2_sqrt=corrections[1].sqrt(),
+            eps=eps,
+            l2=l2,
         )
+        return torch.stack(row, 1)
+
+    def _update_factored(self, batch: FactoredBatch) -> None:
+        weights, biases = zip(*((f.weight, f.bias) for f in batch.factors), strict=True)
+        exp_avgs, exp_avg_sqs = zip(*(self._states(p, self.state_dtype) for p in weights), strict=True)
         bias_states = [
-            self._states(f.bias, self.state_dtype) if t else (None, None)
-            for f, t in zip(batch.factors, trained, strict=True)
+            self._states(f.bias, self.state_dtype) if f.bias_is_trained else (None, None)
+            for f in batch.factors
         ]
         ops.adamw_generate(
-            [f.weight for f in batch.factors],
-            exp_avgs,
-            exp_avg_sqs,
-            [f.bias for f in batch.factors],
-            *zip(*bias_states, strict=True),
-            *batch.tensors(),
-            coefficients,
-            bias_coefficients,
-            batch.scale,
-            batch.seeds(self.state[f.weight]["step"] for f in batch.factors),
-            backend=self.backend,
-        )
-
-    def _advance(self, p: Tensor, group: dict) -> AdamWCoefficients:
-        """Counts the step and returns its coefficients."""
-        step = self._step_of(p)
-        step += 1
-        t, lr, (beta1, beta2) = float(step), float(group["lr"]), (float(beta) for beta in group["betas"])
-        decoupled, decay = group["decoupled_weight_decay"], group["weight_decay"]
-        return AdamWCoefficients(
-            decay=1 - lr * decay if decoupled else 1.0,
-            step_size=lr / (1 - beta1**t),
-            beta1=beta1,
-            beta2=beta2,
-            bias_correction2_sqrt=math.sqrt(1 - beta2**t),
-            eps=group["eps"],
-            l2=0.0 if decoupled else decay,
-        )
+            weights, exp_avgs, exp_avg_sqs, biases, *zip(*bias_states, strict=True), *batch.tensors(),
+            *self._step_numbers(batch), backend=self.backend,
+        )  # fmt: skip
 
 
 class AdamW(Adam):
@@ -129,7 +121,7 @@ class AdamW(Adam):
     def __init__(
         self,
         params: nn.Module | Iterable,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

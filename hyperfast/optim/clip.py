@@ -59,19 +59,33 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
     return found
 
 
+def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
+    """The norm of each; those of one device and dtype in one launch."""
+    alike: dict[tuple, list[int]] = {}
+    for i, t in enumerate(tensors):
+        alike.setdefault((t.device, t.dtype), []).append(i)
+    norms = {}
+    for indices in alike.values():
+        norms.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], norm_type), strict=True))
+    return [norms[i] for i in range(len(tensors))]
+
+
 @torch.no_grad()
 def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float = 2.0) -> Tensor:
     """Norm of all gradients as one vector, the factored ones included without forming them: a p-norm of dw
-    outer z is the product of the p-norms of dw and z."""
-    with_grad = [p for p in parameters if p.grad is not None]
-    # one norm for each tensor, as torch.nn.utils.get_total_norm does it
-    norm_of = {id(p): torch.linalg.vector_norm(p.grad, norm_type) for p in with_grad}
-    norms = [norm_of[id(p)] for p in with_grad if not is_stand_in(p)]
-    for f in factors:
-        if (dw := norm_of.get(id(f.bias))) is not None:
-            norms.append(dw * torch.linalg.vector_norm(f.z, norm_type))
+    outer z is the product of the p-norms of dw and z. On a GPU nothing waits for it."""
+    factors = [f for f in factors if f.bias.grad is not None]
+    carriers = {id(f.bias) for f in factors}
+    plain = [
+        p.grad for p in parameters if p.grad is not None and id(p) not in carriers and not is_stand_in(p)
+    ]
+    L, dws, zs = len(factors), [f.bias.grad for f in factors], [f.z for f in factors]
+    norms = _norms([*plain, *dws, *zs], norm_type)  # one norm for each tensor, as torch's get_total_norm
+    norms, dws, zs = norms[: len(plain)], norms[len(plain) : len(plain) + L], norms[len(plain) + L :]
+    norms += [dw for dw, f in zip(dws, factors, strict=True) if f.bias_is_trained]
+    norms += torch._foreach_mul(dws, zs) if factors else []
     if not norms:
-        return torch.tensor(0.0)
+        return torch.zeros((), device=parameters[0].device if parameters else None)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
 
 

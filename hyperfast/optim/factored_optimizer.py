@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import zlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hyperfast import states
+from hyperfast import reference, states
 from hyperfast.factored import Factors, generator_of, is_stand_in
 from hyperfast.nn.generator import generators
-from hyperfast.ops._library import check_backend
+from hyperfast.ops._library import check_backend, to_device
 from hyperfast.optim.clip import factors_of, grad_norm
 from hyperfast.states import EightBit, State
 
@@ -50,6 +50,14 @@ def param_groups(
     ]
 
 
+class Control(NamedTuple):
+    """What a step does with the gradients as a whole, as numbers or, on the device, as tensors []."""
+
+    scale: float | Tensor  # of every gradient
+    count: float | Tensor = 1.0  # what step counters go up by: 0 in a skipped step
+    skip: Tensor | None = None  # float32; 1: nothing changes
+
+
 class FactoredBatch(NamedTuple):
     """Factored layers that one call of an op updates; lists with one entry for each layer."""
 
@@ -58,7 +66,7 @@ class FactoredBatch(NamedTuple):
     bias_groups: list[dict]
     old_zs: list[Tensor]
     positions: list[int]  # of the weights among all parameters
-    scale: float
+    control: Control
 
     def tensors(self) -> tuple[list[Tensor], ...]:
         """dws, old zs, new zs, next weights."""
@@ -69,20 +77,75 @@ class FactoredBatch(NamedTuple):
             [_next_weight(f) for f in self.factors],
         )
 
-    def seeds(self, steps: Iterable[float]) -> list[int]:
-        """Of stochastic rounding: another for each step and each weight."""
-        pairs = zip(steps, self.positions, strict=True)
-        return [zlib.crc32(f"{int(step)}/{position}".encode()) for step, position in pairs]
+    def trained(self) -> tuple[list[Tensor], list[dict]]:
+        """Parameters and groups of the weights, then of the biases; a weight in place of a bias that is not
+        trained."""
+        chosen = [
+            (f.bias, bias_group) if f.bias_is_trained else (f.weight, group)
+            for f, group, bias_group in zip(self.factors, self.groups, self.bias_groups, strict=True)
+        ]
+        weights = [f.weight for f in self.factors]
+        return weights + [p for p, _ in chosen], self.groups + [group for _, group in chosen]
+
+
+class Constants:
+    """Small tensors of the options' numbers, made once for each device.
+
+    A CUDA graph reads them at every replay: those that a capture met are never given back, and none can be
+    made during one.
+    """
+
+    KEPT = 256
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._captured: dict[tuple, Tensor] = {}
+
+    def get(self, numbers: float | tuple, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+        """`numbers`, in nested tuples, as a tensor."""
+        key = (numbers, device, dtype)
+        if key not in self._made:
+            refuse_capture(device, "options changed")
+            self._made[key] = to_device(numbers, dtype, device)
+            if len(self._made) > self.KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        if is_capturing(device):
+            self._captured[key] = self._made[key]
+        return self._made[key]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph of what runs on `device` is being captured."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_initialized()  # there is no graph before, nor may asking start CUDA
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def refuse_capture(device: torch.device, reason: str) -> None:
+    """RuntimeError while a graph is captured: what is made now would be made again at every replay."""
+    if is_capturing(device):
+        raise RuntimeError(
+            f"hyperfast.optim: {reason} since the last step that was not captured; do one just so, then capture"
+        )
 
 
 class FactoredOptimizer(torch.optim.Optimizer):
     """Base of the optimizers of models with factored gradients.
 
     max_grad_norm: clip the gradient of everything to this norm inside the step; `.grad` keeps the unclipped
-    values. nonfinite: a non-finite gradient norm raises FloatingPointError ("raise") or leaves everything as
-    it is and counts in `skipped_steps` ("skip"). After a step `grad_norm` is the norm before clipping.
-    state_dtype: how the states of factored weights and their biases are stored (`hyperfast.states`): None
-    like the parameter, torch.bfloat16, or "8bit", the last two beside float32 parameters only.
+    values. nonfinite: a non-finite gradient norm raises FloatingPointError ("raise", the default) or leaves
+    everything as it is and counts in `skipped_steps` ("skip"). After a step `grad_norm` is the norm before
+    clipping. state_dtype: how the states of factored weights and their biases are stored
+    (`hyperfast.states`): None like the parameter, torch.bfloat16, or "8bit", the last two beside float32
+    parameters only.
+
+    capturable: the step can be captured in a CUDA graph; it never waits for the GPU. lr may then be a tensor
+    of no dimensions beside the parameters, which `fill_` changes between replays, a group; other options are
+    part of the graph. Step counters lie on the parameters' device, all parameters on one. nonfinite is "skip";
+    `grad_norm` and `skipped_steps` (int64) are tensors. Take one ordinary step before the capture.
 
     Order of a step: norm; embeddings and ordinary parameters; then one pass over each generator that updates
     weight, bias and their states and writes the weights of the next forward.
@@ -93,31 +156,40 @@ class FactoredOptimizer(torch.optim.Optimizer):
 
     takes_factored_gradients = True
     state_names: tuple[str, ...]
+    row: type  # of coefficients: a NamedTuple of the reference
     refused = ("maximize", "differentiable")
+    capturable = False
 
     def __init__(
         self,
         params: nn.Module | Iterable,
         defaults: dict[str, Any],
         max_grad_norm: float | None,
-        nonfinite: str,
+        nonfinite: str | None,
         state_dtype: torch.dtype | str | None,
+        capturable: bool,
         backend: str,
     ):
         if isinstance(params, nn.Module):
             params = params.parameters()
+        nonfinite = nonfinite or ("skip" if capturable else "raise")
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        if capturable and nonfinite != "skip":
+            raise ValueError("a capturable step cannot raise: nonfinite must be 'skip'")
         max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
         if state_dtype not in STORAGES:
             raise ValueError(f"state_dtype must be None, torch.bfloat16 or '8bit', got {state_dtype!r}")
         self.max_grad_norm, self.nonfinite, self.backend = max_grad_norm, nonfinite, check_backend(backend)
-        self.state_dtype = state_dtype
-        self.grad_norm: float | None = None
-        self.skipped_steps = 0
+        self.state_dtype, self.capturable = state_dtype, bool(capturable)
+        self.grad_norm: float | Tensor | None = None
+        self.skipped_steps: int | Tensor = 0
+        self._constants = Constants()
         super().__init__(params, defaults)
+        if capturable:
+            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._parameters()[0].device)
         for group in self.param_groups:
             self._check_group(group)
         self._factors()  # a split triple raises here, not in the first step
@@ -128,19 +200,39 @@ class FactoredOptimizer(torch.optim.Optimizer):
         """ValueError for options out of range."""
 
     @abstractmethod
-    def _update_ordinary(self, group: dict, params: list[Tensor], grads: list[Tensor], fused: bool) -> None:
-        """One step of parameters with dense gradients."""
+    def _fused(self, group: dict, params: list[Tensor], grads: list[Tensor], skip: Tensor | None) -> None:
+        """One step of parameters of one dtype and device by torch's fused kernel."""
+
+    @abstractmethod
+    def _coefficients(self, params: list[Tensor], groups: list[dict]) -> Tensor:
+        """float64 [parameters, fields of `row`] for this step, where the step counters are."""
 
     @abstractmethod
     def _update_factored(self, batch: FactoredBatch) -> None:
         """One step of factored weights and their biases, and their next weights."""
 
+    @abstractmethod
+    def _rule(self, group: dict) -> Callable[..., None]:
+        """What `_fused` does, in `hyperfast.reference`; its coefficients are `row`."""
+
+    def _has_states(self, group: dict) -> bool:
+        """Whether the update of a parameter of this group has states."""
+        return True
+
     def _needs_states(self, factors: Factors, group_of: dict[int, dict]) -> bool:
         """Whether the update of these factors has states; layers of one call agree in it."""
+        return any(self._has_states(group_of[id(p)]) for p in (factors.weight, factors.bias))
+
+    def _counts(self, group: dict, is_rounded: bool) -> bool:
+        """Whether a parameter of this group has a step counter. is_rounded: a factored weight with
+        low-precision states beside it, whose rounding needs one."""
         return True
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _group_of(self) -> dict[int, dict]:
+        return {id(p): group for group in self.param_groups for p in group["params"]}
 
     def _factors(self) -> list[Factors]:
         factors = factors_of(self._parameters())
@@ -165,22 +257,141 @@ class FactoredOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters, factors = self._parameters(), self._factors()
-        self.grad_norm = float(grad_norm(parameters, factors))
+        self._check_step(parameters)
+        control = self._control(grad_norm(parameters, factors))
+        if control is None:
+            return loss
+        factors = [f for f in factors if f.bias.grad is not None]
+        old_zs = _copies([f.z for f in factors])
+        self._count(factors, control)
+        biases = {id(f.bias) for f in factors}
+        ordinary = [
+            p for p in parameters if p.grad is not None and id(p) not in biases and not is_stand_in(p)
+        ]
+        self._step_ordinary(ordinary, control)
+        self._step_factored(factors, old_zs, control)
+        return loss
+
+    def _check_step(self, parameters: list[Tensor]) -> None:
+        """RuntimeError or ValueError, before anything changes, for what a step cannot do."""
+        trained = [p for p in parameters if p.grad is not None]
+        if any(p.grad.is_sparse or p.is_complex() for p in trained):
+            raise RuntimeError(f"hyperfast.optim.{type(self).__name__} takes dense real gradients only")
+        if not self.capturable:
+            if trained and is_capturing(trained[0].device):
+                raise RuntimeError(
+                    "hyperfast.optim: to capture a step, make the optimizer with capturable=True"
+                )
+            return
+        lrs = [group["lr"] for group in self.param_groups if isinstance(group["lr"], Tensor)]
+        devices = {t.device for t in (*trained, *lrs)}
+        if len(devices) > 1:
+            raise ValueError(
+                "with capturable=True all parameters and every lr that is a tensor must be on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}"
+            )
+        if trained and self.skipped_steps.device != trained[0].device:  # the model was moved
+            self.skipped_steps = self.skipped_steps.to(trained[0].device)
+
+    def _control(self, norm: Tensor) -> Control | None:
+        """What the norm means for the step; None: there is none. Sets `grad_norm` and `skipped_steps`."""
+        if self.capturable:
+            return self._control_on_device(norm)
+        self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
             if self.nonfinite == "raise":
                 raise FloatingPointError(f"the gradient norm is {self.grad_norm}; nothing was updated")
             self.skipped_steps += 1
-            return loss
+            return None
         clipped = self.max_grad_norm is not None and self.grad_norm > 0
-        scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6)) if clipped else 1.0
-        factors = [f for f in factors if f.bias.grad is not None]
-        old_zs = [f.z.detach().reshape(-1).clone() for f in factors]
-        biases = {id(f.bias) for f in factors}
-        for group in self.param_groups:
-            ordinary = [p for p in group["params"] if p.grad is not None and id(p) not in biases]
-            self._step_ordinary(group, [p for p in ordinary if not is_stand_in(p)], scale)
-        self._step_factored(factors, old_zs, scale)
-        return loss
+        return Control(min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6)) if clipped else 1.0)
+
+    def _control_on_device(self, norm: Tensor) -> Control:
+        """Seven launches, four without clipping."""
+        self.grad_norm, device = norm, norm.device
+        count = torch.lt(norm, math.inf, out=torch.empty((), dtype=torch.float32, device=device))  # NaN: 0
+        self.skipped_steps += count == 0
+        scale: float | Tensor = 1.0
+        if self.max_grad_norm is not None:
+            total = norm + self._constants.get(1e-6, device)  # float64
+            scale = self._constants.get(self.max_grad_norm, device) / total.clamp_(min=self.max_grad_norm)
+        return Control(scale, count, 1 - count)
+
+    def _count(self, factors: list[Factors], control: Control) -> None:
+        """Step counters of everything that is updated go up, all at once."""
+        weights, group_of, rounded = {id(f.weight) for f in factors}, self._group_of(), set()
+        if self.state_dtype is not None:
+            rounded = {id(f.weight) for f in factors if self._needs_states(f, group_of)}
+        steps = [
+            self._step_of(p)
+            for p in self._parameters()
+            if (id(p) in weights or p.grad is not None)
+            and not is_stand_in(p)
+            and self._counts(group_of[id(p)], id(p) in rounded)
+        ]
+        if steps:
+            torch._foreach_add_(steps, control.count)
+
+    def _step_of(self, p: Tensor) -> Tensor:
+        """The step counter: on the CPU, as torch keeps it without capturable, else beside the parameter."""
+        found, device = self.state[p], p.device if self.capturable else torch.device("cpu")
+        step = found.get("step")
+        if step is None:
+            refuse_capture(p.device, "parameters came")
+            step = torch.full((), self._first_step(p), dtype=torch.float32, device=device)
+        elif step.device != device:
+            refuse_capture(p.device, "parameters moved")
+        found["step"] = step.to(device)
+        return found["step"]
+
+    def _first_step(self, p: Tensor) -> float:
+        """Where the counter of a parameter without one begins."""
+        return 0.0
+
+    def _steps_beside(self, params: list[Tensor]) -> list[Tensor]:
+        """The counters on the device of `params`, where torch's fused kernels want them."""
+        steps, device = [self.state[p]["step"] for p in params], params[0].device
+        if steps[0].device == device:
+            return steps
+        return list(to_device([float(step) for step in steps], torch.float32, device).unbind())
+
+    def _lrs(self, groups: list[dict], device: torch.device) -> Tensor:
+        """float64 [groups] on `device`, or [] where it is one tensor for all."""
+        lrs = [group["lr"] for group in groups]
+        if not self.capturable or not any(isinstance(lr, Tensor) for lr in lrs):
+            return self._constants.get(tuple(float(lr) for lr in lrs), device)
+        distinct = {id(lr): lr for lr in lrs}
+        made = [
+            lr.double().reshape(()) if isinstance(lr, Tensor) else self._constants.get(lr, device)
+            for lr in distinct.values()
+        ]
+        if len(made) == 1:
+            return made[0]
+        place = {key: i for i, key in enumerate(distinct)}
+        index = tuple(place[id(lr)] for lr in lrs)
+        return torch.stack(made)[self._constants.get(index, device, torch.int64)]
+
+    def _fused_lr(self, group: dict, device: torch.device) -> float | Tensor:
+        """lr as torch's fused kernels take it: on a GPU a tensor must be float32."""
+        lr = group["lr"]
+        if not self.capturable or not isinstance(lr, Tensor):
+            return float(lr)
+        return lr.reshape(()).float() if device.type == "cuda" else lr.reshape(())
+
+    def _step_numbers(self, batch: FactoredBatch) -> tuple:
+        """What the op takes after the next weights: coefficients of weights and biases, scale, seeds, skip."""
+        params, groups = batch.trained()
+        L, device = len(batch.factors), params[0].device
+        seeds = self._constants.get((0,) * L, device, torch.int64)
+        if self.state_dtype is not None and "step" in self.state[params[0]]:
+            steps = torch.stack([self.state[p]["step"] for p in params[:L]])
+            positions = self._constants.get(tuple(batch.positions), steps.device, torch.int64)
+            seeds = _moved(states.seeds(steps, positions), device)
+        table = _moved(self._coefficients(params, groups), device)
+        scale = batch.control.scale
+        if self.capturable and not isinstance(scale, Tensor):
+            scale = self._constants.get(scale, device)
+        return table[:L], table[L:], scale, seeds, batch.control.skip
 
     def _states(self, p: Tensor, state_dtype: torch.dtype | str | None = None) -> list[State]:
         """The states of p as `state_dtype` says: zeros at first, converted where they are in another form."""
@@ -191,6 +402,7 @@ class FactoredOptimizer(torch.optim.Optimizer):
             if state is None and name + "_codes" in found:
                 state = EightBit(found[name + "_codes"], found[name + "_scales"])
             if state is None:
+                refuse_capture(p.device, "parameters came")
                 state = states.zeros(p, storage)
             state = states.converted(state, p, storage, signed=i == 0)
             for key in (name, name + "_codes", name + "_scales"):
@@ -200,21 +412,45 @@ class FactoredOptimizer(torch.optim.Optimizer):
             made.append(state)
         return made
 
-    def _step_ordinary(self, group: dict, params: list[Tensor], scale: float) -> None:
+    def _step_ordinary(self, params: list[Tensor], control: Control) -> None:
+        grads = {id(p): p.grad for p in params}
+        if isinstance(control.scale, Tensor) or control.scale != 1.0:
+            for some in _alike(params):
+                scale = control.scale
+                scale = scale.to(some[0].dtype) if isinstance(scale, Tensor) else scale
+                scaled = torch._foreach_mul([p.grad for p in some], scale)
+                grads.update(zip(map(id, some), scaled, strict=True))
+        for group in self.param_groups:
+            chosen = [p for p in group["params"] if id(p) in grads]
+            with_kernel = [p for p in chosen if self._has_kernel(p, grads[id(p)], group)]
+            for some in _alike(with_kernel):
+                self._fused(group, some, [grads[id(p)] for p in some], control.skip)
+                # fused kernels on the CPU do not: next weights must notice that a z or bias changed
+                torch.autograd.graph.increment_version(some)
+            fused = {id(p) for p in with_kernel}
+            others = [p for p in chosen if id(p) not in fused]
+            self._step_plain(group, others, [grads[id(p)] for p in others], control.skip)
+
+    def _has_kernel(self, p: Tensor, grad: Tensor, group: dict) -> bool:
+        """Whether torch's fused kernel updates p: those walk through parameter, gradient and states alike."""
+        stored = [self.state.get(p, {}).get(name) for name in self.state_names]
+        alike = all(t is None or t.stride() == p.stride() for t in (grad, *stored))
+        return alike and p.device.type in ("cpu", "cuda") and p.is_floating_point()
+
+    def _step_plain(
+        self, group: dict, params: list[Tensor], grads: list[Tensor], skip: Tensor | None
+    ) -> None:
+        """In plain PyTorch, one parameter after another."""
         if not params:
             return
-        if any(p.grad.is_sparse or p.is_complex() for p in params):
-            raise RuntimeError(f"hyperfast.optim.{type(self).__name__} takes dense real gradients only")
-        grads = [p.grad for p in params]
-        if scale != 1.0:
-            grads = torch._foreach_mul(grads, scale)
-        fused = all(p.is_floating_point() and p.device.type == "cpu" for p in params)
-        self._update_ordinary(group, params, grads, fused)
-        if fused:  # torch's fused CPU kernels do not: next weights must notice that a z or bias changed
-            torch.autograd.graph.increment_version(params)
+        table = self._coefficients(params, [group] * len(params))
+        for p, grad, numbers in zip(params, grads, table, strict=True):
+            stored = self._states(p) if self._has_states(group) else ()
+            row = self.row(*numbers.unbind())
+            reference.update_(self._rule(group), p, stored, reference.wide(grad), row, skip=skip)
 
-    def _step_factored(self, factors: list[Factors], old_zs: list[Tensor], scale: float) -> None:
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+    def _step_factored(self, factors: list[Factors], old_zs: list[Tensor], control: Control) -> None:
+        group_of = self._group_of()
         position_of = {id(p): i for i, p in enumerate(self._parameters())}
         batches: dict[tuple, list[int]] = {}
         for i, f in enumerate(factors):
@@ -227,7 +463,7 @@ class FactoredOptimizer(torch.optim.Optimizer):
                 bias_groups=[group_of[id(factors[i].bias)] for i in indices],
                 old_zs=[old_zs[i] for i in indices],
                 positions=[position_of[id(factors[i].weight)] for i in indices],
-                scale=scale,
+                control=control,
             )
             self._update_factored(batch)
             for f in batch.factors:
@@ -249,8 +485,15 @@ class FactoredOptimizer(torch.optim.Optimizer):
                 group.update({key: before[key] for key in ("params", "param_names") if key in before})
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "nonfinite", "backend", "state_dtype", "grad_norm", "skipped_steps")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        own = ("max_grad_norm", "nonfinite", "backend", "state_dtype", "capturable", "grad_norm")
+        return super().__getstate__() | {name: getattr(self, name) for name in (*own, "skipped_steps")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_constants", Constants())
+        for group in self.param_groups:  # whatever state was loaded: this optimizer is what it was made as
+            if "capturable" in group:
+                group["capturable"] = self.capturable
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and it loads into torch's optimizer: without state_dtype it is the same, bfloat16 states
@@ -287,6 +530,9 @@ class FactoredOptimizer(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device)
         factored = {id(p) for f in self._factors() for p in (f.weight, f.bias)}
         for p, found in self.state.items():
+            if "step" in found and isinstance(p, Tensor):
+                found["step"] = torch.as_tensor(found["step"], dtype=torch.float32)
+                self._step_of(p)
             if any(name + suffix in found for name in self.state_names for suffix in ("", "_codes")):
                 self._states(p, self.state_dtype if id(p) in factored else None)
 
@@ -295,6 +541,30 @@ def _is_low_precision(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) and (
         value.dtype in (torch.bfloat16, torch.uint8) or name.endswith("_scales")
     )
+
+
+def _alike(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters by device and dtype."""
+    found: dict[tuple, list[Tensor]] = {}
+    for p in params:
+        found.setdefault((p.device, p.dtype), []).append(p)
+    return list(found.values())
+
+
+def _copies(zs: list[Tensor]) -> list[Tensor]:
+    """Copies [K], one launch for those of a device and dtype."""
+    made = {}
+    for some in _alike(zs):
+        copies = torch.cat([z.detach().reshape(-1) for z in some]).split([z.numel() for z in some])
+        made.update(zip(map(id, some), copies, strict=True))
+    return [made[id(z)] for z in zs]
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    """`t` on `device`, which nothing waits for."""
+    if t.device == device:
+        return t
+    return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
 
 def _next_weight(f: Factors) -> Tensor:

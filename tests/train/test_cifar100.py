@@ -64,6 +64,7 @@ FIXED = {
 def test_defaults_are_the_recipe(name):
     args = cifar100.parse(["--model", name])
     wanted = DEEP if name in ("full", "enhanced", "standard_deep") else FIXED
+    wanted |= {"augment": "report", "recipe": "report", "target_accuracy": None, "cuda_graph": False}
     wanted |= {"fused": True, "seed": 42, "precision": "fp32", "resume": False, "max_steps": None}
     assert {key: getattr(args, key) for key in wanted} == wanted
     assert args.init == hyperfast.nn.init.DEFAULT and args.out == Path(f"runs/cifar100_{name}")
@@ -73,7 +74,7 @@ def test_defaults_are_the_recipe(name):
 
 def test_options_override_the_recipe():
     options = {"optimizer": "adamw", "schedule": "cosine", "epochs": 7, "batch_size": 9, "lr": 0.1,
-               "min_lr": 0.01, "lr_decay": 0.9, "weight_decay": 0.2, "clip": 3.0, "patience": 2}  # fmt: skip
+               "min_lr": 0.01, "warm_up": 0.5, "augment": "crop_flip", "lr_decay": 0.9, "weight_decay": 0.2, "clip": 3.0, "patience": 2}  # fmt: skip
     arguments = [
         text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))
     ]
@@ -83,11 +84,84 @@ def test_options_override_the_recipe():
 
 def test_schedules():
     args = cifar100.parse(["--model", "fixed", "--lr", "0.5", "--lr-decay", "0.9"])
-    schedule = cifar100.SCHEDULES[args.schedule](args)
+    schedule = cifar100.SCHEDULES[args.schedule](args, 10)
     assert [schedule(epoch, 99) for epoch in range(3)] == pytest.approx([0.5, 0.45, 0.405])
     args = cifar100.parse(["--lr", "0.5", "--min-lr", "0.1", "--epochs", "2"])
-    schedule = cifar100.SCHEDULES[args.schedule](args)
+    schedule = cifar100.SCHEDULES[args.schedule](args, 10)
     assert [schedule(epoch, 99) for epoch in range(3)] == pytest.approx([0.5, 0.3, 0.1])
+
+
+def test_fast_is_a_recipe_of_the_deep_networks(capsys):
+    args = cifar100.parse(["--recipe", "fast", "--lr", "0.5"])
+    wanted = {"optimizer": "adamw", "schedule": "one_cycle", "epochs": 20, "batch_size": 256, "lr": 0.5,
+              "min_lr": 1e-6, "warm_up": 0.2, "weight_decay": 0.02, "clip": 1.0, "patience": 0,
+              "augment": "crop_flip"}  # fmt: skip
+    assert {key: getattr(args, key) for key in wanted} == wanted
+    schedule = cifar100.SCHEDULES[args.schedule](args, 10)  # 200 steps
+    assert [schedule(0, step) for step in (0, 39, 199)] == pytest.approx([0.5 / 40, 0.5, 1e-6])
+    assert schedule(0, 119) == pytest.approx(0.25, rel=1e-3)
+    with pytest.raises(SystemExit):
+        cifar100.parse(["--recipe", "fast", "--model", "mnist_style"])
+    assert "--recipe fast is for full, enhanced, standard_deep, not for mnist_style" in one_line(capsys)
+
+
+def test_crop_flip_changes_no_colour():
+    x = images(40, 5)[0]
+    augment = cifar100.Augment((0, 0, 0), (1, 1, 1), **cifar100.AUGMENTS["crop_flip"])
+    got = augment(x, torch.Generator().manual_seed(1)).mul(255).round().to(torch.uint8)
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    for i in range(len(x)):
+        crops = padded[i].unfold(1, 32, 1).unfold(2, 32, 1).flatten(1, 2).movedim(1, 0)
+        assert (crops == got[i]).flatten(1).all(1).any() or (crops.flip(3) == got[i]).flatten(1).all(1).any()
+    assert (got != x).flatten(1).any(1).sum() > 30
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_optimizer_of_a_graph(monkeypatch, fused):
+    """What the optimizers are asked for; they run in tests/train/test_graph.py."""
+    asked = {}
+    owner = hyperfast.optim if fused else torch.optim
+    monkeypatch.setattr(owner, "AdamW", lambda parameters, **options: asked.update(options))
+    args = cifar100.parse(["--device", "cuda", "--fused" if fused else "--no-fused"])
+    assert args.cuda_graph
+    cifar100.make_optimizer(tiny_model("full", fused), args)
+    wanted = {"capturable": True, "nonfinite": "skip"} if fused else {"capturable": True, "fused": True}
+    assert wanted.items() <= asked.items()
+    asked.clear()
+    args.cuda_graph = False
+    cifar100.make_optimizer(tiny_model("full", fused), args)
+    assert not wanted.keys() & asked.keys()
+
+
+def test_precision_of_a_gpu():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for precision in ("tf32", "fp32", "tf32", "bf16"):
+            cifar100.set_precision(precision)
+            tf32 = precision == "tf32"
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+            assert torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.backends.cudnn.benchmark = False
+
+
+def test_fast_runs_to_a_target(small, tmp_path, capsys):
+    options = ("--recipe", "fast", "--augment", "crop_flip", "--target-accuracy", "0.5")
+    assert run(tmp_path / "a", *options) == 0
+    state = checkpoint.load(tmp_path / "a" / "last.pt")
+    assert {"augment": "crop_flip", "schedule": "one_cycle", "warm_up": 0.2}.items() <= state[
+        "recipe"
+    ].items()
+    text, out = (tmp_path / "a" / "report.md").read_text(), capsys.readouterr().out
+    history = state["history"]
+    if history[-1]["test_accuracy"] >= 0.5:
+        seconds = f"{history[-1]['training_seconds']:.1f} s of training"
+        assert f"reached after epoch {len(history)}, {seconds}; test accuracy" in out
+        assert f"reached the target of 0.50 % after epoch {len(history)}: {seconds}, " in text
+    else:
+        assert "No epoch reached the target of 0.50 % test accuracy." in text
 
 
 @pytest.mark.parametrize("name", ["full", "fixed"])
@@ -176,6 +250,12 @@ def test_the_seed_decides_the_run(small, tmp_path):
         (["--model", "resnet"], "argument --model: invalid choice: 'resnet'"),
         (["--init", "zero"], "argument --init: invalid choice: 'zero'"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--precision", "tf32", "--device", "cpu"], "--precision tf32 needs --device cuda, got cpu"),
+        (["--cuda-graph", "--device", "cpu"], "--cuda-graph needs --device cuda, got cpu"),
+        (["--recipe", "slow"], "argument --recipe: invalid choice: 'slow'"),
+        (["--warm-up", "1.5"], "argument --warm-up: must be at most 1, got 1.5"),
+        (["--target-accuracy", "0"], "argument --target-accuracy: must be above 0, got 0"),
+        (["--target-accuracy", "101"], "argument --target-accuracy: must be at most 100, got 101"),
         (["--typo"], "unrecognized arguments: --typo"),
     ],
 )

@@ -1,4 +1,5 @@
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -13,9 +14,9 @@ from torch import nn
 import hyperfast
 from tests.train import tiny
 from tests.train.tiny import Net, data, make
-from train import checkpoint, loop
+from train import checkpoint, loop, summary
 from train.checkpoint import CheckpointError
-from train.loop import Interrupted, RunError, cosine
+from train.loop import Interrupted, RunError, cosine, one_cycle
 
 
 def assert_same(a, b):
@@ -92,6 +93,26 @@ def test_cosine_is_torchs():
     for epoch in range(100):
         assert ours(epoch, 0) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step(), reference.step()
+
+
+def test_one_cycle_is_two_lines():
+    rate = one_cycle(20, 1e-2, 1e-3, 0.2)
+    rates = [rate(9, step) for step in range(20)]
+    assert rates[:4] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
+    falls = [a - b for a, b in zip(rates[3:], rates[4:], strict=False)]
+    assert falls == pytest.approx([9e-3 / 16] * 16) and rates[-1] == pytest.approx(1e-3)
+    assert one_cycle(4, 1.0, 0.0, 0.0)(0, 0) == 0.75  # no way up
+    assert [one_cycle(4, 1.0, 0.0, 1.0)(0, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_schedule_by_step_reaches_the_optimizer(tmp_path):
+    trainer = make(tmp_path, epochs=2)
+    trainer.schedule = one_cycle(12, 0.01, 1e-4, 0.25)
+    real, rates = trainer.step, []
+    trainer.step = lambda: (rates.append(trainer.optimizer.param_groups[0]["lr"]), real())[1]
+    trainer.fit()
+    assert rates == [trainer.schedule(0, step) for step in range(12)]
+    assert [row["lr"] for row in trainer.history] == [rates[5], rates[11]]
 
 
 # ---- resume ----
@@ -260,13 +281,12 @@ def test_non_finite_evaluation_stops_before_the_checkpoint(tmp_path):
 
 
 def test_values_wait_on_a_gpu_but_the_first_bad_step_is_named():
-    meter = loop._Meter(epoch=4, window=3)
-    one = torch.tensor(1.0)
-    meter.add(one, one, 2.0, 8)
-    assert not meter.fresh
-    meter.add(one * float("inf"), one, 2.0, 8)
+    meter = loop._Meter(epoch=4, window=3, device=torch.device("cpu"))
+    meter.add(torch.tensor([1.0, 4.0, 2.0]), 8)
+    assert not meter.fresh and meter.steps == 0
+    meter.add(torch.tensor([math.inf, 1.0, 2.0]), 8)
     with pytest.raises(RunError, match="^epoch 5, step 2: loss is inf"):
-        meter.add(one * float("nan"), one, 2.0, 8)
+        meter.add(torch.tensor([math.nan, 1.0, 2.0]), 8)
 
 
 def test_full_disk_during_training_keeps_the_last_epoch(tmp_path, monkeypatch):
@@ -371,6 +391,44 @@ def test_every_epoch_has_its_own_order_and_augmentation(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[0], two[0])
     assert one[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(8, 4), (8, 1), (50, 3), (7, 100), (1, 16)])
+def test_chunks_hold_the_batches_of_the_epoch(tmp_path, monkeypatch, size, at_once):
+    """Same order and labels however many batches are augmented at once; every sample its own chance."""
+    parts = data()
+    parts.augment = lambda x, generator: x.float()
+    trainer = make(tmp_path, parts=parts, batch_size=size)
+    expected = list(trainer._train_batches(3))
+    monkeypatch.setattr(trainer, "_batches_at_once", lambda: at_once)
+    calls = []
+    trainer.data.augment = lambda x, generator: (calls.append(len(x)), x.float())[1]
+    got = list(trainer._train_batches(3))
+    assert len(got) == len(expected) == 50 // size == trainer.steps_per_epoch
+    for (x, y), (u, v) in zip(expected, got, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+        assert u.is_contiguous(memory_format=torch.channels_last) and len(y) == size
+    assert sum(calls) == 50 // size * size and max(calls) == min(at_once, 50 // size) * size
+
+
+def test_a_target_ends_the_run(tmp_path):
+    trainer = make(tmp_path, epochs=5, target_accuracy=30.0)
+    accuracies = {"test": [10.0, 20.0, 31.0, 5.0], "validation": [3.0, 2.0, 1.0, 0.0]}
+    trainer.evaluate = lambda part: (1.0, accuracies[part][len(trainer.history)])
+    assert trainer.fit() == "test accuracy 31.00 % reached after epoch 3"
+    seconds = [row["seconds"] for row in trainer.history]
+    totals = [row["training_seconds"] for row in trainer.history]
+    assert totals == pytest.approx([sum(seconds[:i]) for i in (1, 2, 3)])
+    assert trainer.target_row() is trainer.history[2] and trainer.best["epoch"] == 1
+    assert len(last(tmp_path)["history"]) == 3
+    again = make(tmp_path, epochs=5, target_accuracy=30.0)
+    again.resume()
+    assert again.fit() == "test accuracy 31.00 % reached after epoch 3" and again.steps == 18
+    figures = summary.collect(trainer, "Tiny", "the end", "command")
+    assert figures["target"] == {
+        "accuracy": 30.0, "epoch": 3, "seconds": totals[2], "startup_seconds": 0.0,
+        "evaluation_seconds": sum(row["evaluation_seconds"] for row in trainer.history),
+    }  # fmt: skip
 
 
 def test_plain_model_has_no_z(tmp_path):

@@ -44,18 +44,21 @@ def data(train=50):
 
 def make(out, fused=True, net=Net, parts=None, recipe=None, **config):
     torch.manual_seed(0)
-    model = net(backend="auto" if fused else "reference")
     config = Config(**({"epochs": 3, "batch_size": 8} | config))
+    model = net(backend="auto" if fused else "reference").to(config.device)
     if fused:
         hyperfast.factored_(model)
-        optimizer = hyperfast.optim.AdamW(model, lr=0.01, max_grad_norm=1.0)
+        capturable = {"capturable": True, "nonfinite": "skip"} if config.cuda_graph else {}
+        optimizer = hyperfast.optim.AdamW(model, lr=0.01, max_grad_norm=1.0, **capturable)
 
         def step():
             optimizer.step()
             return optimizer.grad_norm
 
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        # torch refuses capturable=True on the CPU; fused takes the rate as a tensor there too
+        capturable = {"fused": True, "capturable": config.device != "cpu"} if config.cuda_graph else {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **capturable)
 
         def step():
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
