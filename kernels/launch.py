@@ -50,25 +50,37 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
 
 class Resources(NamedTuple):
     """What a compiled kernel takes: registers of a thread, bytes of stack a thread (spilled registers), bytes
-    of shared memory a block; threads of a block; the assembly."""
+    of shared memory a block; threads of a block; the assembly, and Triton's own last form of the kernel, which
+    shows how its arrays lie over threads."""
 
     registers: int
     stack: int
     shared: int
     threads: int
     ptx: str
+    ttgir: str
 
 
 @dataclass(frozen=True)
 class Launch:
     """`kernel` on `grid` with `arguments` by parameter name: tensors, numbers, and compile-time constants
-    where the kernel says tl.constexpr."""
+    where the kernel says tl.constexpr. fp_fusion: whether a * b + c may be rounded once; without, a kernel
+    gives bit for bit what the interpreter gives where sums have the same order."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    fp_fusion: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles with; all said, since its defaults change."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
 
     def run(self) -> None:
         """Queues the kernel on the current stream of the tensors' device; under the interpreter runs it."""
@@ -77,16 +89,15 @@ class Launch:
         device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with on_device:
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.arguments, **self.options())
 
     def compile(self, capability: int) -> Resources:
         """Compiles for a GPU of this compute capability (80, 90), with or without one at hand."""
         target = GPUTarget("cuda", capability, 32)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        compiled = triton.compile(self._source(), target=target, options=options)
+        compiled = triton.compile(self._source(), target=target, options=self.options())
         registers, stack = _usage(compiled.asm["cubin"])
         shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
-        return Resources(registers, stack, shared, 32 * self.num_warps, ptx)
+        return Resources(registers, stack, shared, 32 * self.num_warps, ptx, compiled.asm["ttgir"])
 
     def _source(self) -> ASTSource:
         """Specialised as a launch would be: divisibility by 16, and integers that are 1."""

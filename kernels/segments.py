@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,13 +101,14 @@ def _made(rows, blocks, device, host_memory: Callable[[int], Tensor]) -> Segment
     )
 
 
-def by_size(table: Sequence[tuple[int, ...]]) -> dict[int, list[tuple[int, ...]]]:
-    """Rows that end in (..., N, K) by their K, without those of N = 0."""
-    found: dict[int, list[tuple[int, ...]]] = {}
-    for row in table:
-        if row[-2]:
-            found.setdefault(row[-1], []).append(tuple(row))
-    return found
+def check_aligned(addresses: Iterable[int], size: int) -> None:
+    """ValueError for an address (0: none) that is no multiple of `size`, the bytes of an element: kernels read
+    elements where elements may lie."""
+    for address in addresses:
+        if address % size:
+            raise ValueError(
+                f"a tensor begins at an address that is no multiple of its elements' {size} bytes: clone() it"
+            )
 
 
 @triton.jit
@@ -122,9 +123,9 @@ def find_segment(rows_ptr, starts_ptr, L, FIELDS: tl.constexpr, BLOCK_L: tl.cons
 
 
 @triton.jit
-def pointer(row_ptr, field: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a field of the row; ALIGNED: all of them are multiples of 16 bytes."""
+def pointer(row_ptr, field: tl.constexpr, dtype: tl.constexpr, multiple: tl.constexpr = 1):
+    """The address in a field of the row, known to be a multiple of that many bytes: what one load may take."""
     address = tl.load(row_ptr + field).to(tl.pointer_type(dtype))
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
+    if multiple > 1:
+        address = tl.multiple_of(address, multiple)
     return address

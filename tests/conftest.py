@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyperfast.nn import HyperLayer
 from hyperfast.ops._library import _cpu
+from tests.cuda_emulator.kernels import cuda_kernels  # noqa: F401  a fixture
 
 # RMS(error) / RMS(reference in float64). float64: the reference rounds as much.
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-14}

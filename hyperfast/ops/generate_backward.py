@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.ops._library import _cpu, check_generators, dtype_name, generator_engine, library, no_autocast
+from hyperfast.ops._library import (
+    _cpu,
+    _cuda,
+    check_generators,
+    dtype_name,
+    generator_engine,
+    library,
+    no_autocast,
+    triton_kernels,
+)
 
 library.define("generate_backward(Tensor[] weights, Tensor[] dws) -> (Tensor[], Tensor)")
 
@@ -20,17 +29,28 @@ def _backward_reference(weights, dws):
 
 
 @torch.library.impl(library, "generate_backward", "CPU")
-def _backward_cpu(weights, dws):
-    if generator_engine(weights) == "reference":
+@torch.library.impl(library, "generate_backward", "CUDA")
+def _backward_native(weights, dws):
+    engine, device = generator_engine(weights, cuda="generate_backward"), weights[0].device
+    if engine == "reference":
         return _backward_reference(weights, dws)
     weights, dws = [w.contiguous() for w in weights], [dw.contiguous() for dw in dws]
     dzs = [weight.new_empty(weight.shape[1]) for weight in weights]
-    squared_norms = torch.empty(len(weights), dtype=torch.float64)
+    squared_norms = torch.empty(len(weights), dtype=torch.float64, device=device)
     segments = [
         (weight.data_ptr(), dw.data_ptr(), dz.data_ptr(), squared_norms.data_ptr() + 8 * i, *weight.shape)
         for i, (weight, dw, dz) in enumerate(zip(weights, dws, dzs, strict=True))
     ]
-    _cpu.generate_backward(segments, dtype_name(weights[0]), torch.get_num_threads())
+    if engine == "triton":
+        triton_kernels("generate_backward").run(segments, weights[0].dtype, device)
+    elif engine == "cuda":
+        doubles = _cuda.generate_backward_scratch([tuple(weight.shape) for weight in weights])
+        scratch = torch.empty(doubles, dtype=torch.float64, device=device)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _cuda.generate_backward(segments, scratch.data_ptr(), dtype_name(weights[0]), stream)
+    else:
+        _cpu.generate_backward(segments, dtype_name(weights[0]), torch.get_num_threads())
     return dzs, squared_norms
 
 

@@ -20,7 +20,7 @@ from hyperfast.ops._library import (
 )
 from hyperfast.ops.conv2d import conv2d
 from hyperfast.ops.generate import generate
-from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, forward_op
+from hyperfast.ops.merged import LINEAR, Geometry, HyperConv2dFunction, cuda_serves, forward_op
 
 PATHS = ("auto", "merged", "separate")
 
@@ -32,11 +32,30 @@ def merged_wins(rows: int, weight: Tensor, needs_grad: bool, convolution: bool =
     that in a convolution. Beyond, oneDNN's product is worth more than what merging saves. Never with
     gradients: merging wins there only up to about 16 rows, and the forwards of a training must not depend, in
     the last bit, on whether the optimizer left the next weights.
+
+    On a GPU by arithmetic, which awaits measurement: merging saves a launch and 2 N of N (K + 3) elements, and
+    a second block of rows would read the generator again, N K elements. So up to one block of rows: 128 on
+    tensor cores, half of that in a convolution, whose gathering costs about as many loads then as the
+    generator; float32 without TF32 up to 8 K rows, beyond which its product takes longer than the reading
+    (2 rows operations against 4 K bytes a weight, at 25 TFLOP/s and 3.35 TB/s, with a margin of two); 8 rows
+    where the kernels do not use tensor cores (float64, K over 64). The CUDA C++ kernel, which serves where
+    Triton does not, is for linear layers alone, up to 64 rows.
     """
-    if needs_grad or generator_engine([weight]) != "cpu":
-        return False
-    limit = 256 if weight.dtype == torch.bfloat16 else 64
-    return rows <= (limit // 4 if convolution else limit)
+    engine = "reference" if needs_grad else generator_engine([weight], cuda="hyper_linear")
+    if engine == "cpu":
+        limit = 256 if weight.dtype == torch.bfloat16 else 64
+        return rows <= (limit // 4 if convolution else limit)
+    if engine == "cuda":
+        return not convolution and cuda_serves(rows, weight)
+    return engine == "triton" and rows <= _gpu_rows(weight, convolution)
+
+
+def _gpu_rows(weight: Tensor, convolution: bool) -> int:
+    K = weight.shape[1]
+    if weight.dtype == torch.float64 or K > 64:
+        return 8
+    limit = 64 if convolution else 128
+    return min(limit, max(8, 8 * K)) if weight.dtype == torch.float32 else limit
 
 
 def hyper_linear(
@@ -111,7 +130,9 @@ def _merge(path: str, *rule, **options) -> bool:
 
 def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, needs_grad: bool) -> Tensor:
     dtype = autocast_dtype(weight)
-    tensors = (x if dtype is None else x.to(weight.dtype)), z, weight, bias, layer_bias
+    if dtype is not None:  # the Triton kernels multiply in autocast's dtype, what they generate in float32
+        x = x.to(dtype if generator_engine([weight]) == "triton" else weight.dtype)
+    tensors = x, z, weight, bias, layer_bias
     if needs_grad:
         if torch.compiler.is_compiling():  # as in `generate`: a tensor given twice
             tensors = (None if t is None else t.view_as(t) for t in tensors)

@@ -1,7 +1,8 @@
 """Generation merged with the layer that uses the weights: the op, its backward, and autograd.
 
-One op serves both layers: a linear layer is a 1x1 convolution of 1x1 images. Where the kernels do not serve
-(CUDA, float16, K over 512, empty tensors) the reference expression runs.
+One op serves both layers: a linear layer is a 1x1 convolution of 1x1 images. Where no kernels serve (K over
+512, float16 on the CPU, empty tensors, 2^30 rows) the reference expression runs. x, and with it y, dy and dx,
+may have another dtype than the rest under autocast; the C++ kernels take one dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperfast.ops._library import _cpu, dtype_name, generator_engine, library, no_autocast
+from hyperfast.ops._library import (
+    _cpu,
+    _cuda,
+    dtype_name,
+    generator_engine,
+    library,
+    no_autocast,
+    triton_kernels,
+)
 
 
 class Geometry(NamedTuple):
@@ -27,13 +36,13 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    def numbers(self) -> tuple[int, ...]:
+        """R, S, stride (2), padding (4), dilation (2), groups."""
+        return (*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups)
+
     def flat(self) -> tuple[int, ...]:
-        """What the ops take: eleven numbers, or none for a linear layer."""
-        return (
-            ()
-            if self == LINEAR
-            else (*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups)
-        )
+        """What the ops take: the eleven numbers, or none for a linear layer."""
+        return () if self == LINEAR else self.numbers()
 
     @staticmethod
     def of(flat: tuple[int, ...]) -> Geometry:
@@ -59,6 +68,7 @@ class Geometry(NamedTuple):
 
 
 LINEAR = Geometry()
+MOST_ROWS = 2**30  # rows and pixels are counted in 32 bits
 _COMPUTE = {"bfloat16": torch.float32}  # the type the kernels take x, y and their gradients in; else the same
 # geometry: Geometry.flat
 library.define(
@@ -78,7 +88,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _kernel(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    w = F.linear(z, weight, bias)
+    w = F.linear(z, weight, bias).to(x.dtype)
     return w.view(geometry.outputs(x, weight), x.shape[1] // geometry.groups, *geometry.kernel_size)
 
 
@@ -91,6 +101,7 @@ def expression(x, z, weight, bias, layer_bias, geometry: Geometry) -> Tensor:
     """The op in plain PyTorch."""
     w = _kernel(x, z, weight, bias, geometry)
     x = _pad(x, geometry)
+    layer_bias = None if layer_bias is None else layer_bias.to(x.dtype)
     return F.conv2d(x, w, layer_bias, geometry.stride, 0, geometry.dilation, geometry.groups)
 
 
@@ -106,7 +117,7 @@ def backward_expression(
     )  # fmt: skip
     if need_x:
         dx = dx[..., top : top + x.shape[2], left : left + x.shape[3]]
-    return dx, dw.reshape(-1) if need_w else None
+    return dx, dw.reshape(-1).to(weight.dtype) if need_w else None
 
 
 @torch.library.impl(library, "hyper_conv2d", "CompositeExplicitAutograd")
@@ -124,8 +135,8 @@ def _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w
         dz = weight.t() @ dw if need_z else None
     return (
         dx.contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0),
-        dz if need_z else x.new_empty(0),
-        dw.contiguous() if need_w else x.new_empty(0),
+        dz if need_z else weight.new_empty(0),
+        dw.contiguous() if need_w else weight.new_empty(0),
     )
 
 
@@ -186,10 +197,7 @@ def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tens
     return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
 
-@torch.library.impl(library, "hyper_conv2d", "CPU")
 def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
-    if generator_engine([weight]) == "reference" or not x.numel() or not weight.numel():
-        return _forward_reference(x, z, weight, bias, layer_bias, geometry)
     dtype = dtype_name(weight)
     plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
@@ -205,10 +213,7 @@ def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
     return y.to(x.dtype).contiguous(memory_format=_layout(x))
 
 
-@torch.library.impl(library, "hyper_conv2d_backward", "CPU")
 def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
-    if generator_engine([weight]) == "reference" or not x.numel() or not weight.numel():
-        return _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w)
     dtype = dtype_name(weight)
     plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
@@ -222,6 +227,75 @@ def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     return _scatter(dcolumns, x, plan) if need_x else x.new_empty(0), dz, dw
 
 
+def _forward_triton(x, z, weight, bias, layer_bias, geometry):
+    geometry = Geometry.of(tuple(geometry))
+    y = torch.empty(geometry.shape(x, weight), dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    generator = z.contiguous(), weight.contiguous(), _contiguous(bias)
+    triton_kernels("hyper_conv2d").run(x, *generator, _contiguous(layer_bias), y, geometry.numbers())
+    return y
+
+
+def _backward_triton(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
+    dx = torch.empty_like(x, memory_format=_layout(x)) if need_x else None
+    dz, dw = z.new_empty(z.shape) if need_z else None, weight.new_empty(len(weight)) if need_w else None
+    generator = z.contiguous(), weight.contiguous(), _contiguous(bias)
+    numbers = Geometry.of(tuple(geometry)).numbers()
+    triton_kernels("hyper_conv2d").run_backward(dy, x, *generator, dx, dz, dw, numbers)
+    made = (dx, x), (dz, weight), (dw, weight)
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor, like in made)
+
+
+def _forward_cuda(x, z, weight, bias, layer_bias, geometry):
+    sizes, dtype = (len(x), weight.shape[0] // x.shape[1], *x.shape[1:2], weight.shape[1]), dtype_name(weight)
+    x, z, weight, bias, layer_bias = map(_contiguous, (x, z, weight, bias, layer_bias))
+    y = x.new_empty(len(x), sizes[1], 1, 1)
+    scratch = x.new_empty(_cuda.hyper_linear_scratch(sizes, dtype), dtype=torch.float32)
+    addresses = [_address(t) for t in (weight, bias, z, x, layer_bias, y, scratch)]
+    with torch.cuda.device(x.device):
+        _cuda.hyper_linear(addresses, sizes, dtype, torch.cuda.current_stream().cuda_stream)
+    return y
+
+
+def cuda_serves(rows: int, weight: Tensor, geometry: Geometry = LINEAR) -> bool:
+    """Whether the CUDA C++ kernel serves: linear layers of few rows in float32 or less."""
+    return geometry == LINEAR and weight.dtype != torch.float64 and rows <= _cuda.MAX_ROWS
+
+
+def _engine(x: Tensor, weight: Tensor, geometry: list[int], cuda: str = "") -> str:
+    if not x.numel() or not weight.numel():
+        return "reference"
+    geometry = Geometry.of(tuple(geometry))
+    rows = max(x.numel() // x.shape[1], geometry.rows(x))
+    engine = generator_engine([weight], cuda) if rows < MOST_ROWS else "reference"
+    if engine == "cuda":
+        fits = x.shape[2:] == (1, 1) and x.dtype == weight.dtype and cuda_serves(rows, weight, geometry)
+        return engine if fits else "reference"
+    return engine
+
+
+@torch.library.impl(library, "hyper_conv2d", "CPU")
+@torch.library.impl(library, "hyper_conv2d", "CUDA")
+def _forward_native(x, z, weight, bias, layer_bias, geometry):
+    forward = _FORWARD[_engine(x, weight, geometry, cuda="hyper_linear")]
+    return forward(x, z, weight, bias, layer_bias, geometry)
+
+
+@torch.library.impl(library, "hyper_conv2d_backward", "CPU")
+@torch.library.impl(library, "hyper_conv2d_backward", "CUDA")
+def _backward_native(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
+    backward = _BACKWARD[_engine(x, weight, geometry)]
+    return backward(dy, x, z, weight, bias, geometry, need_x, need_z, need_w)
+
+
+_FORWARD = {
+    "cpu": _forward_cpu,
+    "triton": _forward_triton,
+    "cuda": _forward_cuda,
+    "reference": _forward_reference,
+}
+_BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": _backward_reference}
+
+
 @torch.library.register_fake("hyperfast::hyper_conv2d", lib=library)
 def _forward_fake(x, z, weight, bias, layer_bias, geometry):
     shape = Geometry.of(tuple(geometry)).shape(x, weight)
@@ -231,7 +305,7 @@ def _forward_fake(x, z, weight, bias, layer_bias, geometry):
 @torch.library.register_fake("hyperfast::hyper_conv2d_backward", lib=library)
 def _backward_fake(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     dx = x.new_empty(x.shape).contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0)
-    return dx, x.new_empty(z.shape if need_z else 0), x.new_empty(weight.shape[0] if need_w else 0)
+    return dx, weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
 
 
 # the overloads themselves: finding them at each call costs microseconds
@@ -270,7 +344,7 @@ class HyperConv2dFunction(torch.autograd.Function):
             dz if need_z else None,
             torch.outer(dw, z) if need_weight else None,
             dw if need_bias else None,
-            dy.sum((0, 2, 3)) if need_layer_bias else None,
+            dy.sum((0, 2, 3), dtype=z.dtype) if need_layer_bias else None,
             None,
             None,
         )

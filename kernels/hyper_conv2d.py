@@ -1,0 +1,673 @@
+"""hyper_conv2d: generation merged with the convolution, or linear layer, that uses the weights.
+
+y[m, o] = sum_i x_col[m, i] w[o, i] + layer_bias[o], w[o, i] = sum_k weight[o I + i, k] z[k] + bias[o I + i], for
+M = B H' W' rows and I = C / groups R S columns i = (c, r, s) of each group: an implicit matrix product that gathers
+its rows from x by index arithmetic and makes each tile of w on chip. A linear layer is a 1 x 1 convolution of
+1 x 1 images.
+
+Floors of the forward: N K elements of the generator over the bandwidth; 2 N K operations of generation in
+float32 and 2 M N of the product. Generating first adds only 2 N elements (w written, then read, often in L2) and a
+launch: merging may cost no more than that, and every further block of rows generates the tiles again, N K
+elements from L2. So BLOCK_M takes all rows up to 128, programs of one tile of w are neighbours in the grid, and
+`merged_wins` (hyperfast.ops.hyper_layers) takes this path up to one block of rows only.
+
+Up to 8 rows a product of tiles would leave 1/2 of the tensor cores' 16 rows empty and pass w through shared
+memory: there, and for float64 and K over 64 (a tile of 16 x 16 weights no longer fits the registers), weights
+are multiplied and added where they were made, and the sum over i follows at the end. Else tensor cores
+multiply: float16 and bfloat16, TF32 if torch.backends.cuda.matmul allows it; float32 otherwise, in ordinary
+registers, which is exact and slower.
+
+Where the tiles are fewer than the GPU runs at a time (132 multiprocessors, two blocks each) the sum is cut into parts
+added up afterwards in a fixed order. Sizes and splits depend on shapes and dtype alone; they follow from the
+arithmetic above and await measurement.
+
+Backward: dx gathers, for each pixel of x, the outputs it meets (generating again); dw[n] = sum_m dy[m, o]
+x_col[m, i] and, in the same program while rows fit in one block, dz[k] = sum_n dw[n] weight[n, k]. Floor: the
+generator read twice, once for dx and once for dz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyperfast.kernels.launch import INTERPRETED, TRITON_TYPES, Launch, compute_type
+
+FEW_ROWS = 8  # up to here without tensor cores
+MOST_ROWS = 128  # of a block
+DOT_K = 64  # beyond, without tensor cores
+TILE_BYTES = 32768  # of the generator, for each step of a block
+PROGRAMS = {True: 2 * 132, False: 4 * 132}  # with tensor cores: blocks that 132 multiprocessors run at a time
+WARPS, STAGES = 8, 3
+
+
+@triton.jit
+def _pixels(offs, height, width):
+    """(image, row, column) of pixels counted through images of height x width."""
+    return (offs // (height * width)).to(tl.int64), offs // width % height, offs % width
+
+
+@triton.jit
+def _weights(weight_ptr, bias_ptr, z, rows, offs_k, mask, K: tl.constexpr):
+    """weight z + bias of the generator's `rows` [A, B], in z's type."""
+    offs = rows[:, :, None] * K + offs_k[None, None, :]
+    in_tile = mask[:, :, None] & (offs_k < K)[None, None, :]
+    weight = tl.load(weight_ptr + offs, mask=in_tile, other=0.0).to(z.dtype)
+    w = tl.sum(weight * z[None, None, :], 2)
+    if bias_ptr is not None:
+        w += tl.load(bias_ptr + rows, mask=mask, other=0.0).to(z.dtype)
+    return w
+
+
+@triton.jit
+def _columns(
+    x_ptr,
+    offs_m,
+    c,
+    down,
+    right,
+    in_m,
+    in_i,
+    H,
+    W,
+    out_h,
+    out_w,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """x_col[m, i] of rows m and columns i: channel c of x, `down` and `right` from the window's corner."""
+    image, row, column = _pixels(offs_m, out_h, out_w)
+    h = row * STRIDE_H - TOP
+    w = column * STRIDE_W - LEFT
+    mask = in_m[:, None] & in_i[None, :]
+    if PADDED:
+        hs = h[:, None] + down[None, :]
+        ws = w[:, None] + right[None, :]
+        mask = mask & (hs >= 0) & (hs < H) & (ws >= 0) & (ws < W)
+    of_m = image * x_b + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w
+    of_i = c.to(tl.int64) * x_c + down.to(tl.int64) * x_h + right.to(tl.int64) * x_w
+    return tl.load(x_ptr + of_m[:, None] + of_i[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def hyper_conv2d_fwd_kernel(
+    x_ptr,
+    z_ptr,
+    weight_ptr,
+    bias_ptr,
+    layer_bias_ptr,
+    y_ptr,
+    M,
+    C,
+    O,
+    H,
+    W,
+    out_h,
+    out_w,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    y_split,
+    y_b,
+    y_c,
+    y_h,
+    y_w,
+    chunk,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PADDED: tl.constexpr,
+    BY_TAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # grid: (row blocks x output blocks x groups, the rows fastest; parts of `chunk` steps); a step is BLOCK_I
+    # columns, or BY_TAP as many channels at one place (r, s) of the kernel, so that x in channels_last is read in
+    # vectors
+    pid = tl.program_id(0)
+    row_blocks, output_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
+    group = pid // row_blocks // output_blocks
+    offs_m = pid % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_o = pid // row_blocks % output_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_m, in_o = offs_m < M, offs_o < O
+    I = C * (R * S)
+    channels = (group * O + offs_o).to(tl.int64)  # of y
+    z = tl.load(z_ptr + offs_k, mask=offs_k < K, other=0.0).to(COMPUTE)
+
+    begin = tl.program_id(1) * chunk
+    if DOT is None:
+        products = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_I), COMPUTE)
+    else:
+        y = tl.zeros((BLOCK_M, BLOCK_O), COMPUTE)
+    steps = tl.cdiv(C, BLOCK_I) * (R * S) if BY_TAP else tl.cdiv(I, BLOCK_I)
+    for step in range(begin, tl.minimum(begin + chunk, steps)):
+        if BY_TAP:
+            c = step // (R * S) * BLOCK_I + tl.arange(0, BLOCK_I)
+            r = tl.full((BLOCK_I,), step // S % R, tl.int32)
+            s = tl.full((BLOCK_I,), step % S, tl.int32)
+            offs_i = c * (R * S) + step % (R * S)
+        else:
+            offs_i = step * BLOCK_I + tl.arange(0, BLOCK_I)
+            c, r, s = offs_i // (R * S), offs_i // S % R, offs_i % S
+        in_i = c < C
+        x = _columns(
+            x_ptr, offs_m, group * C + c, r * DILATION_H, s * DILATION_W, in_m, in_i, H, W, out_h, out_w,
+            x_b, x_c, x_h, x_w, STRIDE_H, STRIDE_W, TOP, LEFT, PADDED,
+        )  # fmt: skip
+        rows = channels[:, None] * I + offs_i[None, :]
+        w = _weights(weight_ptr, bias_ptr, z, rows, offs_k, in_o[:, None] & in_i[None, :], K)
+        if DOT is None:
+            products += x.to(COMPUTE)[:, None, :] * w[None, :, :]
+        else:
+            w = w.to(x.dtype).to(DOT)
+            y = tl.dot(x.to(DOT), tl.trans(w), y, input_precision=PRECISION)
+    if DOT is None:
+        y = tl.sum(products, 2)
+    if layer_bias_ptr is not None:
+        y += tl.load(layer_bias_ptr + channels, mask=in_o, other=0.0).to(COMPUTE)[None, :]
+
+    image, row, column = _pixels(offs_m, out_h, out_w)
+    of_m = tl.program_id(1).to(tl.int64) * y_split + image * y_b + row.to(tl.int64) * y_h + column * y_w
+    offs_y = of_m[:, None] + channels[None, :] * y_c
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_o[None, :])
+
+
+@triton.jit
+def hyper_conv2d_sum_kernel(
+    parts_ptr,
+    layer_bias_ptr,
+    out_ptr,
+    parts,
+    size,
+    inner,
+    channels,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[j] = sum_p parts[p, j] + layer_bias[j // inner % channels], in memory's order."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < size
+    total = tl.zeros((BLOCK_P, BLOCK), parts_ptr.dtype.element_ty)
+    for first in range(0, parts, BLOCK_P):
+        offs_p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
+        mask = (offs_p < parts)[:, None] & inside[None, :]
+        total += tl.load(parts_ptr + offs_p[:, None] * size + offs[None, :], mask=mask, other=0.0)
+    out = tl.sum(total, 0)
+    if layer_bias_ptr is not None:
+        layer_bias = tl.load(layer_bias_ptr + offs // inner % channels, mask=inside, other=0.0)
+        out += layer_bias.to(out.dtype)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def hyper_conv2d_bwd_x_kernel(
+    dy_ptr,
+    z_ptr,
+    weight_ptr,
+    bias_ptr,
+    dx_ptr,
+    P,
+    C,
+    O,
+    H,
+    W,
+    out_h,
+    out_w,
+    dy_b,
+    dy_c,
+    dy_h,
+    dy_w,
+    dx_split,
+    dx_b,
+    dx_c,
+    dx_h,
+    dx_w,
+    chunk,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # dx[p, c] = sum over outputs o and places (r, s) of the kernel of dy[the output pixel there, o] w[o, c, r, s]
+    # grid: (pixel blocks x channel blocks x groups, the pixels fastest; parts of `chunk` steps); a step is
+    # BLOCK_O outputs at one place of the kernel
+    pid = tl.program_id(0)
+    pixel_blocks, channel_blocks = tl.cdiv(P, BLOCK_P), tl.cdiv(C, BLOCK_C)
+    group = pid // pixel_blocks // channel_blocks
+    offs_p = pid % pixel_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_c = pid // pixel_blocks % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_p, in_c = offs_p < P, offs_c < C
+    image, h, w = _pixels(offs_p, H, W)
+    z = tl.load(z_ptr + offs_k, mask=offs_k < K, other=0.0).to(COMPUTE)
+
+    begin = tl.program_id(1) * chunk
+    if DOT is None:
+        products = tl.zeros((BLOCK_P, BLOCK_O, BLOCK_C), COMPUTE)
+    else:
+        dx = tl.zeros((BLOCK_P, BLOCK_C), COMPUTE)
+    for step in range(begin, tl.minimum(begin + chunk, tl.cdiv(O, BLOCK_O) * (R * S))):
+        r, s = step // S % R, step % S
+        offs_o = step // (R * S) * BLOCK_O + tl.arange(0, BLOCK_O)
+        in_o = offs_o < O
+        outputs = (group * O + offs_o).to(tl.int64)
+        down, right = h + TOP - r * DILATION_H, w + LEFT - s * DILATION_W
+        row, column = down // STRIDE_H, right // STRIDE_W
+        meets = in_p
+        if not POINTWISE:
+            meets = meets & (down >= 0) & (down % STRIDE_H == 0) & (row < out_h)
+            meets = meets & (right >= 0) & (right % STRIDE_W == 0) & (column < out_w)
+        of_p = image * dy_b + row.to(tl.int64) * dy_h + column.to(tl.int64) * dy_w
+        mask = meets[:, None] & in_o[None, :]
+        dy = tl.load(dy_ptr + of_p[:, None] + outputs[None, :] * dy_c, mask=mask, other=0.0)
+        rows = (outputs[:, None] * C + offs_c[None, :]) * (R * S) + (r * S + s)
+        made = _weights(weight_ptr, bias_ptr, z, rows, offs_k, in_o[:, None] & in_c[None, :], K)
+        if DOT is None:
+            products += dy.to(COMPUTE)[:, :, None] * made[None, :, :]
+        else:
+            dx = tl.dot(dy.to(DOT), made.to(dy.dtype).to(DOT), dx, input_precision=PRECISION)
+    if DOT is None:
+        dx = tl.sum(products, 1)
+
+    of_p = (
+        tl.program_id(1).to(tl.int64) * dx_split
+        + image * dx_b
+        + h.to(tl.int64) * dx_h
+        + w.to(tl.int64) * dx_w
+    )
+    offs_x = of_p[:, None] + (group * C + offs_c).to(tl.int64)[None, :] * dx_c
+    tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=in_p[:, None] & in_c[None, :])
+
+
+@triton.jit
+def hyper_conv2d_bwd_w_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    dw_ptr,
+    dz_ptr,
+    M,
+    C,
+    O,
+    H,
+    W,
+    out_h,
+    out_w,
+    dy_b,
+    dy_c,
+    dy_h,
+    dy_w,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    dw_split,
+    chunk,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PADDED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # grid: (column blocks x output blocks x groups; parts of `chunk` rows). dw_ptr or dz_ptr may be None; dz_ptr,
+    # [grid, K], takes this tile's part of dz, and asks for one part only
+    pid = tl.program_id(0)
+    I = C * (R * S)
+    column_blocks, output_blocks = tl.cdiv(I, BLOCK_I), tl.cdiv(O, BLOCK_O)
+    group = pid // column_blocks // output_blocks
+    offs_i = pid % column_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_o = pid // column_blocks % output_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    in_i, in_o = offs_i < I, offs_o < O
+    c, r, s = offs_i // (R * S), offs_i // S % R, offs_i % S
+    channels = (group * O + offs_o).to(tl.int64)
+
+    begin = tl.program_id(1) * chunk
+    dw = tl.zeros((BLOCK_O, BLOCK_I), COMPUTE)
+    for m in range(begin, tl.minimum(begin + chunk, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        in_m = offs_m < M
+        x = _columns(
+            x_ptr, offs_m, group * C + c, r * DILATION_H, s * DILATION_W, in_m, in_i, H, W, out_h, out_w,
+            x_b, x_c, x_h, x_w, STRIDE_H, STRIDE_W, TOP, LEFT, PADDED,
+        )  # fmt: skip
+        image, row, column = _pixels(offs_m, out_h, out_w)
+        of_m = image * dy_b + row.to(tl.int64) * dy_h + column.to(tl.int64) * dy_w
+        offs_dy = channels[:, None] * dy_c + of_m[None, :]
+        dy = tl.load(dy_ptr + offs_dy, mask=in_o[:, None] & in_m[None, :], other=0.0)
+        if DOT is None:
+            dw += tl.sum(dy.to(COMPUTE)[:, :, None] * x.to(COMPUTE)[None, :, :], 1)
+        else:
+            dw = tl.dot(dy.to(DOT), x.to(DOT), dw, input_precision=PRECISION)
+
+    rows = channels[:, None] * I + offs_i[None, :]
+    mask = in_o[:, None] & in_i[None, :]
+    if dw_ptr is not None:
+        offs_w = tl.program_id(1).to(tl.int64) * dw_split + rows
+        tl.store(dw_ptr + offs_w, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+    if dz_ptr is not None:
+        offs_k = tl.arange(0, BLOCK_K)
+        in_k = offs_k < K
+        offs = rows[:, :, None] * K + offs_k[None, None, :]
+        weight = tl.load(weight_ptr + offs, mask=mask[:, :, None] & in_k[None, None, :], other=0.0).to(
+            COMPUTE
+        )
+        dz = tl.sum(tl.sum(weight * dw[:, :, None], 1), 0)
+        tl.store(dz_ptr + pid.to(tl.int64) * K + offs_k, dz, mask=in_k)
+
+
+@triton.jit
+def hyper_conv2d_bwd_z_kernel(
+    parts_ptr,
+    weight_ptr,
+    dw_ptr,
+    dz_ptr,
+    parts,
+    N,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dw[n] = sum_p parts[p, n], and this block's part of dz; dw_ptr or dz_ptr [grid, K] may be None."""
+    block = tl.program_id(0).to(tl.int64)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_n, in_k = offs_n < N, offs_k < K
+    dw = tl.zeros((BLOCK_N,), parts_ptr.dtype.element_ty)
+    for part in range(0, parts):
+        dw += tl.load(parts_ptr + tl.cast(part, tl.int64) * N + offs_n, mask=in_n, other=0.0)
+    if dw_ptr is not None:
+        tl.store(dw_ptr + offs_n, dw.to(dw_ptr.dtype.element_ty), mask=in_n)
+    if dz_ptr is not None:
+        mask = in_n[:, None] & in_k[None, :]
+        weight = tl.load(weight_ptr + offs_n[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        dz = tl.sum(weight.to(dw.dtype) * dw[:, None], 0)
+        tl.store(dz_ptr + block * K + offs_k, dz, mask=in_k)
+
+
+_power = triton.next_power_of_2
+
+
+class Tiles(NamedTuple):
+    """What a block works on: rows, and outputs x columns of the generator; on tensor cores or not."""
+
+    rows: int
+    outputs: int
+    columns: int
+    dot: bool
+
+
+def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype, x_dtype: torch.dtype) -> Tiles:
+    """By the sizes of a group and the dtypes of the generator and of x; see the head of this file."""
+    dot = rows > FEW_ROWS and K <= DOT_K and dtype != torch.float64
+    if dot:  # a tile of at least 16 x 16, the least that tensor cores take
+        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), 4096)
+        block_o = min(max(_power(outputs), 16), 64 if weights > 1024 else 32 if weights > 256 else 16)
+        block_i = min(max(_power(columns), 16), 64, weights // block_o)
+        most_rows = MOST_ROWS // 2 if x_dtype == torch.float32 else MOST_ROWS  # registers
+        return Tiles(min(max(_power(rows), 16), most_rows), block_o, block_i, True)
+    # float32's elements, whose 8 x weights sums fill at most 64 registers
+    weights = min(TILE_BYTES // (16 if dtype == torch.float64 else 4) // _power(K), 2048)
+    block_i = min(_power(columns), 64, weights)
+    return Tiles(min(_power(rows), FEW_ROWS), min(_power(outputs), 64, weights // block_i), block_i, False)
+
+
+def _parts(steps: int, blocks: int, dot: bool) -> tuple[int, int]:
+    """(parts, steps of each) into which the `steps` of each of `blocks` blocks are cut."""
+    chunk = triton.cdiv(steps, max(1, min(steps, PROGRAMS[dot] // blocks)))
+    return triton.cdiv(steps, chunk), chunk
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tensor cores take float32: as torch's matrix products do."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+class _Layer:
+    """Sizes of one call and the arguments its kernels share. geometry: R, S, stride (2), padding (top, bottom,
+    left, right), dilation (2), groups."""
+
+    def __init__(self, x: Tensor, z: Tensor, weight: Tensor, y: Tensor, geometry: tuple[int, ...]):
+        R, S, stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w, self.groups = geometry
+        B, channels, H, W = x.shape
+        self.N, self.K = weight.shape
+        self.C, self.O, self.taps = channels // self.groups, y.shape[1] // self.groups, R * S
+        self.I, self.pixels, self.rows = self.C * R * S, B * H * W, y.shape[0] * y.shape[2] * y.shape[3]
+        self.dtype, self.x_dtype = weight.dtype, x.dtype
+        self.shared = {
+            "z_ptr": z, "weight_ptr": weight, "C": self.C, "O": self.O, "M": self.rows, "P": self.pixels,
+            "H": H, "W": W, "out_h": y.shape[2], "out_w": y.shape[3], "K": self.K, "R": R, "S": S,
+            "STRIDE_H": stride_h, "STRIDE_W": stride_w, "TOP": top, "LEFT": left,
+            "DILATION_H": dilation_h, "DILATION_W": dilation_w, "PADDED": any((top, bottom, left, right)),
+            "POINTWISE": geometry[:10] == (1, 1, 1, 1, 0, 0, 0, 0, 1, 1), "BLOCK_K": _power(self.K),
+            "COMPUTE": compute_type(weight.dtype), "PRECISION": _precision(x.dtype),
+        }  # fmt: skip
+
+    def tiles(self, rows: int, columns: int) -> Tiles:
+        return tiles(rows, self.O, columns, self.K, self.dtype, self.x_dtype)
+
+    def scratch(self, device: torch.device, *shape: int) -> Tensor:
+        return torch.empty(
+            shape, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=device
+        )
+
+    def launch(self, kernel, grid: tuple[int, ...], dot: bool, **arguments) -> Launch:
+        """With those of the shared arguments that the kernel has. The interpreter cannot multiply bfloat16."""
+        on_cores = (
+            tl.float32 if INTERPRETED and self.x_dtype == torch.bfloat16 else TRITON_TYPES[self.x_dtype]
+        )
+        arguments = self.shared | {"DOT": on_cores if dot else None} | arguments
+        arguments = {name: arguments[name] for name in kernel.arg_names}
+        return Launch(kernel, grid, arguments, num_warps=WARPS, num_stages=STAGES)
+
+
+def _strides(name: str, tensor: Tensor) -> dict[str, int]:
+    return {f"{name}_{letter}": stride for letter, stride in zip("bchw", tensor.stride(), strict=True)}
+
+
+def _sum(parts: Tensor, layer_bias: Tensor | None, out: Tensor, inner: int = 1, channels: int = 1) -> Launch:
+    """out = the sum of parts [P, elements of out, in out's order in memory] + layer_bias [channels], of which
+    each serves `inner` elements in turn."""
+    P, size = parts.shape
+    BLOCK_P = min(_power(P), 256)
+    BLOCK = min(_power(size), 4096 // BLOCK_P)
+    arguments = {"parts_ptr": parts, "layer_bias_ptr": layer_bias, "out_ptr": out, "parts": P, "size": size}
+    arguments |= {"inner": inner, "channels": channels, "BLOCK_P": BLOCK_P, "BLOCK": BLOCK}
+    return Launch(hyper_conv2d_sum_kernel, (triton.cdiv(size, BLOCK),), arguments, num_warps=WARPS)
+
+
+def launches(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_bias: Tensor | None,
+    y: Tensor,
+    geometry: tuple[int, ...],
+) -> Iterator[Launch]:
+    """Fills y [B, O, H', W'], dense in memory, in x's dtype. x [B, groups C, H, W] has any strides; z [K],
+    weight [N, K], bias [N], layer_bias [O] are contiguous and of one dtype. geometry: see `_Layer`."""
+    layer = _Layer(x, z, weight, y, geometry)
+    by_tap = layer.taps > 1 and layer.C >= 16
+    columns, repeats = (layer.C, layer.taps) if by_tap else (layer.I, 1)
+    block_m, block_o, block_i, dot = layer.tiles(layer.rows, columns)
+    blocks = triton.cdiv(layer.rows, block_m) * layer.groups * triton.cdiv(layer.O, block_o)
+    parts, chunk = _parts(triton.cdiv(columns, block_i) * repeats, blocks, dot)
+    out = y if parts == 1 else layer.scratch(x.device, parts, y.numel())
+    yield layer.launch(
+        hyper_conv2d_fwd_kernel, (blocks, parts), dot, x_ptr=x, bias_ptr=bias, y_ptr=out,
+        layer_bias_ptr=layer_bias if parts == 1 else None, **_strides("x", x), **_strides("y", y),
+        y_split=y.numel(), chunk=chunk, BY_TAP=by_tap, BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
+    )  # fmt: skip
+    if parts > 1:
+        yield _sum(out, layer_bias, y, y.stride(1), y.shape[1])
+
+
+def backward_launches(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dx: Tensor | None,
+    dz: Tensor | None,
+    dw: Tensor | None,
+    geometry: tuple[int, ...],
+) -> Iterator[Launch]:
+    """Fills those of dx (like x, dense in memory), dz [K] and dw [N] (in weight's dtype) that are given; dy
+    [B, O, H', W'] and x in x's dtype with any strides, the rest as in `launches`."""
+    layer = _Layer(x, z, weight, dy, geometry)
+    if dx is not None:
+        yield from _dx_launches(layer, dy, bias, dx)
+    if dz is not None or dw is not None:
+        yield from _dw_launches(layer, dy, x, dz, dw)
+
+
+def _dx_launches(layer: _Layer, dy: Tensor, bias: Tensor | None, dx: Tensor) -> Iterator[Launch]:
+    block_p, block_o, block_c, dot = layer.tiles(layer.pixels, layer.C)
+    blocks = triton.cdiv(layer.pixels, block_p) * layer.groups * triton.cdiv(layer.C, block_c)
+    parts, chunk = _parts(triton.cdiv(layer.O, block_o) * layer.taps, blocks, dot)
+    out = dx if parts == 1 else layer.scratch(dx.device, parts, dx.numel())
+    yield layer.launch(
+        hyper_conv2d_bwd_x_kernel, (blocks, parts), dot, dy_ptr=dy, bias_ptr=bias, dx_ptr=out,
+        **_strides("dy", dy), **_strides("dx", dx), dx_split=dx.numel(), chunk=chunk,
+        BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=block_c,
+    )  # fmt: skip
+    if parts > 1:
+        yield _sum(out, None, dx)
+
+
+def _dw_launches(
+    layer: _Layer, dy: Tensor, x: Tensor, dz: Tensor | None, dw: Tensor | None
+) -> Iterator[Launch]:
+    """dz in the pass that makes dw where that has all rows in one block and a tile fits the registers beside the
+    generator's; else from dw, in the pass that adds up its parts."""
+    block_m, block_o, block_i, dot = layer.tiles(layer.rows, layer.I)
+    one_pass = layer.rows <= block_m
+    if not one_pass:
+        dot = layer.dtype != torch.float64
+        block_m, block_o, block_i = (32, 64, 64) if dot else (FEW_ROWS, 16, 16)
+    blocks = layer.groups * triton.cdiv(layer.O, block_o) * triton.cdiv(layer.I, block_i)
+    parts, chunk = _parts(triton.cdiv(layer.rows, block_m), blocks, dot)
+    direct = parts == 1 and (one_pass or dz is None)
+    dw_parts = dw if direct else layer.scratch(x.device, parts, layer.N)
+    dz_parts = layer.scratch(x.device, blocks, layer.K) if direct and dz is not None else None
+    yield layer.launch(
+        hyper_conv2d_bwd_w_kernel, (blocks, parts), dot, dy_ptr=dy, x_ptr=x, dw_ptr=dw_parts, dz_ptr=dz_parts,
+        **_strides("dy", dy), **_strides("x", x), dw_split=layer.N, chunk=chunk * block_m,
+        BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
+    )  # fmt: skip
+    if not direct:
+        block_n = max(1, 4096 // _power(layer.K))
+        blocks = triton.cdiv(layer.N, block_n)
+        dz_parts = layer.scratch(x.device, blocks, layer.K) if dz is not None else None
+        yield layer.launch(
+            hyper_conv2d_bwd_z_kernel, (blocks,), False, parts_ptr=dw_parts, dw_ptr=dw, dz_ptr=dz_parts,
+            parts=parts, N=layer.N, BLOCK_N=block_n,
+        )  # fmt: skip
+    if dz is not None:
+        yield _sum(dz_parts, None, dz)
+
+
+def run(*arguments) -> None:
+    """`launches` of the same arguments, run."""
+    for launch in launches(*arguments):
+        launch.run()
+
+
+def run_backward(*arguments) -> None:
+    """`backward_launches` of the same arguments, run."""
+    for launch in backward_launches(*arguments):
+        launch.run()
+
+
+LINEAR = (1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+PADDED = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+
+
+def _example(
+    B: int, I: int, O: int, side: int, geometry: tuple[int, ...], dtype: torch.dtype, backward: bool
+):
+    """The launches of a layer of `full`, on tensors without memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    N = O * I * geometry[0] * geometry[1]
+    x, y = empty(B, I, side, side), empty(B, O, side, side)
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    z, weight, bias = empty(16), empty(N, 16), empty(N)
+    if backward:
+        return backward_launches(y, x, z, weight, bias, torch.empty_like(x), z, bias, geometry)
+    return launches(x, z, weight, bias, empty(O), y, geometry)
+
+
+def examples() -> list[tuple[str, Launch]]:
+    """(name, launch) of layers of `full`, K = 16, for looking at what they compile to."""
+    half, single = torch.bfloat16, torch.float32
+    cases = [
+        ("fc1, 64 rows, bf16", (64, 512, 1024, 1, LINEAR, half)),
+        ("conv5, 64 rows, bf16", (16, 512, 512, 2, PADDED, half)),
+        ("fc1, 64 rows, fp32", (64, 512, 1024, 1, LINEAR, single)),
+        ("fc1, 1 row, fp32", (1, 512, 1024, 1, LINEAR, single)),
+        ("fc2, 1 row, bf16", (1, 1024, 512, 1, LINEAR, half)),
+        ("conv5, 256 rows, fp32", (64, 512, 512, 2, PADDED, single)),
+        ("conv3, 256 rows, bf16", (4, 128, 256, 8, PADDED, half)),
+        ("fc2, 256 rows, fp16", (256, 1024, 512, 1, LINEAR, torch.float16)),
+    ]
+    return [
+        (f"{launch.kernel.__name__}, {name}", launch)
+        for name, case in cases
+        for backward in (False, True)
+        for launch in _example(*case, backward)
+    ]

@@ -1,0 +1,1 @@
+"""CUDA kernels compiled by g++ and run on the CPU: see emulator.h."""
