@@ -127,7 +127,7 @@ def _specialise(value: Any, parameter: Any) -> tuple[str, bool, bool]:
             return "constexpr", True, False
         kind = "i32" if -(2**31) <= value < 2**31 else "i64"
         return kind, False, special and value % 16 == 0
-    return "fp32", False, False
+    return parameter.annotation_type or "fp32", False, False
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

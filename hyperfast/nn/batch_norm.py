@@ -14,7 +14,7 @@ class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
     pool].
 
     Parameters, buffers and state dict are those of `nn.BatchNorm2d`, so state dicts interchange. pool: 1 is
-    no pooling. backend: "auto" runs fused kernels where there are any (on the CPU, best in channels_last, see
+    no pooling. backend: "auto" runs fused kernels where there are any (best in channels_last, see
     `hyperfast.ops.batch_norm_relu_max_pool`), "reference" plain PyTorch. Raises ValueError for an input that
     is not 4-dimensional, is smaller than a window or, in training, has one value per channel.
     `nn.SyncBatchNorm.convert_sync_batchnorm` would replace the whole module, ReLU and pool included: do not
@@ -42,15 +42,14 @@ class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         momentum, update = self.momentum, self.training and self.track_running_stats
-        if update and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # the average over all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
+        count = self.num_batches_tracked if update else None
+        if momentum is None and count is not None:  # the average over all batches
+            momentum = 1.0 / (float(count) + 1.0)
         running = (self.running_mean, self.running_var) if update or not self.training else (None, None)
         training = self.training or running[0] is None
-        parameters = (self.weight, self.bias)
+        options = (training, momentum or 0.0, self.eps, self.pool)
         return batch_norm_relu_max_pool(
-            x, *running, *parameters, training, momentum or 0.0, self.eps, self.pool, backend=self.backend
+            x, *running, self.weight, self.bias, *options, num_batches_tracked=count, backend=self.backend
         )
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,38 +19,33 @@ from hyperfast.ops._library import (
     is_transformed,
     library,
     needs_function,
+    triton_kernels,
 )
 
-# statistics: float64 [2, C], mean and biased variance; given, or of x. index: uint8 like y, the winner of
-# each window; empty without with_index. batch: [2, C], mean and unbiased variance of x; empty where
-# statistics are given.
+# mean, var: given statistics, else those of x. running_mean, running_var: updated with those of x, biased and
+# unbiased; num_batches: counted up. statistics: float64 [2, C], mean and biased variance. index: uint8 like y,
+# the winner of each window; empty without with_index.
 library.define(
-    "batch_norm_relu_max_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? statistics, float eps, "
-    "int pool, bool with_index) -> (Tensor y, Tensor index, Tensor statistics, Tensor batch)"
+    "batch_norm_relu_max_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches, float momentum, float eps, "
+    "int pool, bool with_index) -> (Tensor y, Tensor index, Tensor statistics)"
 )
 # given: the statistics do not depend on x; dx is empty without with_dx
 library.define(
     "batch_norm_relu_max_pool_backward(Tensor dy, Tensor x, Tensor index, Tensor? weight, Tensor statistics, "
     "bool given, float eps, int pool, bool with_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
+MAX_PIXELS = 2**30  # of the Triton kernels, which count them in int32
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What the kernels compute in, and hold weight, bias and their gradients in."""
-    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    """What the kernels compute in, and hold the gradients of weight and bias in."""
+    return torch.float32 if x.dtype.itemsize == 2 else x.dtype
 
 
-def _forward_outputs(x: Tensor, pool: int, given: bool, with_index: bool) -> tuple[Tensor, ...]:
-    """y, index, statistics and batch, uninitialised."""
-    B, C, H, W = x.shape
-    shape, device, layout = (B, C, H // pool, W // pool), x.device, torch.channels_last
-    y = torch.empty(shape, dtype=x.dtype, device=device, memory_format=layout)
-    if with_index:
-        index = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=layout)
-    else:
-        index = torch.empty(0, dtype=torch.uint8, device=device)
-    statistics = torch.empty(2, C, dtype=torch.float64, device=device)
-    return y, index, statistics, torch.empty(0 if given else (2, C), dtype=_compute_dtype(x), device=device)
+def _contiguous(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> Iterator[Tensor | None]:
+    """[C] each, in `dtype` if given; optional arguments come lazily negated if they are."""
+    return (None if t is None else t.to(dtype or t.dtype).contiguous().resolve_neg() for t in tensors)
 
 
 def _sizes(x: Tensor, pool: int) -> tuple[int, ...]:
@@ -62,29 +59,66 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @torch.library.impl(library, "batch_norm_relu_max_pool", "CPU")
-def _forward_cpu(x, weight, bias, statistics, eps, pool, with_index):
-    given, compute = statistics is not None, _compute_dtype(x)
+@torch.library.impl(library, "batch_norm_relu_max_pool", "CUDA")
+def _forward(
+    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, with_index
+):
     x = x.contiguous(memory_format=torch.channels_last)
-    weight, bias = (None if p is None else p.to(compute).contiguous() for p in (weight, bias))
-    y, index, made, batch = _forward_outputs(x, pool, given, with_index)
-    if given:
-        made.copy_(statistics)
-    addresses = [_address(t) for t in (x, weight, bias, made, batch)]
+    y, index, statistics = _forward_fake(x, *[None] * 7, momentum, eps, pool, with_index)
+    updated = running_mean, running_var, num_batches
+    if engine(x) == "triton":
+        vectors = _contiguous(weight, bias, mean, var)
+        outputs = statistics, y, index if with_index else None
+        kernels = triton_kernels("batch_norm_relu_max_pool")
+        kernels.run(x, *vectors, *updated, momentum, eps, pool, *outputs)
+        # kernels do not: autograd must notice that saved tensors were overwritten
+        torch.autograd.graph.increment_version([t for t in updated if t is not None and not t.is_inference()])
+    else:
+        _forward_cpu(x, weight, bias, mean, var, *updated, momentum, eps, pool, y, index, statistics)
+    return y, index, statistics
+
+
+def _forward_cpu(
+    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, y, index, statistics
+):  # fmt: skip
+    compute = _compute_dtype(x)
+    weight, bias = _contiguous(weight, bias, dtype=compute)
+    batch = x.new_empty((2, x.shape[1]) if mean is None else 0, dtype=compute)
+    if mean is not None:
+        statistics.copy_(torch.stack((mean, var)))
+    addresses = [_address(t) for t in (x, weight, bias, statistics, batch)]
     threads = torch.get_num_threads()
     _cpu.batch_norm(_sizes(x, pool), *addresses, eps, y.data_ptr(), _address(index), dtype_name(x), threads)
-    return y, index, made, batch
+    if running_mean is not None:
+        for running, made in zip((running_mean, running_var), batch.unbind(), strict=True):
+            running.lerp_(made.to(running.dtype), momentum)
+    if num_batches is not None:
+        num_batches.add_(1)
 
 
 @torch.library.register_fake("hyperfast::batch_norm_relu_max_pool", lib=library)
-def _forward_fake(x, weight, bias, statistics, eps, pool, with_index):
-    return _forward_outputs(x, pool, statistics is not None, with_index)
+def _forward_fake(
+    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, with_index
+):
+    B, C, H, W = x.shape
+    shape, layout = (B, C, H // pool, W // pool), torch.channels_last
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    index = torch.empty_like(y, dtype=torch.uint8) if with_index else x.new_empty(0, dtype=torch.uint8)
+    return y, index, x.new_empty((2, C), dtype=torch.float64)
 
 
 @torch.library.impl(library, "batch_norm_relu_max_pool_backward", "CPU")
-def _backward_cpu(dy, x, index, weight, statistics, given, eps, pool, with_dx):
+@torch.library.impl(library, "batch_norm_relu_max_pool_backward", "CUDA")
+def _backward(dy, x, index, weight, statistics, given, eps, pool, with_dx):
     x, dy, index = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy, index))
-    weight = None if weight is None else weight.to(_compute_dtype(x)).contiguous()
     dx, dweight, dbias = _backward_fake(dy, x, index, weight, statistics, given, eps, pool, with_dx)
+    if engine(x) == "triton":
+        (weight,) = _contiguous(weight)
+        inputs = dy, x, index, weight, statistics, given, eps, pool
+        kernels = triton_kernels("batch_norm_relu_max_pool")
+        kernels.run_backward(*inputs, dx if with_dx else None, dweight, dbias)
+        return dx, dweight, dbias
+    (weight,) = _contiguous(weight, dtype=_compute_dtype(x))
     inputs = [_address(t) for t in (x, dy, index, weight, statistics)]
     outputs = [_address(t) for t in (dx, dweight, dbias)]
     threads = torch.get_num_threads()
@@ -100,26 +134,24 @@ def _backward_fake(dy, x, index, weight, statistics, given, eps, pool, with_dx):
 
 
 class BatchNormReLUMaxPool(torch.autograd.Function):
-    """y and batch of the op, y differentiable in x, weight and bias.
+    """y of the op, differentiable in x, weight and bias; running statistics are updated and no inputs of the
+    graph.
 
     No setup_context: it costs 40 us a call, and under torch.func the reference runs.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, statistics, eps, pool):
-        op = torch.ops.hyperfast.batch_norm_relu_max_pool
-        y, index, made, batch = op(x, weight, bias, statistics, eps, pool, True)
-        ctx.given, ctx.eps, ctx.pool = statistics is not None, eps, pool
+    def forward(ctx, x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool):
+        y, index, statistics = torch.ops.hyperfast.batch_norm_relu_max_pool(
+            x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, True
+        )
+        ctx.given, ctx.eps, ctx.pool = mean is not None, eps, pool
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        ctx.mark_non_differentiable(batch)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, index, made)
-        return y, batch
+        ctx.save_for_backward(x, weight, index, statistics)
+        return y
 
     @staticmethod
-    def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * 6
+    def backward(ctx, dy):
         x, weight, index, statistics = ctx.saved_tensors
         if (
             torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -135,7 +167,7 @@ class BatchNormReLUMaxPool(torch.autograd.Function):
             None if dtype is None else d.to(dtype)
             for d, dtype in zip((dweight, dbias), ctx.dtypes, strict=True)
         )
-        return dx if ctx.needs_input_grad[0] else None, *dparameters, None, None, None
+        return dx if ctx.needs_input_grad[0] else None, *dparameters, *[None] * 8
 
 
 def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> None:
@@ -180,9 +212,25 @@ def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> N
         )
 
 
+def _check_count(count: Tensor | None, x: Tensor) -> None:
+    """ValueError or TypeError unless `count` is None or one int64 beside x."""
+    if count is None:
+        return
+    check_dense("num_batches_tracked", count)
+    if count.dtype != torch.int64:
+        raise TypeError(f"num_batches_tracked must be torch.int64, got {count.dtype}")
+    if count.dim():
+        raise ValueError(f"num_batches_tracked must be [], got {list(count.shape)}")
+    if count.device != x.device:
+        raise ValueError(f"num_batches_tracked must be on {x.device} like x, got {count.device}")
+
+
 def _has_kernel(x: Tensor, pool: int) -> bool:
-    """Whether the kernels serve x: on the CPU, windows of 1 or 2, not under torch.func."""
-    return pool <= 2 and x.numel() > 0 and engine(x) == "cpu" and not is_transformed()
+    """Whether the kernels serve x: on the CPU or a GPU, windows of 1 or 2, not under torch.func."""
+    if pool > 2 or x.numel() == 0 or is_transformed():
+        return False
+    served = engine(x)
+    return served == "cpu" or served == "triton" and x.numel() // x.shape[1] <= MAX_PIXELS
 
 
 def batch_norm_relu_max_pool(
@@ -196,27 +244,32 @@ def batch_norm_relu_max_pool(
     eps: float = 1e-5,
     pool: int = 2,
     *,
+    num_batches_tracked: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`F.max_pool2d(F.relu(F.batch_norm(x, ...)), pool)`: x [B, C, H, W] -> [B, C, H // pool, W // pool].
 
     The arguments before `pool` are those of `torch.nn.functional.batch_norm`: running_mean, running_var,
     weight, bias [C] or None; with `training` the statistics are those of x, and running statistics are
-    updated in place. Rows and columns that fill no window count in the statistics alone; of equal maxima the
-    first wins; NaN stays NaN. Kernels: float32, float64 and bfloat16 (then float32 parameters and
-    statistics, and windows are compared before rounding) on the CPU, pool 1 or 2; everything else runs
-    `hyperfast.reference`. They work in channels_last: other layouts are converted, and y back (still four
-    times as fast as torch's modules in NCHW). Saved for the backward: x and a byte for each output. Raises
+    updated in place, num_batches_tracked (int64 []) counted up. Rows and columns that fill no window count
+    in the statistics alone; of equal maxima the first wins; NaN stays NaN. Kernels, pool 1 or 2: float32,
+    float64 and bfloat16 on the CPU, float16 too on a GPU (half precision: statistics in float32 or more, and
+    windows are compared before rounding); everything else runs `hyperfast.reference`. They work in
+    channels_last: other layouts are converted, and y back (on the CPU still four times as fast as torch's
+    modules in NCHW). Saved for the backward: x and a byte for each output. Raises
     ValueError or TypeError for wrong shapes, dtypes or devices. Ioffe and Szegedy, "Batch normalization"
     (ICML 2015).
     """
     check_backend(backend)
     momentum, eps = float(momentum), float(eps)
     _check(x, training, pool, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_count(num_batches_tracked, x)
     # running statistics are constants, whatever they are marked as
     running_mean, running_var = (None if t is None else t.detach() for t in (running_mean, running_var))
     with_function = needs_function(x, weight, bias, running_mean, running_var)
     if backend == "reference" or not _has_kernel(x, pool):
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
         # torch's own backward in channels_last reads weight and running_var as if they were contiguous
         running_mean, running_var, weight, bias = (
             None if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias)
@@ -226,13 +279,11 @@ def batch_norm_relu_max_pool(
         )
     keep_layout = x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1
     x = x.contiguous(memory_format=torch.channels_last)
-    statistics = None if training else torch.stack((running_mean, running_var)).double()
+    given = (None, None) if training else (running_mean, running_var)
+    updated = (running_mean, running_var) if training else (None, None)
+    arguments = (x, weight, bias, *given, *updated, num_batches_tracked, momentum, eps, pool)
     if with_function:
-        y, batch = BatchNormReLUMaxPool.apply(x, weight, bias, statistics, eps, pool)
+        y = BatchNormReLUMaxPool.apply(*arguments)
     else:
-        op = torch.ops.hyperfast.batch_norm_relu_max_pool
-        y, _, _, batch = op(x, weight, bias, statistics, eps, pool, False)
-    if training and running_mean is not None:
-        for running, made in zip((running_mean, running_var), batch.unbind(), strict=True):
-            running.lerp_(made.to(running.dtype), momentum)
+        y, _, _ = torch.ops.hyperfast.batch_norm_relu_max_pool(*arguments, False)
     return y if keep_layout else y.contiguous()

@@ -241,27 +241,42 @@ def test_gradcheck(pool, training):
     assert torch.autograd.gradgradcheck(f, inputs)
 
 
+def run_op(x, weight, bias, given=(None, None), pool=2, eps=1e-5, updated=(None, None, None)):
+    """y, index and statistics."""
+    op = torch.ops.hyperfast.batch_norm_relu_max_pool
+    return op(x, weight, bias, *given, *updated, 0.3, eps, pool, True)
+
+
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype, pool, given):
     x, mean, var, weight, bias, dy = problem((2, 6, 5, 4), dtype, pool)
-    statistics = torch.stack((mean, var)).double() if given else None
+    statistics = (mean, var, *[None] * 3) if given else (None, None, mean, var, torch.tensor(3))
     forward = torch.ops.hyperfast.batch_norm_relu_max_pool
     for with_index in (True, False):
-        torch.library.opcheck(forward, (x, weight, bias, statistics, 1e-5, pool, with_index))
-    _, index, made, _ = forward(x, weight, None, statistics, 1e-5, pool, True)
+        torch.library.opcheck(forward, (x, weight, bias, *statistics, 0.3, 1e-5, pool, with_index))
+    _, index, made = run_op(x, weight, None, statistics[:2], pool)
     backward = torch.ops.hyperfast.batch_norm_relu_max_pool_backward
     for with_dx in (True, False):
         torch.library.opcheck(backward, (dy, x, index, weight, made, given, 1e-5, pool, with_dx))
 
 
+def test_autograd_sees_that_running_statistics_change():
+    x, mean, var, weight, bias, _ = problem((2, 6, 5, 4), torch.float32)
+    leaf, count = torch.ones(6, requires_grad=True), torch.tensor(2)
+    product = (leaf * mean).sum()
+    ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, True, num_batches_tracked=count)
+    assert count == 3 and count._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_the_reference_backward_is_the_gradient_of_the_reference():
     x, mean, var, weight, bias, dy = problem((3, 4, 5, 7), torch.float64)
     for statistics in (None, torch.stack((mean, var))):
-        _, index, _, _ = torch.ops.hyperfast.batch_norm_relu_max_pool(
-            x, weight, bias, statistics, 1e-3, 2, True
-        )
+        given = (None, None) if statistics is None else statistics
+        _, index, _ = run_op(x, weight, bias, given, eps=1e-3)
         got = reference.batch_norm_relu_max_pool_backward(dy, x, index, weight, statistics, 1e-3, 2)
         training = statistics is None
         expected = results(reference.batch_norm_relu_max_pool, x, mean, var, weight, bias, dy, training, 2)[
@@ -343,5 +358,23 @@ def test_bad_input(case, no_native):
     arguments, error, message = broken(case)
     with pytest.raises(error, match=message):
         ops.batch_norm_relu_max_pool(*arguments)
+    with pytest.raises(error, match=message):
+        ops.batch_norm_relu_max_pool(*arguments, num_batches_tracked=torch.tensor(0))
     with pytest.raises(ValueError, match="backend must be one of auto, reference, got 'gpu'"):
         ops.batch_norm_relu_max_pool(*arguments, backend="gpu")
+
+
+@pytest.mark.parametrize(
+    "count, error, message",
+    [
+        (3, TypeError, "num_batches_tracked must be a tensor, got int"),
+        (torch.tensor(0.0), TypeError, "num_batches_tracked must be torch.int64, got torch.float32"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"num_batches_tracked must be \[\], got \[3\]"),
+        (torch.tensor(0, device="meta"), ValueError, "num_batches_tracked must be on cpu like x, got meta"),
+    ],
+    ids=["int", "dtype", "shape", "device"],
+)
+def test_bad_counts(count, error, message, no_native):
+    x, mean, var, *_ = problem((2, 3, 4, 4), torch.float32)
+    with pytest.raises(error, match=message):
+        ops.batch_norm_relu_max_pool(x, mean, var, training=True, num_batches_tracked=count)
