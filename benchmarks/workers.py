@@ -1,8 +1,8 @@
 """One process for each way, taking turns: allocator settings and peak memory are each way's own, and drifts
 of a shared machine meet all of them alike.
 
-`python -m benchmarks.workers KIND WAY` is the process on the CPU: a line on stdin makes it do that many steps and
-answer with seconds and value of each, and peak memory of the process so far in MiB.
+`python -m benchmarks.workers KIND WAY` is the process on the CPU: a line on stdin makes it do that many steps
+and answer with seconds and value of each, and peak memory of the process so far in MiB.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import ways
 from benchmarks.bench_merged import Case, eager, ours
-from benchmarks.gpu.generators import COMPILE_SECONDS, error
+from benchmarks.gpu.generators import COMPILE_SECONDS, COMPILED, error
 from benchmarks.gpu.parts import one_line
 from benchmarks.gpu.record import Context
 from benchmarks.gpu.timing import (
@@ -22,7 +23,10 @@ from benchmarks.gpu.timing import (
     sets_beyond_cache,
 )
 from benchmarks.machine import median
-from hyperfast.ops.hyper_layers import merged_wins
+from hyperfast.ops import merged
+from hyperfast.ops._library import use_engine
+from hyperfast.ops.hyper_layers import geometry_of, merged_wins
+from hyperfast.ops.merged import LINEAR
 
 ROWS = (1, 4, 16, 64, 256, 1024)
 LAYERS = {  # in, out, kernel (0: linear), dtype
@@ -30,32 +34,60 @@ LAYERS = {  # in, out, kernel (0: linear), dtype
     "fc1, bfloat16": (512, 1024, 0, torch.bfloat16),
     "conv3, bfloat16": (128, 256, 3, torch.bfloat16),
 }
+SEPARATE = "generate first"
 COMPILED_ROWS = (1, 64, 1024)  # compiling takes longer than measuring
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
-def merged_calls(case: Case, device: torch.device, compiler: str | None) -> tuple[Calls, int]:
+def serves(case: Case, engine: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether `engine` has a kernel that merges generation with this layer."""
+    images = x if case.kernel else x.reshape(-1, x.shape[-1], 1, 1)
+    geometry = LINEAR
+    if case.kernel:
+        geometry = geometry_of(x, case.kernel, 1, case.kernel // 2, 1, 1)
+    with use_engine(engine):
+        return merged._engine(images, weight, list(geometry.flat()), cuda="hyper_linear") == engine
+
+
+def merged_calls(
+    case: Case,
+    device: torch.device,
+    engines: Sequence[str],
+    compiler: str | None,
+    fail: Callable[[str], None],
+) -> tuple[Calls, int]:
     """The ways to do one layer in evaluation, each over several sets of tensors, and how many sets."""
     with torch.device(device):
         size = case.weights * case.K * case.dtype.itemsize
         sets = [case.tensors() for _ in range(sets_beyond_cache(size, device))]
-    functions: dict[str, Callable] = {path: ours(path, case) for path in ("merged", "separate")}
+    x, weight = sets[0][0], sets[0][2]
+    functions: dict[str, Callable] = {SEPARATE: ours("separate", case)}
+    for engine in engines:
+        if serves(case, engine, x, weight):
+            functions[f"merged, {engine}"] = use_engine(engine)(ours("merged", case))
     functions["eager"] = lambda *tensors: eager(*tensors, case.kernel)
     if compiler:
         torch._dynamo.reset()
         compiled = torch.compile(eager, dynamic=False, backend=compiler)
-        functions["compiled"] = lambda *tensors: compiled(*tensors, case.kernel)
+        functions[COMPILED] = lambda *tensors: compiled(*tensors, case.kernel)
+    with torch.no_grad():
+        wanted = eager(*(t.double() for t in sets[0]), case.kernel)
+
+    def works(way: str, function: Callable) -> bool:
+        try:
+            with torch.no_grad():
+                found = error([function(*sets[0])], [wanted])
+            if found > TOLERANCE[case.dtype]:
+                raise ArithmeticError(f"differs from float64 by {found:.1e}")
+        except Exception as problem:
+            fail(f"{' '.join(case.label())}, {way}: {one_line(problem)}")
+            return False
+        return True
 
     def over_sets(function: Callable) -> Callable[[], None]:
         return torch.no_grad()(one_after_the_other([lambda t=t: function(*t) for t in sets]))
 
-    with torch.no_grad():
-        wanted = eager(*(t.double() for t in sets[0]), case.kernel)
-        for way, function in functions.items():
-            found = error([function(*sets[0])], [wanted])
-            if found > TOLERANCE[case.dtype]:
-                raise ArithmeticError(f"{way} differs from float64 by {found:.1e}")
-    return {way: over_sets(function) for way, function in functions.items()}, len(sets)
+    return {way: over_sets(f) for way, f in functions.items() if works(way, f)}, len(sets)
 
 
 def limit(rows: Sequence[int], wins: Callable[[int], bool]) -> int:
@@ -64,10 +96,11 @@ def limit(rows: Sequence[int], wins: Callable[[int], bool]) -> int:
 
 
 def time_merged(
-    context: Context, device: torch.device, layers: dict[str, tuple], rows: Sequence[int], rounds: int,
-    compiler: str = "inductor", K: int = 16,
+    context: Context, device: torch.device, layers: dict[str, tuple], rows: Sequence[int],
+    engines: Sequence[str], rounds: int, compiler: str = "inductor", K: int = 16,
 ) -> None:  # fmt: skip
     """Over how many rows merging wins, measured and by the rule."""
+    ways = [f"merged, {engine}" for engine in engines] + [SEPARATE, "eager", COMPILED]
     table, limits = [], {}
     for name, (inputs, outputs, kernel, dtype) in layers.items():
         seconds: dict[int, dict[str, float]] = {}
@@ -75,25 +108,30 @@ def time_merged(
             case = Case(m, inputs, outputs, K, dtype, kernel=kernel)
             with_compiler = m in COMPILED_ROWS and context.remaining() > COMPILE_SECONDS
             torch.manual_seed(0)
-            try:
-                calls, sets = merged_calls(case, device, compiler if with_compiler else None)
-                times = graphs_in_turns(calls, device, rounds)
-            except Exception as problem:
-                context.fail(f"{name}, {m} rows: {one_line(problem)}")
-                continue
+            calls, sets = merged_calls(
+                case, device, engines, compiler if with_compiler else None, context.fail
+            )
+            times = graphs_in_turns(calls, device, rounds)
             seconds[m] = {way: median(found) / sets for way, found in times.items()}
-            cells = [f"{1e6 * seconds[m][w]:.1f} us" if w in seconds[m] else "-"
-                     for w in ("merged", "separate", "eager", "compiled")]  # fmt: skip
+            cells = [f"{1e6 * seconds[m][w]:.1f} us" if w in seconds[m] else "-" for w in ways]
             table.append([name, str(m), *cells])
-            header = ["layer", "rows", "merged", "generate first", "eager", "torch.compile"]
-            context.table("Generation merged with the layer, evaluation, weights not in cache", header, table)
+            title = "Generation merged with the layer, evaluation, generators not in cache"
+            context.table(title, ["layer", "rows", *ways], table)
         weight = torch.empty(1, K, dtype=dtype, device=device)
-        measured = limit(list(seconds), lambda m, s=seconds: s[m]["merged"] < s[m]["separate"])
+        measured = {
+            engine: limit(rows, functools.partial(merging_wins, seconds, f"merged, {engine}"))
+            for engine in engines
+        }
         rule = limit(rows, lambda m, w=weight, k=kernel: merged_wins(m, w, False, k > 0))
         limits[name] = {"measured": measured, "rule": rule}
         context.fact(merging_wins_up_to_rows=limits)
-        if seconds:
-            context.line(f"merging wins up to {measured} rows in {name} (the rule says {rule})")
+        found = ", ".join(f"{engine} {most}" for engine, most in measured.items())
+        context.line(f"{name}: merging wins up to this many rows: {found}; the rule says {rule}")
+
+
+def merging_wins(seconds: dict[int, dict[str, float]], way: str, rows: int) -> bool:
+    found = seconds[rows]
+    return way in found and SEPARATE in found and found[way] < found[SEPARATE]
 
 
 def pooled_call(layers: Sequence[torch.nn.Module], tensors: Sequence[tuple[Tensor, Tensor]]) -> Callable:

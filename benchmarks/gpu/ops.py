@@ -13,4 +13,4 @@ def run(context: Context) -> None:
     device = torch.device("cuda")
     time_passes(context, device, FULL, ENGINES, rounds=30)
     time_batch_norm(context, device, rounds=50)
-    time_merged(context, device, LAYERS, ROWS, rounds=30)
+    time_merged(context, device, LAYERS, ROWS, ENGINES, rounds=30)

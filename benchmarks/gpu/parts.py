@@ -12,7 +12,6 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from benchmarks.gpu.record import Context, Record, Skipped
 
@@ -28,8 +27,8 @@ class Part:
     what: str
     module: str = ""
 
-    def load(self) -> ModuleType:
-        return importlib.import_module(self.module or f"benchmarks.gpu.{self.name}")
+    def module_name(self) -> str:
+        return self.module or f"benchmarks.gpu.{self.name}"
 
 
 PARTS = (
@@ -61,8 +60,8 @@ def run_in_process(part: Part, out: Path, data: Path | None = None) -> Outcome:
     or when it is done. Output goes to out/NAME.log."""
     log, record_path = out / f"{part.name}.log", out / f"{part.name}.json"
     record_path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--alone", part.name]
-    command += ["--data", str(data)] if data else []
+    arguments = [part.name, str(part.seconds), part.module_name(), str(out), str(data or "")]
+    command = [sys.executable, "-m", "benchmarks.gpu.parts", *arguments]
     start = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -108,11 +107,17 @@ def end_group(process: subprocess.Popen, patience: float = 3.0) -> None:
                 process.wait(patience)
 
 
-def run_alone(part: Part, out: Path, data: Path | None = None) -> int:
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error, the message's first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def main(name: str, seconds: str, module: str, out: str, data: str) -> int:
     """The part itself, in this process; exit status."""
-    context = Context(part.name, out, part.seconds, data)
+    context = Context(name, Path(out), float(seconds), Path(data) if data else None)
     try:
-        part.load().run(context)
+        importlib.import_module(module).run(context)
     except Skipped as reason:
         context.skip(str(reason))
     except Exception as error:
@@ -121,7 +126,5 @@ def run_alone(part: Part, out: Path, data: Path | None = None) -> int:
     return 1 if context.record.failures else 0
 
 
-def one_line(error: BaseException) -> str:
-    """Kind and message of an error, the message's first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -6,6 +6,7 @@ training, and rounds of steps are timed by the device's clock.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -59,11 +60,11 @@ def prepare(context: Context, workers: dict[str, Worker], seconds: float) -> Com
     found, end = Comparison(), time.monotonic() + seconds
     together = [way for way in workers if not WAYS[way].alone]
     for way in together:
-        workers[way].ask("prepare")
-    for way in [*together, *(way for way in workers if WAYS[way].alone)]:
-        if WAYS[way].alone:
+        with contextlib.suppress(OSError):  # one that has ended says so when its answer is read
             workers[way].ask("prepare")
-        said = ask(workers[way], max(end - time.monotonic(), 1.0))
+    for way in [*together, *(way for way in workers if WAYS[way].alone)]:
+        request = "prepare" if WAYS[way].alone else None
+        said = ask(workers[way], max(end - time.monotonic(), 1.0), request)
         if "error" in said:
             context.fail(f"{way}: {said['error']}")
             workers.pop(way).kill()
@@ -73,7 +74,7 @@ def prepare(context: Context, workers: dict[str, Worker], seconds: float) -> Com
 
 
 def ask(worker: Worker, seconds: float, request: str | int | None = None) -> dict:
-    """The worker's answer, to `request` or to what it was asked before; {"error": ...} where there is none."""
+    """The worker's answer, to `request` or to what it was asked before; {"error": ...} without one."""
     try:
         if request is not None:
             worker.ask(request)
@@ -102,8 +103,8 @@ def numbers(values: Sequence[float]) -> str:
 
 
 def measure(
-    context: Context, workers: dict[str, Worker], found: Comparison, device: torch.device, rounds: int, steps: int,
-    copied: int,
+    context: Context, workers: dict[str, Worker], found: Comparison, device: torch.device, rounds: int,
+    steps: int, copied: int,
 ) -> None:  # fmt: skip
     """Rounds in which every way does `steps` steps, after one that does not count; fewer where time runs
     out."""

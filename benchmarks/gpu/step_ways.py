@@ -66,7 +66,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the problem, and torch.compile's backend: smaller for tests."""
+    """Of the problem, smaller for tests; torch.compile's backend, "" to compile nothing."""
 
     batch: int = BATCH
     z_dim: int = 16
@@ -119,7 +119,7 @@ def _layout(way: Way) -> torch.memory_format:
 
 
 def _compiled(function: Callable, way: Way, sizes: Sizes) -> Callable:
-    if not way.compile_mode:
+    if not (way.compile_mode and sizes.compiler):
         return function
     mode = {"mode": way.compile_mode} if sizes.compiler == "inductor" else {}
     return torch.compile(function, fullgraph=True, dynamic=False, backend=sizes.compiler, **mode)

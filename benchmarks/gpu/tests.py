@@ -54,8 +54,9 @@ def run_file(file: str, marks: str, root: Path, out: Path, seconds: float) -> Re
     with log.open("wb") as output:
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", *arguments], cwd=root, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, timeout=seconds, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                [sys.executable, "-m", "pytest", *arguments], cwd=root, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, timeout=seconds,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             said = last_lines(log.read_text(errors="replace"), 1)

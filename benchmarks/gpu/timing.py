@@ -13,33 +13,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from train.graph import CudaGraph
+
 T = TypeVar("T")
 Calls = dict[str, Callable[[], object]]
 COPIED = 1 << 30  # bytes of the array whose copy is the roof; a copy reads and writes it
 
 
-def warm_up(function: Callable[[], T], device: torch.device, times: int = 3) -> list[T]:
-    """Calls on a side stream, as captures demand it; compilers, allocators and caches do their work here."""
+def graph_of(function: Callable[[], T], device: torch.device, warm_ups: int = 3) -> Callable[[], T]:
+    """`function` as a CUDA graph, after calls in which compilers, allocators and caches do their work. The
+    result of a replay is that of the capture, rewritten."""
     if device.type != "cuda":
-        return [function() for _ in range(times)]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        made = [function() for _ in range(times)]
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
-    return made
-
-
-def capture(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
-    """`function` as a CUDA graph, after a warm-up. The result of a call is that of the capture, rewritten by
-    every replay."""
-    if device.type != "cuda":
+        for _ in range(warm_ups):
+            function()
         return function
     with torch.cuda.device(device):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            made = function()
+        graph = CudaGraph(device)
+        for _ in range(warm_ups):
+            graph.warm_up(function)
+        made = graph.capture(function)
 
     def replay() -> T:
         graph.replay()
@@ -86,11 +78,7 @@ def in_turns(calls: Calls, device: torch.device, rounds: int) -> dict[str, list[
 
 def graphs_in_turns(calls: Calls, device: torch.device, rounds: int) -> dict[str, list[float]]:
     """`in_turns` of graphs of the calls."""
-    graphs = {}
-    for name, call in calls.items():
-        warm_up(call, device)
-        graphs[name] = capture(call, device)
-    return in_turns(graphs, device, rounds)
+    return in_turns({name: graph_of(call, device) for name, call in calls.items()}, device, rounds)
 
 
 class Copy:
