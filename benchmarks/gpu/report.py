@@ -102,7 +102,8 @@ def terminal_lines(outcomes: Sequence[Outcome], out: Path, most: int = MOST_LINE
     goals = [
         f"  {verdict:<11} {what}: {value} ({wanted})" for what, value, wanted, verdict in goal_rows(outcomes)
     ]
-    ends = [machine_line(outcomes)], ["goals:", *goals, f"all tables: {out / 'gpu.md'}; logs: {out}/PART.log"]
+    where = f"all tables: {out / 'gpu.md'}; logs: {out}/PART.log"
+    ends = [machine_line(outcomes)], ["goals:", *goals, where]
     blocks = [part_lines(outcome) for outcome in outcomes]
     room = most - sum(map(len, ends))
     while sum(map(len, blocks)) > room:
