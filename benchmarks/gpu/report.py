@@ -124,14 +124,10 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """gpu.md, for benchmarks/results/."""
-    lines = [
-        "# `python -m benchmarks.gpu`", "", f"{machine_line(outcomes)}, commit {source()}.", "", "## Goals", "",
-        *table_lines(["goal", "measured", "wanted", ""], goal_rows(outcomes)), "", "## Parts", "",
-        *table_lines(
-            ["part", "what", "status", "seconds", "why"],
-            [[o.part.name, o.part.what, o.status, f"{o.seconds:.0f}", clipped(o.why, 400)] for o in outcomes],
-        ),
-    ]  # fmt: skip
+    parts = [[o.part.name, o.part.what, o.status, f"{o.seconds:.0f}", clipped(o.why, 400)] for o in outcomes]
+    lines = ["# `python -m benchmarks.gpu`", "", f"{machine_line(outcomes)}, commit {source()}."]
+    lines += ["", "## Goals", "", *table_lines(["goal", "measured", "wanted", ""], goal_rows(outcomes))]
+    lines += ["", "## Parts", "", *table_lines(["part", "what", "status", "seconds", "why"], parts)]
     for outcome in outcomes:
         record = outcome.record
         if record.tables or record.lines:

@@ -55,7 +55,7 @@ def judge(tool: str, engine: str, output: str, status: int | None) -> Verdict:
         return Verdict(tool, engine, said, f"no summary, exit status {status}: {last_lines(output)}")
     clean = summaries[-1].startswith("0 errors" if tool == "memcheck" else "0 hazards")
     if not clean or status:
-        first = re.search(r"={9} (?!COMPUTE-SANITIZER)(\S[^\n]*)", output)
+        first = re.search(r"={9} (?!COMPUTE-SANITIZER|[A-Z]+ SUMMARY)(\S[^\n]*)", output)
         return Verdict(tool, engine, said, f"{summaries[-1]}; first: {first[1] if first else 'see the log'}")
     return Verdict(tool, engine, said, "")
 
