@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SIGNED_OFFSET, _SHIFT, _SIGNED_TOP = 0x38000000, 2.0**-15, 1.875 - 2.0**-15  # the bits of 2^-15
-_UNSIGNED_OFFSET, _UNSIGNED_TOP = 0x30000000, 1.875  # the bits of 2^-31
-_SMALLEST_SCALED = 1e-36  # groups below count as zero: the inverse of their scale would overflow
-_BELOW_TOP = 1 - 2.0**-22  # keeps what is rounded up within the codes
+SIGNED_OFFSET, SHIFT, SIGNED_TOP = 0x38000000, 2.0**-15, 1.875 - 2.0**-15  # the bits of 2^-15
+UNSIGNED_OFFSET, UNSIGNED_TOP = 0x30000000, 1.875  # the bits of 2^-31
+SMALLEST_SCALED = 1e-36  # groups below count as zero: the inverse of their scale would overflow
+BELOW_TOP = 1 - 2.0**-22  # keeps what is rounded up within the codes
 
 
 class EightBit(NamedTuple):
@@ -78,11 +78,11 @@ def decode(state: State, signed: bool) -> Tensor:
     """The values of a state: float32 for a low-precision one, a plain tensor itself."""
     if not isinstance(state, EightBit):
         return state.float() if state.dtype == torch.bfloat16 else state
-    codes, offset = state.codes.int(), _SIGNED_OFFSET if signed else _UNSIGNED_OFFSET
+    codes, offset = state.codes.int(), SIGNED_OFFSET if signed else UNSIGNED_OFFSET
     magnitude = ((codes & 0x7F if signed else codes) << 20) + offset
     values = magnitude.view(torch.float32)
     if signed:
-        values = torch.where(codes >= 0x80, _SHIFT - values, values - _SHIFT)
+        values = torch.where(codes >= 0x80, SHIFT - values, values - SHIFT)
     return values * _per_element(state.scales, codes.shape)
 
 
@@ -92,19 +92,19 @@ def encode_(state: State, values: Tensor, signed: bool, random: Tensor | None = 
         up = 0x8000 if random is None else random & 0xFFFF if signed else random >> 16
         state.copy_(_signed32(_bits(values) + up >> 16 << 16).view(torch.float32))
         return
-    top = _SIGNED_TOP if signed else _UNSIGNED_TOP
+    top = SIGNED_TOP if signed else UNSIGNED_TOP
     largest = _groups(values).abs().amax(1)
-    normal = largest > _SMALLEST_SCALED
+    normal = largest > SMALLEST_SCALED
     state.scales.copy_(torch.where(normal, largest * (1 / top), 0.0))
-    inverse = torch.where(normal, top * _BELOW_TOP / largest, 0.0)
+    inverse = torch.where(normal, top * BELOW_TOP / largest, 0.0)
     y = values * _per_element(inverse, values.shape)
     if signed:
         up = 0x80000 if random is None else random << 8 & 0xFFFFF
-        codes = _bits(y.abs() + _SHIFT) - _SIGNED_OFFSET + up >> 20
+        codes = _bits(y.abs() + SHIFT) - SIGNED_OFFSET + up >> 20
         codes = codes | (y.signbit().long() << 7)
     else:
         up = 0x80000 if random is None else random >> 12
-        codes = _bits(y).clamp(min=_UNSIGNED_OFFSET) - _UNSIGNED_OFFSET + up >> 20
+        codes = _bits(y).clamp(min=UNSIGNED_OFFSET) - UNSIGNED_OFFSET + up >> 20
     state.codes.copy_(codes)
 
 

@@ -40,7 +40,10 @@ def generate_fwd_kernel(
     N = tl.load(row_ptr + 4)
     N_bias = tl.where(tl.load(row_ptr + 1) == 0, 0, N)
 
-    offs_n, offs_k, offs, mask = row_tile(block.to(tl.int64) * BLOCK_N, N, K, BLOCK_K, BLOCK_N)
+    first = block.to(tl.int64) * BLOCK_N
+    offs, mask = row_tile(N - first, K, BLOCK_K, BLOCK_N)
+    offs_n, offs_k = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    weight_ptr += first * K
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
     z = tl.load(z_ptr + offs_k, mask=offs_k < K, other=0.0).to(COMPUTE)
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N_bias, other=0.0).to(COMPUTE)

@@ -54,8 +54,10 @@ def generate_bwd_kernel(
     squares = tl.zeros((BLOCK_N,), tl.float64)
     begin = chunk.to(tl.int64) * (TILES * BLOCK_N)
     for first in range(begin, tl.minimum(begin + TILES * BLOCK_N, N), BLOCK_N):
-        offs_n, _, offs, mask = row_tile(first, N, K, BLOCK_K, BLOCK_N)
-        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        offs, mask = row_tile(N - first, K, BLOCK_K, BLOCK_N)
+        tile_ptr = weight_ptr + first * K + offs
+        weight = tl.load(tile_ptr, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        offs_n = first + tl.arange(0, BLOCK_N)
         dw = tl.load(dw_ptr + offs_n, mask=offs_n < N, other=0.0)
         dz += weight * dw.to(COMPUTE)[:, None]
         squares += dw.to(tl.float64) * dw.to(tl.float64)

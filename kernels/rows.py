@@ -18,14 +18,14 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-ELEMENTS, MOST_ROWS = 4096, 1024  # of a tile
-WARPS = 8  # at most BLOCK_N, K being at most 512: no row lies over two warps
+ELEMENTS = 4096  # of a tile, 16 for each thread
+WARPS = 8
 
 
-def tile(K: int, least_rows: int = 1) -> dict[str, int]:
+def tile(K: int, elements: int = ELEMENTS) -> dict[str, int]:
     """K and the tile [BLOCK_N, BLOCK_K] for it as a kernel's arguments."""
     BLOCK_K = triton.next_power_of_2(K)
-    return {"K": K, "BLOCK_K": BLOCK_K, "BLOCK_N": max(min(ELEMENTS // BLOCK_K, MOST_ROWS), least_rows)}
+    return {"K": K, "BLOCK_K": BLOCK_K, "BLOCK_N": min(elements // BLOCK_K, elements // 4)}
 
 
 def by_layout(table: Sequence[tuple[int, ...]]) -> dict[tuple[int, bool], list[tuple[int, ...]]]:
@@ -39,14 +39,13 @@ def by_layout(table: Sequence[tuple[int, ...]]) -> dict[tuple[int, bool], list[t
 
 
 @triton.jit
-def row_tile(first, N, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """offs_n [BLOCK_N] from `first` (int64), offs_k [BLOCK_K], the tile's offsets and which of them are inside
-    of [N, K]."""
-    offs_n = first + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    in_n = (offs_n < N)[:, None]
+def row_tile(rows, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets [BLOCK_N, BLOCK_K] from the tile's first row, int32, and which are inside of [rows, K]; rows: how
+    many are left from there."""
+    offs_n, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_n = (offs_n < rows)[:, None]
     mask = in_n if BLOCK_K == K else in_n & (offs_k < K)[None, :]
-    return offs_n, offs_k, offs_n[:, None] * K + offs_k[None, :], mask
+    return offs_n[:, None] * K + offs_k[None, :], mask
 
 
 @triton.jit
