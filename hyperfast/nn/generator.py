@@ -394,8 +394,8 @@ def generated_l2_(module: nn.Module, coefficient: float) -> nn.Module:
 def invalidate(module: nn.Module) -> None:
     """Forgets the next weights of every generator in `module`.
 
-    Needed only after edits that autograd's version counters do not see: through `.data`, through another
-    library's view of the memory, or between replays of a CUDA graph.
+    Needed only after edits that autograd's version counters do not see: through `.data`, or another library's
+    view of the memory. A CUDA graph captured before goes on with the forgotten ones: capture again.
     """
     for _, generator in generators(module):
         generator.drop_next_weights()

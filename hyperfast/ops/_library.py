@@ -88,7 +88,8 @@ def use_engine(name: str) -> Iterator[None]:
 def to_device(numbers: float | Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of `numbers`, copied to `device` without waiting for it."""
     pinned = device.type == "cuda" and torch.cuda.is_initialized()
-    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+    host = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned)
+    return host.to(device, non_blocking=True)
 
 
 def triton_kernels(op: str) -> ModuleType:

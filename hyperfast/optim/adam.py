@@ -19,8 +19,9 @@ class Adam(FactoredOptimizer):
     params: a model, `hyperfast.param_groups(model)`, or parameters and groups as in torch. Each factored
     weight must come with its bias and z (in any group, so each may have its own lr and decay). weight_decay:
     L2, added to the (clipped) gradient. max_grad_norm, nonfinite, state_dtype, capturable:
-    `FactoredOptimizer`. State and `state_dict` are those of `torch.optim.Adam`. Raises ValueError for options out of range, a factored
-    weight without its bias or z, and the state of an amsgrad, maximize or differentiable optimizer.
+    `FactoredOptimizer`. State and `state_dict` are those of `torch.optim.Adam`. Raises ValueError for options
+    out of range, a factored weight without its bias or z, and the state of an amsgrad, maximize or
+    differentiable optimizer.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")

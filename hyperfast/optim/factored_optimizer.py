@@ -128,7 +128,7 @@ def refuse_capture(device: torch.device, reason: str) -> None:
     """RuntimeError while a graph is captured: what is made now would be made again at every replay."""
     if is_capturing(device):
         raise RuntimeError(
-            f"hyperfast.optim: {reason} since the last step that was not captured; do one just so, then capture"
+            f"hyperfast.optim: {reason} since the last step outside a capture; take one just so, then capture"
         )
 
 
@@ -143,9 +143,9 @@ class FactoredOptimizer(torch.optim.Optimizer):
     parameters only.
 
     capturable: the step can be captured in a CUDA graph; it never waits for the GPU. lr may then be a tensor
-    of no dimensions beside the parameters, which `fill_` changes between replays, a group; other options are
-    part of the graph. Step counters lie on the parameters' device, all parameters on one. nonfinite is "skip";
-    `grad_norm` and `skipped_steps` (int64) are tensors. Take one ordinary step before the capture.
+    without dimensions beside the parameters, which `fill_` changes between replays; other options are part of
+    the graph. All parameters are on one device, step counters there too. nonfinite is "skip"; `grad_norm` and
+    `skipped_steps` (int64) are tensors. Take one ordinary step before the capture.
 
     Order of a step: norm; embeddings and ordinary parameters; then one pass over each generator that updates
     weight, bias and their states and writes the weights of the next forward.
@@ -287,8 +287,8 @@ class FactoredOptimizer(torch.optim.Optimizer):
         devices = {t.device for t in (*trained, *lrs)}
         if len(devices) > 1:
             raise ValueError(
-                "with capturable=True all parameters and every lr that is a tensor must be on one device, got "
-                f"{', '.join(sorted(map(str, devices)))}"
+                "with capturable=True all parameters and tensors that are an lr must be on one device, got "
+                + ", ".join(sorted(map(str, devices)))
             )
         if trained and self.skipped_steps.device != trained[0].device:  # the model was moved
             self.skipped_steps = self.skipped_steps.to(trained[0].device)
@@ -329,7 +329,9 @@ class FactoredOptimizer(torch.optim.Optimizer):
             and not is_stand_in(p)
             and self._counts(group_of[id(p)], id(p) in rounded)
         ]
-        if steps:
+        if steps and isinstance(control.count, Tensor):
+            torch._foreach_add_(steps, control.count, alpha=1)  # without alpha it would ask for the value
+        elif steps:
             torch._foreach_add_(steps, control.count)
 
     def _step_of(self, p: Tensor) -> Tensor:
@@ -356,17 +358,17 @@ class FactoredOptimizer(torch.optim.Optimizer):
         return list(to_device([float(step) for step in steps], torch.float32, device).unbind())
 
     def _lrs(self, groups: list[dict], device: torch.device) -> Tensor:
-        """float64 [groups] on `device`, or [] where it is one tensor for all."""
+        """float64 [groups] on `device`, or where it is one tensor for all that, []."""
         lrs = [group["lr"] for group in groups]
         if not self.capturable or not any(isinstance(lr, Tensor) for lr in lrs):
             return self._constants.get(tuple(float(lr) for lr in lrs), device)
         distinct = {id(lr): lr for lr in lrs}
+        if len(distinct) == 1:
+            return lrs[0].reshape(())
         made = [
             lr.double().reshape(()) if isinstance(lr, Tensor) else self._constants.get(lr, device)
             for lr in distinct.values()
         ]
-        if len(made) == 1:
-            return made[0]
         place = {key: i for i, key in enumerate(distinct)}
         index = tuple(place[id(lr)] for lr in lrs)
         return torch.stack(made)[self._constants.get(index, device, torch.int64)]
@@ -379,7 +381,7 @@ class FactoredOptimizer(torch.optim.Optimizer):
         return lr.reshape(()).float() if device.type == "cuda" else lr.reshape(())
 
     def _step_numbers(self, batch: FactoredBatch) -> tuple:
-        """What the op takes after the next weights: coefficients of weights and biases, scale, seeds, skip."""
+        """What the op takes after next weights: coefficients of weights and of biases, scale, seeds, skip."""
         params, groups = batch.trained()
         L, device = len(batch.factors), params[0].device
         seeds = self._constants.get((0,) * L, device, torch.int64)

@@ -127,7 +127,7 @@ class SGD(FactoredOptimizer):
             )
             takes = torch.where(steps == 1, 1.0, takes)
         row = SGDCoefficients(
-            lr=self._lrs(groups, device).expand(len(groups)),
+            lr=self._lrs(groups, device).double().expand(len(groups)),
             l2=constant(*(float(group["weight_decay"]) for group in groups)),
             keep=constant(*keep),
             take=takes,
