@@ -35,7 +35,9 @@ class Recording(TorchDispatchMode):
         read = tensors((args, kwargs))
         for tensor in read:  # all of it: batch norm's schema does not say that it writes running statistics
             if storage(tensor) not in self.made:
-                self.before.setdefault(id(tensor), (tensor, tensor.detach().clone()))
+                memory = tensor.untyped_storage()
+                if memory.data_ptr() not in self.before:
+                    self.before[memory.data_ptr()] = memory, memory.clone()
         out = func(*args, **kwargs)
         inputs = {storage(t) for t in read}
         fresh = [storage(t) not in inputs for t in tensors(out)]
@@ -59,8 +61,8 @@ class RecordedGraph:
         with Recording() as recording:
             result = work()
         with torch.no_grad():
-            for tensor, before in recording.before.values():
-                tensor.copy_(before)
+            for memory, before in recording.before.values():
+                memory.copy_(before)
             for _, _, _, out, fresh in recording.calls:
                 for tensor, new in zip(out, fresh, strict=True):
                     if new and tensor.is_floating_point():

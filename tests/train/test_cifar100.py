@@ -74,7 +74,8 @@ def test_defaults_are_the_recipe(name):
 
 def test_options_override_the_recipe():
     options = {"optimizer": "adamw", "schedule": "cosine", "epochs": 7, "batch_size": 9, "lr": 0.1,
-               "min_lr": 0.01, "warm_up": 0.5, "augment": "crop_flip", "lr_decay": 0.9, "weight_decay": 0.2, "clip": 3.0, "patience": 2}  # fmt: skip
+               "min_lr": 0.01, "warm_up": 0.5, "augment": "crop_flip", "lr_decay": 0.9,
+               "weight_decay": 0.2, "clip": 3.0, "patience": 2}  # fmt: skip
     arguments = [
         text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))
     ]

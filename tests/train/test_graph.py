@@ -1,15 +1,25 @@
 """The step as a graph: on the CPU with recorded operators in place of CUDA's, with a GPU for real."""
 
+import copy
+import gc
+import os
+import signal
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from tests.train import tiny
 from tests.train.recorded import RecordedGraph
+from tests.train.test_cifar100 import images
 from tests.train.test_loop import assert_same, last
+from train import cifar100, graph
+from train.data import CifarData
 from train.graph import WARM_UP, CaptureError, GraphedStep
-from train.loop import RunError
+from train.loop import Config, ImageData, Interrupted, RunError, Trainer
 
 
 class Toy:
@@ -184,3 +194,193 @@ def test_what_cannot_be_captured_says_so(tmp_path, recorders):
     with pytest.raises(RunError, match="CUDA graph, operation not .*: _local.*; train with --no-cuda-graph"):
         trainer.fit()
     assert last(tmp_path)["history"] == []
+
+
+def test_a_spoilt_step_in_a_graph_is_named(tmp_path, chunks, recorders):
+    """What the figures say at the next look at them; the optimizer has skipped the step."""
+    trainer = graphed_run(tmp_path)
+    real, seen = trainer.data.augment, []
+
+    def augment(x, generator):
+        x = real(x, generator)
+        seen.append(len(x))
+        if len(seen) == 4:  # an epoch has two chunks: batches 5 and 6 of epoch 2
+            x[8:] = float("nan")  # batch 6
+        return x
+
+    trainer.data.augment = augment
+    with pytest.raises(RunError, match="^epoch 2, step 6: loss is nan"):
+        trainer.fit()
+    assert len(last(tmp_path)["history"]) == 1 and int(trainer.optimizer.skipped_steps) == 1
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def fake_step(fused, precision, device):
+    """Two steps of `full` on tensors without contents: whatever looks into one raises."""
+    arguments = ["--device", "cuda", "--fused" if fused else "--no-fused", "--precision", precision]
+    args = cifar100.parse(arguments)
+    with FakeTensorMode():
+        with torch.device(device):
+            model = cifar100.build_model("full", fused=fused)
+        trainer = object.__new__(Trainer)  # without the data and records of a run
+        trainer.model, trainer.device = model, torch.device(device)
+        trainer.config = Config(1, 64, precision=precision, cuda_graph=True)
+        trainer.optimizer, trainer.step = cifar100.make_optimizer(model, args)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = torch.zeros((), device=device)
+            group["capturable"] = group.get("capturable", False) and (fused or device != "cpu")
+        x = torch.zeros(64, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+        y = torch.zeros(64, dtype=torch.int64, device=device)
+        return [trainer._eager_step(x, y) for _ in range(2)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_nothing_in_a_step_waits_for_the_device(fused, precision):
+    # torch cannot run a backward on CUDA tensors without contents where there is no GPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for figures in fake_step(fused, precision, device):
+        assert figures.shape == (3,) and figures.dtype == torch.float32 and figures.device.type == device
+
+
+# ---- the real graph ----
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def on_gpu(*marks):
+    def mark(test):
+        for one in (*gpu, *marks):
+            test = one(test)
+        return test
+
+    return mark
+
+
+class Sure(tiny.Net):
+    """Without dropout."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.drop = nn.Identity()
+
+
+def gpu_steps(out, fused, net, graphed, steps=12, **config):
+    """Figures and final weights of some steps, graphed or with the same optimizer eagerly."""
+    trainer = graphed_run(out, fused=fused, net=net, device="cuda", **config)
+    if not graphed:
+        trainer._run_step = trainer._eager_step
+    torch.manual_seed(5)
+    trainer.model.train()
+    batches = [batch for epoch in range(3) for batch in trainer._train_batches(epoch)][:steps]
+    figures = []
+    for i, (x, y) in enumerate(batches):
+        trainer._set_rate(0.01 / (1 + i), None)
+        figures.append(trainer._run_step(x, y).clone())
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return torch.stack(figures).cpu(), weights, trainer
+
+
+@on_gpu(pytest.mark.parametrize("fused", [True, False]))
+def test_gpu_graphed_steps_equal_eager_ones(tmp_path, fused):
+    eager, eager_weights, _ = gpu_steps(tmp_path / "a", fused, Sure, graphed=False)
+    got, weights, trainer = gpu_steps(tmp_path / "b", fused, Sure, graphed=True)
+    assert trainer._run_step.captured
+    torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-6)
+    for name, value in eager_weights.items():
+        if name not in ("conv.bias", "bn.running_mean"):  # its gradient is rounding
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+@on_gpu(pytest.mark.parametrize("fused", [True, False]))
+def test_gpu_dropout_in_a_graph_is_that_of_eager_steps(tmp_path, fused):
+    """Loss and norm follow the masks: other masks would show in the first digits."""
+    eager, _, _ = gpu_steps(tmp_path / "a", fused, tiny.Net, graphed=False)
+    got, _, _ = gpu_steps(tmp_path / "b", fused, tiny.Net, graphed=True)
+    torch.testing.assert_close(got, eager, rtol=1e-3, atol=1e-5)
+    assert len({round(loss, 4) for loss in got[:, 0].tolist()}) > 6
+
+
+@on_gpu()
+def test_gpu_seeds_set_between_replays_hold(tmp_path):
+    _, _, trainer = gpu_steps(tmp_path, True, tiny.Net, graphed=True)
+    state = copy.deepcopy(trainer.model.state_dict())
+    trainer.optimizer.param_groups[0]["lr"].zero_()  # a step leaves the weights as they are
+    x, y = next(trainer._train_batches(0))
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(trainer._run_step(x, y)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and abs(losses[0] - losses[2]) > 1e-4
+    torch.testing.assert_close(trainer.model.state_dict()["fc.bias"], state["fc.bias"])
+
+
+@on_gpu(pytest.mark.parametrize("fused", [True, False]))
+def test_gpu_run_resumes(tmp_path, fused):
+    whole = graphed_run(tmp_path / "whole", fused=fused, device="cuda")
+    whole.fit()
+    graphed_run(tmp_path / "parts", fused=fused, device="cuda", max_steps=6).fit()
+    saved = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+    assert {t.device.type for t in tree_leaves(saved) if torch.is_tensor(t)} == {"cpu"}
+    resumed = graphed_run(tmp_path / "parts", fused=fused, device="cuda")
+    resumed.resume()
+    resumed.fit()
+    assert resumed._run_step.captured
+    same_figures(whole.history, resumed.history)
+    on_cpu = tiny.make(tmp_path / "parts", fused, epochs=4)
+    on_cpu.resume()
+    on_cpu.fit()
+    assert len(on_cpu.history) == 4
+
+
+@on_gpu(pytest.mark.parametrize("fused", ["--fused", "--no-fused"]))
+def test_gpu_progressive_run_and_interruption(tmp_path, monkeypatch, fused):
+    monkeypatch.delenv("HYPERFAST_DATA", raising=False)
+    data = CifarData(*images(120, 0), *images(20, 1), [])
+    monkeypatch.setattr(cifar100, "load_cifar", lambda name, root: data)
+    monkeypatch.setattr(cifar100, "VALIDATION", 20)
+    options = f"{fused} --device cuda --batch-size 16 --epochs 3 --precision bf16"
+    options = [*options.split(), "--progressive", "conv4,fc1@1", "fc2@2", "--out", str(tmp_path / "a")]
+    args = cifar100.parse(options)
+    real, calls = graph.CudaGraph.replay, []
+
+    def replay(self):
+        real(self)
+        calls.append(self)
+        if len(calls) == 4:  # in epoch 2: three of six steps of each epoch are replays
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(graph.CudaGraph, "replay", replay)
+    with pytest.raises(Interrupted):
+        cifar100.run(args, "command")
+    args.resume = True
+    trainer = cifar100.run(args, "command")
+    assert len(trainer.history) == 3 and len({id(g) for g in calls}) >= 3
+    assert all(row["startup_seconds"] > 0 for row in trainer.history)
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "peak memory of the GPU" in text and "capturing the step" in text
+
+
+@on_gpu()
+def test_gpu_capture_costs_no_second_set_of_parameters(tmp_path):
+    """Peak memory of graphed steps of `full` against the same steps run eagerly."""
+    peaks = []
+    for graphed in (False, True):
+        gc.collect()
+        torch.cuda.empty_cache()
+        args = cifar100.parse(["--device", "cuda", "--out", str(tmp_path)])
+        model, optimizer, step = cifar100.build(args, 0)
+        parts = [images(64 * n, n) for n in (8, 1, 1)]
+        data = ImageData(*parts, lambda x, chance: x.float() / 255, lambda x: x.float() / 255)
+        config = Config(1, 64, device="cuda", cuda_graph=True)
+        trainer = Trainer(model, data, optimizer, step, lambda e, s: 1e-3, config, tmp_path, {})
+        if not graphed:
+            trainer._run_step = trainer._eager_step
+        torch.cuda.reset_peak_memory_stats()
+        trainer._train(0)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del model, optimizer, step, trainer
+    assert peaks[1] < 1.15 * peaks[0]
