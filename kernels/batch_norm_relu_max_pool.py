@@ -27,7 +27,8 @@ from torch import Tensor
 from hyperfast.kernels.launch import Launch, compute_type
 
 MAX_PIXELS = 2**30  # of x: pixels are counted in int32
-SUM_PROGRAMS, PROGRAMS = 128, 256  # about one for each multiprocessor in the launches that sum, two in the others
+# about one for each multiprocessor in the launches that sum, two in the others
+SUM_PROGRAMS, PROGRAMS = 128, 256
 SUM_BYTES, BYTES, LEAST_BYTES = 32768, 16384, 2048  # of x for a block
 THREAD_BYTES = 64  # of x for a thread: four loads of 16 bytes in flight
 CHANNEL_BYTES = 64  # of a pixel for a program
@@ -45,9 +46,11 @@ class Tiling(NamedTuple):
 
 
 def _tiling(count: int, C: int, each: int, itemsize: int, sums: bool = False) -> Tiling:
-    """Of `count` windows of `each` pixels."""
+    """Of `count` windows, for each of which a thread holds `each` elements of x (or of dy, y and index)."""
     BLOCK_C = min(triton.next_power_of_2(C), CHANNEL_BYTES // itemsize)
-    programs, most = (SUM_PROGRAMS, SUM_BYTES) if sums else (PROGRAMS, BYTES)
+    programs = SUM_PROGRAMS if sums else PROGRAMS
+    is_wide = C * itemsize % 16 == 0  # else every element has an address of its own, in registers
+    most = SUM_BYTES if sums and is_wide else BYTES
     row = BLOCK_C * itemsize * each
     length = max(triton.cdiv(count, max(1, programs // triton.cdiv(C, BLOCK_C))), LEAST_BYTES // row)
     BLOCK = min(triton.next_power_of_2(length), most // row)
@@ -91,7 +94,18 @@ def _channels(ptr, offs_c, C, default: tl.constexpr):
     if ptr is None:
         return tl.full(offs_c.shape, default, tl.float64)
     else:
-        return tl.load(ptr + offs_c, mask=offs_c < C, other=default).to(tl.float64)
+        vector = tl.load(ptr + offs_c, mask=offs_c < C, other=default)
+        if ptr.dtype.element_ty.primitive_bitwidth == 16:
+            vector = vector.to(tl.float32)
+        return vector.to(tl.float64)
+
+
+@triton.jit
+def _move(ptr, offs_c, C, target, momentum, COMPUTE: tl.constexpr):
+    """Moves a vector [C] by the share `momentum` towards `target`."""
+    before = _channels(ptr, offs_c, C, 0.0)
+    after = (before + momentum * (target - before)).to(COMPUTE)
+    tl.store(ptr + offs_c, after.to(ptr.dtype.element_ty), mask=offs_c < C)
 
 
 @triton.jit
@@ -178,13 +192,8 @@ def batch_norm_relu_max_pool_fwd_kernel(
         tl.store(statistics_ptr + offs_c, mean, mask=offs_c < C)
         tl.store(statistics_ptr + C + offs_c, var, mask=offs_c < C)
         if running_mean_ptr is not None:
-            unbiased = var * pixels / (pixels - 1)
-            before = _channels(running_mean_ptr, offs_c, C, 0.0)
-            after = before + momentum * (mean - before)
-            tl.store(running_mean_ptr + offs_c, after.to(running_mean_ptr.dtype.element_ty), mask=offs_c < C)
-            before = _channels(running_var_ptr, offs_c, C, 0.0)
-            after = before + momentum * (unbiased - before)
-            tl.store(running_var_ptr + offs_c, after.to(running_var_ptr.dtype.element_ty), mask=offs_c < C)
+            _move(running_mean_ptr, offs_c, C, mean, momentum, COMPUTE)
+            _move(running_var_ptr, offs_c, C, var * pixels / (pixels - 1), momentum, COMPUTE)
         if num_batches_ptr is not None:
             if tl.program_id(0) == 0:
                 tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
@@ -358,7 +367,7 @@ def launches(
     made.append(
         _launch(
             batch_norm_relu_max_pool_fwd_kernel,
-            _tiling(windows, C, pool * pool, x.itemsize),
+            _tiling(windows, C, max(2, pool * pool), x.itemsize),
             "BLOCK_W",
             x,
             partial_ptr=partial,
@@ -403,15 +412,16 @@ def backward_launches(
     """Of the backward: dy, x, index and dx in channels_last; fills dx, dweight and dbias."""
     B, C, H, W = x.shape
     windows = B * (H // pool) * (W // pool)
-    tiling = _tiling(windows, C, pool * pool, x.itemsize, sums=True)
+    tiling = _tiling(windows, C, max(2, pool * pool), x.itemsize, sums=True)
     partial = x.new_empty((tiling.tiles, 2, C), dtype=torch.float64)
     shared = {"dy_ptr": dy, "index_ptr": index, "statistics_ptr": statistics, "partial_ptr": partial}
     shared |= {"H": H, "W": W, "P": pool}
     sums = _launch(batch_norm_sums_bwd_kernel, tiling, "BLOCK_W", x, windows=windows, **shared)
-    windows = 1 if dx is None else B * triton.cdiv(H, pool) * triton.cdiv(W, pool)
+    windows = B * triton.cdiv(H, pool) * triton.cdiv(W, pool)
+    all_of_x = _tiling(windows, C, max(2, pool * pool), x.itemsize)
     second = _launch(
         batch_norm_relu_max_pool_bwd_kernel,
-        _tiling(windows, C, pool * pool, x.itemsize),
+        all_of_x._replace(tiles=1) if dx is None else all_of_x,
         "BLOCK_W",
         x,
         weight_ptr=weight,

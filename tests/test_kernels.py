@@ -30,3 +30,12 @@ def test_ops_on_interpreted_kernels():
     run_interpreted(
         "tests/ops/test_generate.py", "-k", "not compile and not opcheck and not memory_of_the_op"
     )
+
+
+@pytest.mark.timeout(600)
+def test_batch_norm_on_interpreted_kernels():
+    run_interpreted(
+        "tests/ops/test_batch_norm_relu_max_pool.py", "tests/nn/test_batch_norm.py", "tests/ops/test_memory.py", "-k",
+        "autograd_sees or needed or without_parameters or test_layouts or (like_torch and momentum and 2-auto)"
+        " or running_statistics_in or expanded or of_inference",
+    )  # fmt: skip

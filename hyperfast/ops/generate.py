@@ -25,52 +25,62 @@ from hyperfast.ops._library import (
 from hyperfast.ops.generate_backward import backward_op
 from hyperfast.ops.next_weights import is_current
 
+# dtype: of the result, None for that of the weights
 library.define(
-    "generate(Tensor[] weights, Tensor?[] biases, Tensor[] zs, Tensor?[] next_weights) -> Tensor[]"
+    "generate(Tensor[] weights, Tensor?[] biases, Tensor[] zs, Tensor?[] next_weights, ScalarType? dtype) "
+    "-> Tensor[]"
 )
 
 
-def _generate(weights, biases, zs, next_weights, kernel) -> list[Tensor]:
-    """Copies of next weights where they are current; `kernel(indices of the others, out)` writes those into
-    out."""
-    out = [
-        w.clone() if is_current(w, *p) else None
-        for w, *p in zip(next_weights, weights, biases, zs, strict=True)
+def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Contiguous copies in `dtype`; on a GPU in one launch."""
+    copies = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def _generate(weights, biases, zs, next_weights, dtype, kernel) -> list[Tensor]:
+    """Copies of next weights where they are current; `kernel(indices of the others)` makes those."""
+    made = [
+        w if is_current(w, *p) else None for w, *p in zip(next_weights, weights, biases, zs, strict=True)
     ]
-    missing = [i for i, w in enumerate(out) if w is None]
-    if missing:
-        kernel(missing, out)
-    return out
+    missing = [i for i, w in enumerate(made) if w is None]
+    for i, w in zip(missing, kernel(missing) if missing else (), strict=True):
+        made[i] = w
+    dtype = dtype or weights[0].dtype
+    copied = [i for i, w in enumerate(made) if i not in missing or w.dtype != dtype]
+    for i, w in zip(copied, cast([made[i] for i in copied], dtype), strict=True):
+        made[i] = w
+    return made
 
 
 @torch.library.impl(library, "generate", "CompositeExplicitAutograd")
-def _generate_reference(weights, biases, zs, next_weights):
-    def kernel(missing, out):
+def _generate_reference(weights, biases, zs, next_weights, dtype):
+    def kernel(missing):
         with no_autocast(weights):
-            made = reference.generate(*([tensors[i] for i in missing] for tensors in (weights, biases, zs)))
-        for i, w in zip(missing, made, strict=True):
-            out[i] = w
+            return reference.generate(*([tensors[i] for i in missing] for tensors in (weights, biases, zs)))
 
-    return _generate(weights, biases, zs, next_weights, kernel)
+    return _generate(weights, biases, zs, next_weights, dtype, kernel)
 
 
 @torch.library.impl(library, "generate", "CPU")
 @torch.library.impl(library, "generate", "CUDA")
-def _generate_native(weights, biases, zs, next_weights):
+def _generate_native(weights, biases, zs, next_weights, dtype):
     engine = generator_engine(weights, cuda="generate")
     if engine == "reference":
-        return _generate_reference(weights, biases, zs, next_weights)
+        return _generate_reference(weights, biases, zs, next_weights, dtype)
 
-    def kernel(missing, out):
-        keep, segments = [], []
+    def kernel(missing):
+        out, keep, segments = [], [], []
         for i in missing:
             weight, z = weights[i].contiguous(), zs[i].contiguous()
             # optional lists come as they are: what is lazily negated in them is for the op to negate
             bias = None if biases[i] is None else biases[i].contiguous().resolve_neg()
-            out[i] = weight.new_empty(weight.shape[0])
+            out.append(weight.new_empty(weight.shape[0]))
             keep.append((weight, bias, z))
             bias_address = 0 if bias is None else bias.data_ptr()
-            addresses = (weight.data_ptr(), bias_address, z.data_ptr(), out[i].data_ptr())
+            addresses = (weight.data_ptr(), bias_address, z.data_ptr(), out[-1].data_ptr())
             segments.append((*addresses, *weight.shape))
         if engine == "triton":
             triton_kernels("generate").run(segments, weights[0].dtype, weights[0].device)
@@ -79,30 +89,33 @@ def _generate_native(weights, biases, zs, next_weights):
                 _cuda.generate(segments, dtype_name(weights[0]), torch.cuda.current_stream().cuda_stream)
         else:
             _cpu.generate(segments, dtype_name(weights[0]), torch.get_num_threads())
+        return out
 
-    return _generate(weights, biases, zs, next_weights, kernel)
+    return _generate(weights, biases, zs, next_weights, dtype, kernel)
 
 
 @torch.library.register_fake("hyperfast::generate", lib=library)
-def _generate_fake(weights, biases, zs, next_weights):
-    return [weight.new_empty(weight.shape[0]) for weight in weights]
+def _generate_fake(weights, biases, zs, next_weights, dtype):
+    return [weight.new_empty(weight.shape[0], dtype=dtype or weight.dtype) for weight in weights]
 
 
 class Generate(torch.autograd.Function):
-    """tensors: L weights, L biases (or None), L zs, L next weights (or None), in this order."""
+    """tensors: L weights, L biases (or None), L zs, L next weights (or None), in this order. dtype: of the
+    result, None for that of the weights."""
 
     @staticmethod
-    def forward(factored: bool, backend: str, *tensors):
+    def forward(factored: bool, backend: str, dtype: torch.dtype | None, *tensors):
         L = len(tensors) // 4
         weights, biases, zs, next_weights = (list(tensors[i * L : (i + 1) * L]) for i in range(4))
         if backend == "reference":
             with no_autocast(weights):
-                return tuple(reference.generate(weights, biases, zs))
-        return tuple(torch.ops.hyperfast.generate(weights, biases, zs, next_weights))
+                made = reference.generate(weights, biases, zs)
+            return tuple(w.to(dtype or w.dtype) for w in made)
+        return tuple(torch.ops.hyperfast.generate(weights, biases, zs, next_weights, dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        factored, backend, *tensors = inputs
+        factored, backend, _, *tensors = inputs
         ctx.factored, ctx.backend, ctx.L = factored, backend, len(tensors) // 4
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[: ctx.L], *tensors[2 * ctx.L : 3 * ctx.L])
@@ -111,10 +124,11 @@ class Generate(torch.autograd.Function):
     def backward(ctx, *dws):
         L, saved = ctx.L, ctx.saved_tensors
         weights, zs = saved[:L], saved[L:]
-        need_weight, need_bias, need_z = (ctx.needs_input_grad[2 + i * L : 2 + (i + 1) * L] for i in range(3))
+        need_weight, need_bias, need_z = (ctx.needs_input_grad[3 + i * L : 3 + (i + 1) * L] for i in range(3))
         used = [i for i in range(L) if dws[i] is not None]
         # create_graph and torch.func: a backward that can be differentiated again, dense weight gradients
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        dws = _in_dtype(dws, weights[0].dtype, again)
         dz: list[Tensor | None] = [None] * L
         with_dz = [i for i in used if need_z[i]]
         if with_dz:
@@ -128,27 +142,37 @@ class Generate(torch.autograd.Function):
             torch.outer(dws[i], zs[i]) if i in used and need_weight[i] and dense else None for i in range(L)
         ]
         dbias = [dws[i] if need_bias[i] else None for i in range(L)]
-        return (None, None, *dweight, *dbias, *dz, *([None] * L))
+        return (None, None, None, *dweight, *dbias, *dz, *([None] * L))
 
     @staticmethod
-    def vmap(info, in_dims, factored, backend, *tensors):
+    def vmap(info, in_dims, factored, backend, dtype, *tensors):
         L = len(tensors) // 4
 
         def batched(tensor, dim):
             return tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
 
-        tensors = [batched(t, dim) for t, dim in zip(tensors, in_dims[2:], strict=True)]
+        tensors = [batched(t, dim) for t, dim in zip(tensors, in_dims[3:], strict=True)]
         out = []
         for i in range(L):
             weight, bias, z = tensors[i], tensors[L + i], tensors[2 * L + i]
             w = (weight @ z.unsqueeze(-1)).squeeze(-1)
-            w = w if bias is None else w + bias
+            w = (w if bias is None else w + bias).to(dtype or weight.dtype)
             out.append(w.expand(info.batch_size, w.shape[-1]) if w.dim() == 1 else w)
         return tuple(out), tuple(0 for _ in out)
 
 
 # Function.apply asks for it at every call, which took 18 of 60 us
 Generate.forward.__signature__ = inspect.signature(Generate.forward)
+
+
+def _in_dtype(dws, dtype: torch.dtype, differentiable: bool) -> list[Tensor | None]:
+    """dws (or None) in `dtype`, those of a main network under autocast cast at once."""
+    low = [i for i, dw in enumerate(dws) if dw is not None and dw.dtype != dtype]
+    given = [dws[i] for i in low]
+    made = list(dws)
+    for i, dw in zip(low, [dw.to(dtype) for dw in given] if differentiable else cast(given, dtype), strict=True):
+        made[i] = dw
+    return made
 
 
 class PenalizeL2(torch.autograd.Function):
@@ -220,7 +244,12 @@ def generate(
             seen.add(id(tensor))
     inputs = (*weights, *biases, *zs, *next_weights)
     with_function = needs_function(*weights, *biases, *zs)
-    out = (Generate.apply if with_function else Generate.forward)(factored, backend, *inputs)
-    out = tuple(penalize_l2(w, c) for w, c in zip(out, l2, strict=True))
     dtype = autocast_dtype(weights[0])
+    penalized = any(l2) and torch.is_grad_enabled()  # in the dtype of the weights, so cast after that
+    out = (Generate.apply if with_function else Generate.forward)(
+        factored, backend, None if penalized else dtype, *inputs
+    )
+    if not penalized:
+        return out
+    out = tuple(penalize_l2(w, c) for w, c in zip(out, l2, strict=True))
     return out if dtype is None else tuple(w.to(dtype) for w in out)
