@@ -72,10 +72,12 @@ def build(name: str, sources: Sequence[Path], flags: str = "", sanitize: bool = 
 
 
 @functools.cache
-def module(sanitize: bool = False, bulk: bool = True) -> ModuleType:
-    """hyperfast._cuda, bindings and kernels, on the emulator: its functions take tensors of the CPU."""
+def module(bulk: bool = True) -> ModuleType:
+    """hyperfast._cuda, bindings and kernels, on the emulator: its functions take tensors of the CPU. With
+    HYPERFAST_EMULATOR_SANITIZE=1 under the sanitizers, whose runtimes must be loaded."""
     import pybind11
 
+    sanitize = os.environ.get("HYPERFAST_EMULATOR_SANITIZE") == "1"
     includes = {pybind11.get_include(), *(sysconfig.get_path(name) for name in ("include", "platinclude"))}
     flags = " ".join(f"-isystem {shlex.quote(path)}" for path in sorted(includes))
     sources = [ROOT / "csrc" / "module_cuda.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
