@@ -22,22 +22,22 @@ def outdated(root: Path) -> list[str]:
     return [n for n, paths in built.items() if not any(p.stat().st_mtime >= newest for p in paths)]
 
 
-def command(context: Context, what: str, arguments: Sequence[str], root: Path) -> bool:
-    """Runs Python with `arguments` and says whether it worked; its output is in this part's log."""
+def command(context: Context, what: str, arguments: Sequence[str], root: Path, late=Context.fail) -> None:
+    """Runs Python with `arguments`; its output is in this part's log. late(context, words): where it did not
+    end in time."""
     print(f"--- {what}", flush=True)
     try:
         done = subprocess.run(
             [sys.executable, *arguments], cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=max(context.remaining() - 3, 1),
         )  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        print((late.stdout or b"").decode(errors="replace"), flush=True)
-        context.fail(f"{what} did not end in time")
-        return False
+    except subprocess.TimeoutExpired as stopped:
+        print((stopped.stdout or b"").decode(errors="replace"), flush=True)
+        late(context, f"{what}: not done in time")
+        return
     print(done.stdout + done.stderr, flush=True)
     if done.returncode:
         context.fail(f"{what}: exit status {done.returncode}: {last_lines(done.stdout + done.stderr)}")
-    return done.returncode == 0
 
 
 def build(context: Context, root: Path) -> None:
@@ -57,4 +57,5 @@ def run(context: Context) -> None:
     build(context, ROOT)
     command(context, "hyperfast.info", ["-m", "hyperfast.info"], ROOT)
     if importlib.util.find_spec("hyperfast.kernels.resources"):
-        command(context, "resources of the Triton kernels", ["-m", "hyperfast.kernels.resources"], ROOT)
+        table = ["-m", "hyperfast.kernels.resources"]
+        command(context, "registers and shared memory of the kernels", table, ROOT, late=Context.line)

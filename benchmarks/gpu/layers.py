@@ -160,13 +160,15 @@ def time_batch_norm(
         torch._dynamo.reset()
         made = [layer.to(device) for layer in ways.pooled_layers("compiled")]
         layers["compiled"] = [torch.compile(layer, dynamic=False, backend=compiler) for layer in made]
-    calls: Calls = {}
-    wanted = pooled_call(layers["eager"], tensors)()
-    for way, own in layers.items():
-        calls[way] = pooled_call(own, tensors)
+    calls: Calls = {way: pooled_call(own, tensors) for way, own in layers.items()}
+    # ours compares the values of a window before they are rounded: its winners are those of float32
+    wide = [(x.detach().float().requires_grad_(), dy.float()) for x, dy in tensors]
+    wanted = pooled_call(layers["eager"], wide)()
+    for way in list(calls):
         try:
-            if (found := error(calls[way](), wanted)) > 2 * TOLERANCE[dtype]:
-                raise ArithmeticError(f"gradients differ from eager's by {found:.1e}")
+            found = error(calls[way](), wanted)
+            if way == "hyperfast" and found > TOLERANCE[dtype]:
+                raise ArithmeticError(f"gradients differ from float32's by {found:.1e}")
         except Exception as problem:
             context.fail(f"batch norm + ReLU + pool, {way}: {one_line(problem)}")
             del calls[way]

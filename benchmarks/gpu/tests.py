@@ -5,6 +5,7 @@ A process for each file, some at a time: most of the time goes into compiling ke
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def run_file(file: str, marks: str, root: Path, out: Path, seconds: float) -> Re
     name = file.replace("/", ".").removesuffix(".py")
     report, log = out / f"{name}.xml", out / f"{name}.log"
     report.unlink(missing_ok=True)
-    arguments = ["-q", "-p", "no:cacheprovider", "-m", marks, f"--junitxml={report}", file]
+    parallel = ["-n", "3"] if importlib.util.find_spec("xdist") else []
+    arguments = ["-q", *parallel, "-p", "no:cacheprovider", "-m", marks, f"--junitxml={report}", file]
     with log.open("wb") as output:
         try:
             done = subprocess.run(
