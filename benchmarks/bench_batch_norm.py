@@ -34,13 +34,6 @@ def check_gradients() -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
-def floor_bytes() -> int:
-    """Forward: x read twice, y and a byte for each output written. Backward: x, dy and the bytes read twice,
-    dx written. float32."""
-    pairs = [(x.numel(), dy.numel()) for x, dy in ways.pooled_tensors()]
-    return sum(5 * 4 * x + 3 * 5 * y for x, y in pairs)
-
-
 @pytest.mark.timeout(600)
 def bench_batch_norm_relu_max_pool(benchmark, report):
     """The five of a training step, batch 64."""
@@ -58,7 +51,7 @@ def bench_batch_norm_relu_max_pool(benchmark, report):
     rows = []
     for way in comparison.names:
         base = "hyperfast" if ways.tuned_allocator(way) else "hyperfast_untuned"
-        share = floor_bytes() / comparison.median(way) / bandwidth
+        share = ways.pooled_bytes(ways.pooled_tensors()) / comparison.median(way) / bandwidth
         row = [
             f"{1e3 * comparison.median(way):.1f} ms",
             f"{comparison.ratio(way, base):.2f}",

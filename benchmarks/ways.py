@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -201,15 +202,21 @@ def pooled_layers(way: str) -> list[nn.Module]:
     return layers
 
 
-def pooled_tensors() -> list[tuple[Tensor, Tensor]]:
-    """x and dy of each layer, channels_last."""
+def pooled_tensors(batch: int = BATCH, **options: Any) -> list[tuple[Tensor, Tensor]]:
+    """x and dy of each layer, channels_last; options: device and dtype."""
     torch.manual_seed(3)
     made, size = [], 32
     for i, channels in enumerate(CHANNELS[1:]):
-        x, size = torch.randn(BATCH, channels, size, size), size // (2 if i < 4 else 1)
-        made.append((x, torch.randn(BATCH, channels, size, size)))
+        x, size = torch.randn(batch, channels, size, size, **options), size // (2 if i < 4 else 1)
+        made.append((x, torch.randn(batch, channels, size, size, **options)))
     layout = torch.channels_last
     return [(x.to(memory_format=layout).requires_grad_(), dy.to(memory_format=layout)) for x, dy in made]
+
+
+def pooled_bytes(tensors: list[tuple[Tensor, Tensor]]) -> int:
+    """The floor of all layers. Forward: x read twice, y and a byte for each output written. Backward: x, dy
+    and the bytes read twice, dx written."""
+    return sum(5 * x.nbytes + 3 * (dy.nbytes + dy.numel()) for x, dy in tensors)
 
 
 def pooled(way: str) -> Callable[[], Tensor]:

@@ -1,17 +1,20 @@
 """One process for each way, taking turns: allocator settings and peak memory are each way's own, and drifts
 of a shared machine meet all of them alike.
 
-`python -m benchmarks.workers KIND WAY` is the process: a line on stdin makes it do that many steps and answer
-with JSON.
+`python -m benchmarks.workers KIND WAY` is the process on the CPU: a line on stdin makes it do that many steps
+and answer with seconds and value of each, and peak memory of the process so far in MiB.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,30 +23,50 @@ from train.allocator import keep_freed_memory
 
 
 class Worker:
-    """A process that does steps of one way on demand."""
+    """A process that answers each line on its stdin with a line of JSON, for one way."""
 
-    def __init__(self, kind: str, way: str):
+    def __init__(self, way: str, command: Sequence[str], environment: Mapping[str, str] | None = None):
         self.way = way
-        command = [sys.executable, "-m", "benchmarks.workers", kind, way]
-        environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(ways.tuned_allocator(way)))}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | dict(environment or {}),
+        )  # fmt: skip
 
-    def steps(self, count: int) -> dict:
-        """Does `count` steps; seconds of each, value of each, peak memory of the process so far in MiB."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{count}\n")
+    def ask(self, request: str | int) -> None:
+        """Asks and does not wait."""
+        assert self.process.stdin
+        self.process.stdin.write(f"{request}\n")
         self.process.stdin.flush()
+
+    def answer(self, seconds: float | None = None) -> dict:
+        """Of the last request. RuntimeError where the process has ended, TimeoutError after `seconds`."""
+        assert self.process.stdout
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            raise TimeoutError(f"the process of {self.way!r} gave no answer in {seconds:.0f} s")
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the process of {self.way!r} ended with exit status {self.process.wait()}")
         return json.loads(answer)
 
+    def steps(self, count: int, seconds: float | None = None) -> dict:
+        """Does `count` steps; what the process says of them."""
+        self.ask(count)
+        return self.answer(seconds)
+
     def close(self) -> None:
+        """Ends the process."""
         assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.process.kill()
+        self.process.wait()
 
 
 @dataclass
@@ -58,11 +81,15 @@ class Comparison:
     peak_mib: dict[str, float] = field(default_factory=dict)
 
     def __enter__(self) -> Comparison:
-        self.workers = [Worker(self.kind, name) for name in self.names]
+        self.workers = [self._worker(name) for name in self.names]
         for worker in self.workers:  # one at a time: compilers and first touches disturb nobody's timing
             self.values[worker.way] = worker.steps(3)["values"]
             self.seconds[worker.way] = []
         return self
+
+    def _worker(self, way: str) -> Worker:
+        command = [sys.executable, "-m", "benchmarks.workers", self.kind, way]
+        return Worker(way, command, {"THP_MEM_ALLOC_ENABLE": str(int(ways.tuned_allocator(way)))})
 
     def __exit__(self, *_) -> None:
         for worker in self.workers:

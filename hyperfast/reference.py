@@ -124,7 +124,7 @@ def update_(
     count from `first`, for their rounding. skip: nonzero leaves everything as it is."""
     written = [p, *(t for state in stored for t in (state if isinstance(state, EightBit) else (state,)))]
     before = [t.clone() for t in written] if skip is not None else []
-    is_plain = not stored or states.storage_of(stored[0], p.dtype) == "plain"
+    is_plain = len(stored) == 0 or states.storage_of(stored[0], p.dtype) == "plain"
     values = [states.decode(state, signed=i == 0).to(grad.dtype) for i, state in enumerate(stored)]
     new = p.to(grad.dtype)
     rule(new, *values, grad, c)

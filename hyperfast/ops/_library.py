@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch
@@ -72,6 +72,17 @@ def engine(tensor: Tensor, cuda: str = "") -> str:
 
         raise ImportError(why_missing("cpu"))
     return "reference" if tensor.dtype == torch.float16 else "cpu"
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Within it HYPERFAST_ENGINE is `name`, so that one process can compare engines."""
+    global _WANTED
+    before, _WANTED = _WANTED, name
+    try:
+        yield
+    finally:
+        _WANTED = before
 
 
 def to_device(numbers: float | Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,16 @@
+"""Every op by its engines and by torch.compile, each checked before it is timed."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.gpu.generators import ENGINES, FULL, time_passes
+from benchmarks.gpu.layers import LAYERS, ROWS, time_batch_norm, time_merged
+from benchmarks.gpu.record import Context
+
+
+def run(context: Context) -> None:
+    device = torch.device("cuda")
+    time_passes(context, device, FULL, ENGINES, rounds=30)
+    time_batch_norm(context, device, rounds=50)
+    time_merged(context, device, LAYERS, ROWS, ENGINES, rounds=30)

@@ -1,0 +1,193 @@
+"""The whole training step of `full`, every way in a process of its own, all taking turns.
+
+First the losses of the first steps, without dropout, must be those of eager PyTorch; then dropout is as in
+training, and rounds of steps are timed by the device's clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from benchmarks.bench_optim import moved
+from benchmarks.gpu.record import Context
+from benchmarks.gpu.step_ways import WAYS, Sizes
+from benchmarks.gpu.timing import COPIED, Copy, in_turns
+from benchmarks.machine import median, paired_ratio
+from benchmarks.plain import NUM_GENERATED
+from benchmarks.workers import Worker
+
+TOLERANCE = 3e-2  # of a loss, relative: bfloat16 and float32 differ by up to 1.3 % in the first steps
+MEASURING = 25.0  # seconds of the part that belong to the rounds
+FORMATS = {None: "float32", torch.bfloat16: "bfloat16", "8bit": "8 bits"}
+
+
+@dataclass
+class Comparison:
+    """What came of the ways. seconds: one for each round. prepared: the workers' answers."""
+
+    prepared: dict[str, dict] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    bandwidths: list[float] = field(default_factory=list)
+
+    def ratio(self, way: str, base: str) -> float | None:
+        """How many times longer `way` takes than `base`; None where one was not measured in every round."""
+        a, b = self.seconds.get(way, []), self.seconds.get(base, [])
+        return paired_ratio(a, b) if a and len(a) == len(b) else None
+
+    def best_plain(self) -> str | None:
+        """The fastest of PyTorch's own ways."""
+        plain = [way for way, found in self.seconds.items() if WAYS[way].plain and found]
+        return min(plain, key=lambda way: median(self.seconds[way]), default=None)
+
+
+def start(names: Sequence[str], device: torch.device, sizes: Sizes) -> dict[str, Worker]:
+    options = json.dumps({**asdict(sizes), "device": str(device)})
+    module = "benchmarks.gpu.step_worker"
+    return {name: Worker(name, [sys.executable, "-m", module, name, options]) for name in names}
+
+
+def prepare(context: Context, workers: dict[str, Worker], seconds: float) -> Comparison:
+    """Makes all ways ready: most at once, since it is compilers on the CPU that take the time, those that
+    choose kernels by timing them one after the other. Those that fail or are late are left out."""
+    found, end = Comparison(), time.monotonic() + seconds
+    together = [way for way in workers if not WAYS[way].alone]
+    for way in together:
+        with contextlib.suppress(OSError):  # one that has ended says so when its answer is read
+            workers[way].ask("prepare")
+    for way in [*together, *(way for way in workers if WAYS[way].alone)]:
+        request = "prepare" if WAYS[way].alone else None
+        said = ask(workers[way], max(end - time.monotonic(), 1.0), request)
+        if "error" in said:
+            context.fail(f"{way}: {said['error']}")
+            workers.pop(way).kill()
+        else:
+            found.prepared[way] = said
+    return found
+
+
+def ask(worker: Worker, seconds: float, request: str | int | None = None) -> dict:
+    """The worker's answer, to `request` or to what it was asked before; {"error": ...} without one."""
+    try:
+        if request is not None:
+            worker.ask(request)
+        return worker.answer(seconds)
+    except (RuntimeError, TimeoutError, OSError, ValueError) as problem:
+        return {"error": str(problem)}
+
+
+def check(context: Context, workers: dict[str, Worker], found: Comparison) -> None:
+    """Leaves out the ways whose first losses are not eager's."""
+    wanted = found.prepared.get("eager", {}).get("values")
+    if wanted is None:
+        context.fail("without eager PyTorch nothing can be checked")
+        return
+    for way, said in list(found.prepared.items()):
+        got = said["values"]
+        off = max(abs(a - b) / abs(b) for a, b in zip(got[:-1], wanted[:-1], strict=True))
+        if not (off <= TOLERANCE and math.isfinite(got[-1])):
+            context.fail(f"{way} computes something else: losses {numbers(got)}, eager's {numbers(wanted)}")
+            workers.pop(way).kill()
+            del found.prepared[way]
+
+
+def numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{v:.4f}" for v in values)
+
+
+def measure(
+    context: Context, workers: dict[str, Worker], found: Comparison, device: torch.device, rounds: int,
+    steps: int, copied: int,
+) -> None:  # fmt: skip
+    """Rounds in which every way does `steps` steps, after one that does not count; fewer where time runs
+    out."""
+    copy = Copy(device, copied)
+    for number in range(1 + rounds):
+        began = time.monotonic()
+        bandwidth = copy.moved / median(in_turns({"copy": copy}, device, 3)["copy"])
+        for way in list(workers):
+            said = ask(workers[way], max(context.remaining() - 3, 1.0), steps)
+            if "error" in said:
+                context.fail(f"{way}, round {number}: {said['error']}")
+                workers.pop(way).kill()
+                found.seconds.pop(way, None)
+            elif number:
+                found.seconds.setdefault(way, []).append(said["seconds"])
+        if number:
+            found.bandwidths.append(bandwidth)
+            report(context, found)
+        if context.remaining() < 4 + 2 * (time.monotonic() - began):
+            break
+
+
+def bytes_of_generators(way: str) -> float:
+    """What the step must read and write for the generators, states as the way stores them: dz's pass, the
+    update, the next weights; K = 16."""
+    return (moved(2, FORMATS[WAYS[way].state_dtype]) + 4 + 4 / 16) * 16 * NUM_GENERATED
+
+
+def report(context: Context, found: Comparison) -> None:
+    """Table and facts of the rounds so far."""
+    best, bandwidth = found.best_plain(), median(found.bandwidths)
+    rows, lines = [], []
+    for way, seconds in found.seconds.items():
+        said, ratio = found.prepared[way], found.ratio(way, "hyperfast")
+        time_of = f"{1e3 * median(seconds):.3f} ms"
+        times = f"{ratio:.2f}" if ratio else "-"
+        peaks = [f"{said['allocated_mib']:.0f} MiB", f"{said['reserved_mib']:.0f} MiB"]
+        share = ""
+        if way.startswith("hyperfast"):
+            share = f"{100 * bytes_of_generators(way) / median(seconds) / bandwidth:.0f} %"
+        label = WAYS[way].label + (" (the best of PyTorch)" if way == best else "")
+        rows.append([label, time_of, times, *peaks, share])
+        lines.append(f"{time_of}, {times:>5} x hyperfast, peak {peaks[0]}: {label}")
+    header = ["way", "median step", "times hyperfast", "peak allocated", "peak reserved",
+              "generators' bytes at copy bandwidth, of the step"]  # fmt: skip
+    context.record.lines = lines
+    context.table("Training step of `full`, batch 64, all ways in turns", header, rows)
+    context.fact(
+        step_seconds={way: median(seconds) for way, seconds in found.seconds.items()},
+        step_copy_bytes_per_second=bandwidth, best_plain=best, rounds=len(found.bandwidths),
+        against_eager=found.ratio("eager", "hyperfast"),
+        against_best=found.ratio(best, "hyperfast") if best else None,
+        against_best_8bit=found.ratio(best, "hyperfast_8bit") if best else None,
+        against_factored_reference=found.ratio("factored_reference", "hyperfast"),
+        memory=of_memory(found, "hyperfast"), memory_8bit=of_memory(found, "hyperfast_8bit"),
+    )  # fmt: skip
+
+
+def of_memory(found: Comparison, way: str) -> float | None:
+    """Its peak over that of eager PyTorch with fused AdamW."""
+    peaks = [found.prepared.get(name, {}).get("allocated_mib") for name in (way, "fused")]
+    return peaks[0] / peaks[1] if all(peaks) else None
+
+
+def compare(
+    context: Context, device: torch.device, names: Sequence[str], sizes: Sizes, rounds: int, steps: int,
+    copied: int = COPIED,
+) -> Comparison:  # fmt: skip
+    """Starts, prepares, checks and measures the ways; ends their processes."""
+    workers = start(names, device, sizes)
+    started = list(workers.values())
+    try:
+        found = prepare(context, workers, context.remaining() - MEASURING)
+        context.fact(prepared=found.prepared)
+        check(context, workers, found)
+        measure(context, workers, found, device, rounds, steps, copied)
+    finally:
+        for worker in started:
+            worker.kill()
+    if "hyperfast" not in found.seconds:
+        context.fail("hyperfast was not measured")
+    return found
+
+
+def run(context: Context) -> None:
+    compare(context, torch.device("cuda"), list(WAYS), Sizes(), rounds=12, steps=20)
