@@ -60,7 +60,6 @@ def test_all_sizes_on_interpreted_kernels(file, tests):
     run_interpreted(f"tests/{file}", "-k", tests)
 
 
-
 @pytest.mark.timeout(600)
 def test_batch_norm_on_interpreted_kernels():
     run_interpreted(
