@@ -75,7 +75,7 @@ def sanitized(*command: str, **environment: str) -> subprocess.CompletedProcess:
     listed = subprocess.run(["ldd", str(path)], capture_output=True, text=True).stdout
     runtimes = [word for word in listed.split() if word.startswith("/") and any(
         name in word for name in ("libasan", "libubsan", "libstdc++"))]  # fmt: skip
-    options = "detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1"
+    options = "detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1:symbolize=0"
     environment |= {"LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True

@@ -25,7 +25,9 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared)))
       return error;
   }
-  kernel<<<blocks, threads, shared, stream> > >(arguments...);
+  // clang-format off: it takes the last bracket apart
+  kernel<<<blocks, threads, shared, stream>>>(arguments...);
+  // clang-format on
   return cudaGetLastError();
 }
 

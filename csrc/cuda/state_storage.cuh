@@ -1,5 +1,6 @@
 // Optimizer states in bfloat16 and in 8 bits, decoded to float32 in registers and coded again;
-// hyperfast/states.py describes the formats and is the specification of every bit.
+// hyperfast/states.py describes the formats and is the specification of every bit (so nothing is contracted
+// to a fused multiply-add).
 #pragma once
 
 #include "rows.cuh"
@@ -54,11 +55,12 @@ struct Signed8 {  // sign, 4 bits of exponent, 3 of fraction; spaced evenly towa
   static constexpr float shift = 0x1p-15f, top = 1.875f - shift;
   static __device__ __forceinline__ float decode(Code code, float scale) {
     const uint32_t c = code;
-    const float value = __uint_as_float(((c << 20) & 0x07f00000u) + offset) * scale - shift * scale;
+    const float shifted = __fmul_rn(__uint_as_float(((c << 20) & 0x07f00000u) + offset), scale);
+    const float value = __fsub_rn(shifted, __fmul_rn(shift, scale));
     return __uint_as_float(__float_as_uint(value) | ((c << 24) & 0x80000000u));
   }
   static __device__ __forceinline__ Code encode(float x, float inverse, uint32_t random) {
-    const uint32_t y = __float_as_uint(fabsf(x) * inverse + shift);
+    const uint32_t y = __float_as_uint(__fadd_rn(__fmul_rn(fabsf(x), inverse), shift));
     return static_cast<Code>((((y + ((random << 8) & 0xfffffu)) >> 20) & 0x7fu) |
                              ((__float_as_uint(x) >> 24) & 0x80u));
   }

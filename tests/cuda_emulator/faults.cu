@@ -88,7 +88,7 @@ __global__ void misaligned_access(const float* in, float* out) {
 
 template <bool fault>
 __global__ void out_of_bounds(const float* in, float* out) {
-  out[threadIdx.x] = in[kCount - 1 - static_cast<int>(threadIdx.x) + (fault ? kCount : 0)];
+  out[threadIdx.x] = in[kCount - 1 - static_cast<int>(threadIdx.x) + (fault ? 1 : 0)];
 }
 
 template <bool fault>
