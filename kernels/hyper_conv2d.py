@@ -451,7 +451,8 @@ def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype, x_d
     dot = rows > FEW_ROWS and K <= DOT_K and dtype != torch.float64
     if dot:  # a tile of at least 16 x 16, the least that tensor cores take
         scale = 1 if x_dtype == torch.float32 else 2  # float32 products take twice the registers
-        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), 512 * scale)
+        most = 512 * scale if K > 2 else 256 * scale  # larger tiles spill there
+        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), most)
         block_o = min(max(_power(outputs), 16), 32 if weights > 256 else 16)
         block_i = min(max(_power(columns), 16), weights // block_o)
         return Tiles(min(max(_power(rows), 16), MOST_ROWS * scale), block_o, block_i, True)
