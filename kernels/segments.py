@@ -55,7 +55,8 @@ class _Staging:
 
     def prepare(self) -> None:
         if self.memory is None:
-            self.memory = torch.empty(self.SIZE, dtype=torch.int64, pin_memory=True)
+            with torch.inference_mode(False):  # whatever the first caller is in, captures write to it
+                self.memory = torch.empty(self.SIZE, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def take(self, count: int) -> Tensor:
         """`count` numbers that nobody else gets; RuntimeError where there are none."""
@@ -82,7 +83,9 @@ def segments(rows: Sequence[Sequence[int]], blocks: Sequence[int], device: torch
         return found
     if on_gpu:
         _staging.prepare()
-    made = _made(rows, blocks, device, lambda n: torch.empty(n, dtype=torch.int64, pin_memory=on_gpu))
+    made = _made(
+        rows, blocks, device, lambda n: torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+    )
     _cache[key] = made
     if len(_cache) > CACHED:
         _cache.popitem(last=False)
@@ -93,8 +96,8 @@ def _made(rows, blocks, device, host_memory: Callable[[int], Tensor]) -> Segment
     L, fields = len(rows), len(rows[0])
     starts = [0, *itertools.accumulate(blocks)]
     host = host_memory(L * fields + (L + 1) // 2)  # the rows, then the starts as halves of int64
-    host[: L * fields] = torch.tensor([number for row in rows for number in row])
-    host[L * fields :].view(torch.int32)[:L] = torch.tensor(starts[:L], dtype=torch.int32)
+    host[: L * fields] = torch.tensor([number for row in rows for number in row], device="cpu")
+    host[L * fields :].view(torch.int32)[:L] = torch.tensor(starts[:L], dtype=torch.int32, device="cpu")
     table = host.to(device, non_blocking=True)
     return Segments(
         table[: L * fields].view(L, fields), table[L * fields :].view(torch.int32)[:L], starts[-1]

@@ -199,6 +199,8 @@ def update_generate_kernel(
     z = tl.load(pointer(row_ptr, 11, DTYPE) + offs_k, mask=in_k, other=0.0).to(COMPUTE)
     new_z = tl.load(pointer(row_ptr, 12, DTYPE) + offs_k, mask=in_k, other=0.0).to(COMPUTE)
 
+    # A tile of a bias has fewer elements than threads: all load it, some store it. None may before all have.
+    tl.debug_barrier()
     if updated_rows > 0:
         c_ptr = coefficients_ptr + layer * FIELDS
         p, s0, s1 = updated(p, s0, s1, g[:, None] * z[None, :], c_ptr, STATES, EXACT)

@@ -94,3 +94,15 @@ def test_next_weights_are_added_up_as_generate_does(K, dtype):
     ours, theirs = update.compile(90), plain.compile(90)
     assert layout_of_row_sums(ours.ttgir) == layout_of_row_sums(theirs.ttgir)
     assert "fma.rn.f32" not in ours.ptx and "fma.rn.f32" not in theirs.ptx
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMITS)
+@pytest.mark.parametrize("name", ["full, AdamW, float32", "full, AdamW, bfloat16 states"])
+def test_all_have_loaded_a_bias_before_any_thread_stores_it(name, capability):
+    """A tile of it has fewer elements than threads, so several threads load each: the interpreter cannot
+    see that a late one would read what another has updated."""
+    ptx = launch_of("update_generate", name).compile(capability).ptx
+    first_store = ptx.index("st.global")
+    barrier = ptx.rindex("bar.sync", 0, first_store)
+    later = re.findall(r"ld\.global\S*", ptx[barrier:first_store])
+    assert all(load.endswith(".b64") for load in later), later  # coefficients

@@ -61,8 +61,12 @@ class CudaGraph:
         return result
 
     def capture(self, work: Callable[[], Tensor]) -> Tensor:
-        with torch.cuda.graph(self.graph, stream=self.stream):  # waits for the device first
-            return work()
+        before = torch.cuda.current_stream(self.stream.device)
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):  # waits for the device first
+                return work()
+        finally:  # torch leaves its stream the current one where the capture fails
+            torch.cuda.set_stream(before)
 
     def replay(self) -> None:
         self.graph.replay()

@@ -276,6 +276,8 @@ def conv2d(
     if _is_dense(x) and _is_dense(weight) and _memory_format(x) == torch.channels_last:
         # once here instead of once in torch's forward and once in its backward
         weight = weight.contiguous(memory_format=torch.channels_last)
+    if path in ("auto", "torch") and isinstance(x, Tensor) and x.device.type != "cpu":
+        return F.conv2d(x, weight, bias, *options)
     tensors = _cast_by_autocast(x, weight, bias)
     served = path != "torch" and _is_served(*tensors, *options)
     possible = path in ("auto", "torch") or served and (path == "float32" or (stride, groups) == ((1, 1), 1))

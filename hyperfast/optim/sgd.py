@@ -93,7 +93,7 @@ class SGD(FactoredOptimizer):
         has_states = self._has_states(group)
         is_new = [has_states and not self.capturable and self._is_new(p) for p in params]
         options = {name: float(group[name]) for name in ("weight_decay", "momentum", "dampening")}
-        options |= {"lr": self._fused_lr(group, params[0].device), "nesterov": group["nesterov"]}
+        options |= {"lr": self._fused_lr(group, params[0].device), "nesterov": bool(group["nesterov"])}
         for new in {*is_new}:  # torch's kernel takes either kind
             chosen = [i for i, other in enumerate(is_new) if other == new]
             some = [params[i] for i in chosen]

@@ -1,5 +1,5 @@
 """Tests of the Triton kernels: on a GPU, or under Triton's interpreter in a process of its own, which
-tests/test_kernels.py starts."""
+tests/test_kernels.py starts. Numbers are drawn on the CPU, so that both see the same ones."""
 
 import os
 
@@ -10,7 +10,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
-
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -19,6 +18,12 @@ def pytest_generate_tests(metafunc):
     given = [mark for mark in metafunc.definition.iter_markers("parametrize") if "dtype" in mark.args[0]]
     if "dtype" in metafunc.fixturenames and not given:
         metafunc.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """cuDNN takes TF32 by torch's default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture

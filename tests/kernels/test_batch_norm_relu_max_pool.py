@@ -24,7 +24,7 @@ def few_programs(device, monkeypatch):
 
 
 def channels_last(*shape, dtype, device):
-    return torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last)
+    return torch.randn(shape).to(device).to(dtype).to(memory_format=torch.channels_last)
 
 
 def poisoned(shape, dtype, device):
@@ -35,11 +35,11 @@ def poisoned(shape, dtype, device):
 def problem(shape, dtype, device, pool, mean=0.3):
     """x, weight, bias, running mean, running variance, dy; the [C] ones in what the kernels compute in."""
     B, C, H, W = shape
-    x = (torch.randn(shape, device=device, dtype=torch.float64) + mean).to(dtype)
+    x = (torch.randn(shape, dtype=torch.float64).to(device) + mean).to(dtype)
     x = x.to(memory_format=torch.channels_last)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, running_mean = (torch.randn(C, device=device).to(compute) for _ in range(3))
-    running_var = torch.rand(C, device=device).to(compute) + 0.5
+    weight, bias, running_mean = (torch.randn(C).to(device).to(compute) for _ in range(3))
+    running_var = torch.rand(C).to(device).to(compute) + 0.5
     dy = channels_last(B, C, H // pool, W // pool, dtype=dtype, device=device)
     return x, weight, bias, running_mean, running_var, dy
 
@@ -125,7 +125,7 @@ def test_one_pixel_far_from_the_others(pixel, device, assert_accurate):
 @pytest.mark.parametrize("pool", [1, 2])
 def test_the_first_of_equal_maxima_wins(pool, device):
     x, weight, bias, *rest = problem((2, 19, 7, 8), torch.float64, device, pool)
-    x = torch.randint(3, x.shape, device=device).double().to(memory_format=torch.channels_last)
+    x = torch.randint(3, x.shape).to(device).double().to(memory_format=torch.channels_last)
     weight[:4], bias[:4] = torch.tensor([0.0, -0.0, -1.0, 0.0]), torch.tensor([1.0, 0.0, 0.5, -1.0])
     inputs = (x, weight, bias, *rest)
     got = results(*inputs, pool, True)
@@ -143,7 +143,7 @@ def test_the_first_of_equal_maxima_wins(pool, device):
 def test_nan_and_infinity(dtype, pool, device):
     inputs = problem((2, 21, 6, 5), dtype, device, pool)
     for value in (torch.nan, torch.inf, -torch.inf):
-        inputs[0][torch.rand(inputs[0].shape, device=device) < 0.1] = value
+        inputs[0][torch.rand(inputs[0].shape).to(device) < 0.1] = value
     found = results(*inputs, pool, False)
     wanted = expected_of(*inputs, pool, False)
     assert found[0].isnan().any() and found[0].isinf().any()

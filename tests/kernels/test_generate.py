@@ -11,9 +11,9 @@ SIZES = [(1, 1), (5, 3), (63, 16), (257, 16), (64, 64), (7, 100), (3, 512), (0, 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_equals_reference(dtype, with_bias, device, assert_accurate):
-    weights = [torch.randn(N, K, device=device, dtype=dtype) for N, K in SIZES]
-    biases = [torch.randn(N, device=device, dtype=dtype) if with_bias else None for N, _ in SIZES]
-    zs = [torch.randn(K, device=device, dtype=dtype) for _, K in SIZES]
+    weights = [torch.randn(N, K, dtype=dtype).to(device) for N, K in SIZES]
+    biases = [torch.randn(N, dtype=dtype).to(device) if with_bias else None for N, _ in SIZES]
+    zs = [torch.randn(K, dtype=dtype).to(device) for _, K in SIZES]
     outs = [torch.full_like(weight[:, 0], torch.nan) for weight in weights]
     table = [
         (w.data_ptr(), 0 if b is None else b.data_ptr(), z.data_ptr(), out.data_ptr(), *w.shape)

@@ -13,8 +13,8 @@ def made(sizes, dtype, device, shift: int = 0):
     """Weights and dws, `shift` elements behind the beginning of memory, with sums that do not cancel."""
     weights = [torch.empty(N * K + shift, dtype=dtype, device=device)[shift:].view(N, K) for N, K in sizes]
     for weight in weights:
-        weight.copy_(torch.randn(weight.shape, device=device) + 1)
-    return weights, [(torch.randn(N, device=device) + 1).to(dtype) for N, _ in sizes]
+        weight.copy_(torch.randn(weight.shape).to(device) + 1)
+    return weights, [(torch.randn(N).to(device) + 1).to(dtype) for N, _ in sizes]
 
 
 def table_of(weights, dws):

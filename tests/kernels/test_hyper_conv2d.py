@@ -29,7 +29,7 @@ class Case(NamedTuple):
         I = self.x[1] // self.geometry.groups * self.geometry.kernel_size[0] * self.geometry.kernel_size[1]
         N = self.outputs * I
         shapes = self.x, (self.K,), (N, self.K), (N,), (self.outputs,)
-        made = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+        made = [torch.randn(shape).to(device).to(dtype) for shape in shapes]
         made[0] = made[0].contiguous(memory_format=self.layout)
         return made if self.bias else [*made[:3], None, None]
 
@@ -97,7 +97,7 @@ def expected(case: Case, tensors: list[Tensor | None], dy: Tensor) -> list[Tenso
 def check(case: Case, dtype: torch.dtype, device: torch.device, assert_accurate) -> None:
     tensors = case.tensors(dtype, device)
     y = forward(case, *tensors)
-    dy = torch.randn(y.shape, device=device).to(dtype)
+    dy = torch.randn(y.shape).to(device).to(dtype)
     got = [y, *backward(case, dy, *tensors[:4])]
     doubles = [None if t is None else t.cpu().double() for t in tensors]
     wanted = expected(case, doubles, dy.cpu().double())
@@ -145,7 +145,7 @@ def test_generator_in_float32_beside_half_precision(layout, device):
     tensors = case.tensors(torch.float32, device)
     half = tensors[0].to(torch.float16)
     y = forward(case, half, *tensors[1:])
-    dy = torch.randn(y.shape, device=device).to(torch.float16)
+    dy = torch.randn(y.shape).to(device).to(torch.float16)
     dx, dz, dw = backward(case, dy, half, *tensors[1:4])
     assert [t.dtype for t in (y, dx, dz, dw)] == [torch.float16] * 2 + [torch.float32] * 2
     tensors[0] = half
@@ -159,7 +159,7 @@ def test_each_gradient_alone_and_again(name, device):
     """What is not asked for changes nothing but rounding, and every run gives the same bits."""
     case = CASES[name]
     tensors = case.tensors(torch.float32, device)[:4]
-    dy = torch.randn(case.geometry.shape(tensors[0], tensors[2]), device=device)
+    dy = torch.randn(case.geometry.shape(tensors[0], tensors[2])).to(device)
     every, again = backward(case, dy, *tensors), backward(case, dy, *tensors)
     assert all(torch.equal(a, b) for a, b in zip(every, again, strict=True))
     for i in range(3):
@@ -172,11 +172,11 @@ def test_tensors_with_gaps(device):
     """x and dy are read where they lie."""
     case = CASES["pairs"]
     tensors = case.tensors(torch.float32, device)
-    wide = torch.randn(4, 6, 13, 15, device=device)
+    wide = torch.randn(4, 6, 13, 15).to(device)
     x = wide[1:3, ::2, 1::2, 8:].transpose(0, 1)[:, :2].transpose(0, 1)
     assert x.shape == case.x and not x.is_contiguous()
     y = forward(case, x, *tensors[1:])
-    dy = torch.randn(1, device=device).expand(y.shape)
+    dy = torch.randn(1).to(device).expand(y.shape)
     got = [y, *backward(case, dy, x, *tensors[1:4])]
     wanted = expected(case, [x.double(), *(t.double() for t in tensors[1:])], dy.double())
     for a, b in zip(got, wanted, strict=True):
@@ -229,7 +229,7 @@ def test_layers_in_evaluation(precision, device, monkeypatch):
     torch.manual_seed(1)
     convolution, linear = HyperConv2d(2, 3, 3, padding=1, z_dim=4), HyperLinear(12, 5, z_dim=4)
     model = torch.nn.Sequential(convolution, torch.nn.Flatten(), linear).to(device)
-    x = torch.randn(2, 2, 2, 2, device=device)
+    x = torch.randn(2, 2, 2, 2).to(device)
     trained = model(x).detach()
     with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision is not None):
         y = model(x)

@@ -35,7 +35,7 @@ class Problem:
         self.trained = [i % 2 == 0 for i in range(len(SIZES))]
 
         def random(*shape):
-            return torch.randn(shape, device=device).to(dtype)
+            return torch.randn(shape).to(device).to(dtype)
 
         def stored(like, signed):
             values = torch.randn_like(like) * 0.1 if signed else torch.rand_like(like) * 0.1
