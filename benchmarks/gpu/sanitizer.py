@@ -70,7 +70,7 @@ def judge(tool: str, engine: str, output: str, status: int | None) -> Verdict:
 
 def judge_planted(engine: str, output: str, status: int | None) -> Verdict:
     """Of the planted error, which is to be found."""
-    if re.search(r"={9} Invalid __global__", output):
+    if re.search(r"={9} Invalid __", output):
         return Verdict("memcheck", engine, PLANTED, "")
     said = "not done in time" if status is None else f"exit status {status}"
     problem = f"a planted error was not found, so the filter may leave out everything: {said}"
