@@ -35,7 +35,7 @@ def chosen(names: str) -> tuple[Part, ...]:
 
 
 def run_parts(parts: Sequence[Part], out: Path, data: Path | None) -> list[Outcome]:
-    """One after the other; after each, what is known so far is written."""
+    """One after the other, each with a line on stderr; after each, what is known so far is written."""
     outcomes = []
     for part in parts:
         print(f"{part.name} ...", file=sys.stderr, flush=True)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part at work is ended too
     outcomes = run_parts(args.parts, out, args.data and args.data.resolve())
-    print("\n".join(report.terminal_lines(outcomes, out)), flush=True)
+    print("\n".join(report.terminal_lines(outcomes, out, report.MOST_LINES - len(args.parts))), flush=True)
     return 1 if any(outcome.status in ("failed", "timeout") for outcome in outcomes) else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +15,17 @@ from benchmarks.gpu.record import Context
 MODULES = ("_cpu", "_cuda")
 
 
+def built(root: Path, name: str) -> Path:
+    """Where the module of this Python lies."""
+    return root / "hyperfast" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def outdated(root: Path) -> list[str]:
     """Native modules that are missing or older than a source of theirs."""
     sources = [root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file())]
     newest = max(path.stat().st_mtime for path in sources)
-    built = {name: list((root / "hyperfast").glob(f"{name}.*.so")) for name in MODULES}
-    return [n for n, paths in built.items() if not any(p.stat().st_mtime >= newest for p in paths)]
+    paths = {name: built(root, name) for name in MODULES}
+    return [name for name, path in paths.items() if not path.exists() or path.stat().st_mtime < newest]
 
 
 def command(context: Context, what: str, arguments: Sequence[str], root: Path, late=Context.fail) -> None:
@@ -49,7 +55,7 @@ def build(context: Context, root: Path) -> None:
         f"built {', '.join(missing)}" if missing else "the native modules are newer than their sources"
     )
     for name in MODULES:
-        if not list((root / "hyperfast").glob(f"{name}.*.so")):
+        if not built(root, name).exists():
             context.fail(f"there is no hyperfast.{name} after the build")
 
 

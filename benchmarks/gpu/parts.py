@@ -35,12 +35,12 @@ PARTS = (
     Part(
         "build", 60, "compile what is missing or old; what was built; registers and shared memory of kernels"
     ),
-    Part("tests", 80, "the tests that need a GPU"),
-    Part("sanitizer", 70, "compute-sanitizer, memcheck and racecheck, on small runs of every kernel"),
+    Part("tests", 75, "the tests that need a GPU"),
+    Part("sanitizer", 55, "compute-sanitizer, memcheck and racecheck, on small runs of every kernel"),
     Part("machine", 15, "copy bandwidth, peak of matrix products, cost of a launch in a CUDA graph"),
-    Part("ops", 80, "every op by Triton, CUDA C++ and torch.compile"),
-    Part("step", 100, "the whole training step of `full`, all ways in turns"),
-    Part("train", 70, "`full` to 54.16 % test accuracy"),
+    Part("ops", 65, "every op by Triton, CUDA C++ and torch.compile"),
+    Part("step", 115, "the whole training step of `full`, all ways in turns"),
+    Part("train", 65, "`full` to 54.16 % test accuracy"),
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.parts import ROOT, Outcome
 
-MOST_LINES = 60
+MOST_LINES = 60  # of stdout and stderr together
 WIDTH = 160
 
 
@@ -36,6 +36,7 @@ class Goal:
         return value >= self.wanted if self.sign == ">=" else value <= self.wanted
 
 
+NOT_REACHED = "not reached"
 PAIR = "generate_backward + adamw_generate of `full`: share of copy bandwidth"
 EIGHT_BIT = "the same with 8-bit states (different mathematics)"
 GOALS = (
@@ -54,17 +55,28 @@ def facts(outcomes: Sequence[Outcome], part: str) -> dict[str, Any]:
 
 
 def goal_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """what, measured, goal, whether it is reached."""
+    """what, measured, goal, whether it is reached. A part's fact `goal_words` says more by the name of a
+    goal's fact: of the number, or why there is none."""
     rows = []
     for goal in GOALS:
-        value = facts(outcomes, goal.part).get(goal.fact)
+        found = facts(outcomes, goal.part)
+        value, said = found.get(goal.fact), found.get("goal_words", {}).get(goal.fact, "")
         wanted = f"{goal.sign} {goal.number(goal.wanted)}" + (f" ({goal.note})" if goal.note else "")
-        if value is None:
-            rows.append([goal.what, "not measured", wanted, "-"])
+        if value is not None:
+            verdict = "reached" if goal.reached(value) else NOT_REACHED
+            measured = goal.number(value) + (f", {said}" if said else "")
+        elif said.startswith(NOT_REACHED):
+            verdict, measured = NOT_REACHED, said
         else:
-            verdict = "reached" if goal.reached(value) else "not reached"
-            rows.append([goal.what, goal.number(value), wanted, verdict])
+            verdict, measured = "-", ": ".join(["not measured", *why_not(outcomes, goal.part, said)])
+        rows.append([goal.what, measured, wanted, verdict])
     return rows
+
+
+def why_not(outcomes: Sequence[Outcome], part: str, said: str) -> list[str]:
+    """In words, why a part has no number for a goal; nothing where the part was not asked for."""
+    why = said or next((f"{o.status}: {o.why}" for o in outcomes if o.part.name == part and o.why), "")
+    return [clipped(why, 80)] if why else []
 
 
 def machine_line(outcomes: Sequence[Outcome]) -> str:

@@ -1,7 +1,9 @@
 """The ways to do a training step of `full` on a GPU: forward, backward, clipping at norm 1, AdamW.
 
-All start from the same weights and see the same batch. Plain ones know nothing of hyperfast. Whole steps in
-a CUDA graph are captured by what the training command uses (`train.graph`), ours and PyTorch's alike.
+All start from the same weights and see the same batch; dropout is 0, so that all compute the same. Plain ones
+know nothing of hyperfast; under autocast they generate in float32, as ours do: to cast a whole generator to
+bfloat16 moves more than it saves. Whole steps in a CUDA graph are captured by what the training command uses
+(`train.graph`), ours and PyTorch's alike.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ CLIP = 1.0
 class Way:
     """plain: PyTorch alone. as_written: float32, contiguous, the default AdamW; otherwise bfloat16 autocast,
     channels_last, the fused one. graph: the step is one CUDA graph. compile_mode: torch.compile's. alone:
-    prepared while nothing else runs, since it times kernels to choose among them."""
+    prepared when the others are ready, since it times kernels to choose among them."""
 
     label: str
     plain: bool = True
@@ -45,7 +47,7 @@ def _ours(label: str, **options) -> Way:
 
 WAYS = {
     "eager": Way("PyTorch as users write it: float32 with TF32, default AdamW", as_written=True, graph=False),
-    "fused": Way("bfloat16 autocast, channels_last, fused AdamW", graph=False),
+    "fused": Way("bfloat16 autocast (generation in float32), channels_last, fused AdamW", graph=False),
     "graph": Way("the same in a CUDA graph"),
     "compiled": Way("the same, torch.compile, CUDA graph", compile_mode="default"),
     "autotuned": Way(
@@ -81,12 +83,13 @@ def batches(name: str, device: torch.device, sizes: Sizes, count: int) -> list[t
 
 
 def build(name: str, device: torch.device, sizes: Sizes) -> tuple[nn.Module, Step]:
-    """The network, whose `dropout.p` may be changed, and its step."""
+    """The network, without dropout, and its step."""
     way = WAYS[name]
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    plain = PlainHyperNet(sizes.z_dim)
+    plain = FloatGeneration(sizes.z_dim)
+    plain.dropout.p = 0.0
     if name == "factored_reference":
         return _factored_reference(plain, way, device, sizes)
     if way.plain:
@@ -95,6 +98,7 @@ def build(name: str, device: torch.device, sizes: Sizes) -> tuple[nn.Module, Ste
     else:
         model = build_model("full", fused=True, z_dim=sizes.z_dim)
         model.load_state_dict(plain.state_dict())
+        model.dropout.p = 0.0
         model = model.to(device, memory_format=torch.channels_last)
         capturable = {"capturable": True, "nonfinite": "skip"} if way.graph else {}
         optimizer = hyperfast.optim.AdamW(
@@ -136,6 +140,21 @@ def _loss(forward: Callable, x: Tensor, y: Tensor, way: Way) -> Tensor:
     return F.cross_entropy(logits.float(), y)
 
 
+def choose_algorithms(name: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Forward and backward without an update, in which cuDNN times its algorithms for the shapes of the step:
+    nothing else should be timed meanwhile."""
+    _loss(model, x, y, WAYS[name]).backward()
+    model.zero_grad()
+
+
+class FloatGeneration(PlainHyperNet):
+    """Generates in float32, also under autocast."""
+
+    def generate(self, name: str) -> Tensor:
+        with torch.autocast(self.get_parameter(f"{name}_bias").device.type, enabled=False):
+            return super().generate(name)
+
+
 class _GivenWeights(PlainHyperNet):
     """Uses `given`, name -> generated weights [N], instead of generating."""
 
@@ -144,6 +163,11 @@ class _GivenWeights(PlainHyperNet):
     def generate(self, name: str) -> Tensor:
         return self.given[name].view(SHAPES[name])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for w in self.given.values():
+            w.grad = None
+
 
 def _factored_reference(
     plain: PlainHyperNet, way: Way, device: torch.device, sizes: Sizes
@@ -151,6 +175,7 @@ def _factored_reference(
     """What the compiler makes of our mathematics: generated weights are leaves, dw is their gradient, and
     `hyperfast.reference` does the rest."""
     model = _GivenWeights(sizes.z_dim)
+    model.dropout.p = 0.0
     model.load_state_dict(plain.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
     layers = [model.get_submodule(f"hyper_{name}") for name in SHAPES]
@@ -180,9 +205,7 @@ def _factored_reference(
             old_zs = torch._foreach_add(flat_zs, 0.0)
             optimizer.step()
             update(weights, *moments[:2], biases, *moments[2:], dws, old_zs, flat_zs, ws, scale, steps)
-        optimizer.zero_grad()
-        for w in ws:
-            w.grad = None
+        model.zero_grad()
         return loss.detach()
 
     return model, step

@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu.step_worker WAY SIZES`: one way to do the step, in a process of its own.
 
-SIZES: JSON, `step_ways.Sizes` and the device. "prepare" on stdin builds, returns the losses of the first
-steps without dropout, then makes the step with dropout ready; a number does that many steps. Each answer is a
-line of JSON.
+SIZES: JSON, `step_ways.Sizes` and the device. On stdin, in this order: "build" makes the network; "choose"
+lets cuDNN time its algorithms; "prepare" makes the step ready and returns the losses of its first calls; a
+number does that many steps. Each answer is a line of JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.parts import one_line
-from benchmarks.gpu.step_ways import WAYS, Sizes, Step, batches, build
+from benchmarks.gpu.step_ways import WAYS, Sizes, Step, batches, build, choose_algorithms
 from benchmarks.gpu.timing import Mark, synchronize
 from train.graph import WARM_UP, CudaGraph, GraphedStep
 
 CHECKED = WARM_UP + 3  # steps whose losses are compared: eager ones, then replays
-DROPOUT = 0.5
 
 
 class StepRunner:
@@ -33,30 +32,26 @@ class StepRunner:
         self.name, self.device, self.sizes = name, device, sizes
         self.way = WAYS[name]
 
-    def prepare(self) -> dict[str, Any]:
-        """values: losses of the first steps. MiB at the peak of a later step: allocated by tensors, and
-        reserved by torch."""
-        first = batches(self.name, self.device, self.sizes, CHECKED)
-        self.batch = first[0]
-        self.model, self.eager_step = build(self.name, self.device, self.sizes)
+    def build(self) -> dict[str, Any]:
+        self.first = batches(self.name, self.device, self.sizes, CHECKED)
+        self.model, step = build(self.name, self.device, self.sizes)
         self.model.train()
-        self.model.dropout.p = 0.0
-        self.step = self._graphed()
-        values = [float(self.step(*batch)) for batch in first]
-        self.model.dropout.p = DROPOUT
-        self.step = self._graphed()
-        for _ in range(WARM_UP):
-            self.step(*self.batch)
-        self._forget_peaks()
-        for _ in range(3):
-            loss = self.step(*self.batch)
-        synchronize(self.device)
-        return {"values": [*values, float(loss)], **self._peaks()}
+        graph = self.way.graph and self.device.type == "cuda"
+        self.step: Step = GraphedStep(step, CudaGraph(self.device)) if graph else step
+        return {}
 
-    def _graphed(self) -> Step:
-        if self.way.graph and self.device.type == "cuda":
-            return GraphedStep(self.eager_step, CudaGraph(self.device))
-        return self.eager_step
+    def choose(self) -> dict[str, Any]:
+        choose_algorithms(self.name, self.model, *self.first[0])
+        synchronize(self.device)
+        return {}
+
+    def prepare(self) -> dict[str, Any]:
+        """values: losses of the first steps. MiB at the peak of steps after the warm-up, the capture among
+        them, since replays allocate nothing: allocated by tensors, and reserved by torch."""
+        values = [float(self.step(*batch)) for batch in self.first[:WARM_UP]]
+        self._forget_peaks()
+        values += [float(self.step(*batch)) for batch in self.first[WARM_UP:]]
+        return {"values": values, **self._peaks()}
 
     def _forget_peaks(self) -> None:
         synchronize(self.device)
@@ -78,7 +73,7 @@ class StepRunner:
         start = Mark(self.device)
         loss: Tensor = torch.zeros(())
         for _ in range(count):
-            loss = self.step(*self.batch)
+            loss = self.step(*self.first[0])
         end = Mark(self.device)
         synchronize(self.device)
         return {"seconds": start.until(end) / count, "loss": float(loss)}
@@ -86,8 +81,9 @@ class StepRunner:
 
 def answer(runner: StepRunner, request: str) -> dict[str, Any]:
     """What the process says; {"error": ...} where it did not work."""
+    requests = {"build": runner.build, "choose": runner.choose, "prepare": runner.prepare}
     try:
-        return runner.prepare() if request == "prepare" else runner.steps(int(request))
+        return requests[request]() if request in requests else runner.steps(int(request))
     except Exception as problem:
         traceback.print_exc()
         return {"error": one_line(problem)}

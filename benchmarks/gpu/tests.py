@@ -19,6 +19,7 @@ from benchmarks.gpu.parts import ROOT, last_lines
 from benchmarks.gpu.record import Context
 
 AT_ONCE = 8
+ON_A_GPU = ("mark.gpu", "cuda_kernels")  # in a file's text; the fixture's parameters carry the mark
 RESERVE = 4.0  # seconds of the part for reading the results
 
 
@@ -38,7 +39,7 @@ def files(root: Path) -> list[tuple[str, str]]:
     marked = [
         path
         for path in sorted((root / "tests").rglob("test_*.py"))
-        if path not in kernels and "mark.gpu" in path.read_text()
+        if path not in kernels and any(word in path.read_text() for word in ON_A_GPU)
     ]
     found = [(path, "not slow") for path in kernels] + [(path, "gpu and not slow") for path in marked]
     return [(path.relative_to(root).as_posix(), marks) for path, marks in found]
