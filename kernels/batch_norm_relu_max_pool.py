@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hyperfast.kernels.launch import Launch, compute_type
 
-MAX_PIXELS = 2**30  # of x: pixels are counted in int32
 # about one for each multiprocessor in the launches that sum, two in the others
 SUM_PROGRAMS, PROGRAMS = 128, 256
 SUM_BYTES, BYTES, LEAST_BYTES = 32768, 16384, 2048  # of x for a block

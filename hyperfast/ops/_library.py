@@ -39,6 +39,7 @@ _DTYPES = {
     torch.float16: "float16",
 }
 MAX_K = 512  # of the kernels
+MAX_ROWS = 2**30  # of a layer, pixels included: the Triton kernels count them in 32 bits
 
 
 def check_backend(backend: str) -> str:

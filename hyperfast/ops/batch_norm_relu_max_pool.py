@@ -10,6 +10,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.ops._library import (
     _DTYPES,
+    MAX_ROWS,
     _cpu,
     check_backend,
     check_dense,
@@ -35,7 +36,6 @@ library.define(
     "batch_norm_relu_max_pool_backward(Tensor dy, Tensor x, Tensor index, Tensor? weight, Tensor statistics, "
     "bool given, float eps, int pool, bool with_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
-MAX_PIXELS = 2**30  # of the Triton kernels, which count them in int32
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -231,7 +231,7 @@ def _has_kernel(x: Tensor, pool: int) -> bool:
     if pool > 2 or x.numel() == 0 or is_transformed():
         return False
     served = engine(x)
-    return served == "cpu" or served == "triton" and x.numel() // x.shape[1] <= MAX_PIXELS
+    return served == "cpu" or served == "triton" and x.numel() // x.shape[1] <= MAX_ROWS
 
 
 def batch_norm_relu_max_pool(

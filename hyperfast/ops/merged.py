@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast.ops._library import (
+    MAX_ROWS,
     _cpu,
     _cuda,
     dtype_name,
@@ -68,7 +69,6 @@ class Geometry(NamedTuple):
 
 
 LINEAR = Geometry()
-MOST_ROWS = 2**30  # rows and pixels are counted in 32 bits
 _COMPUTE = {"bfloat16": torch.float32}  # the type the kernels take x, y and their gradients in; else the same
 # geometry: Geometry.flat
 library.define(
@@ -266,7 +266,7 @@ def _engine(x: Tensor, weight: Tensor, geometry: list[int], cuda: str = "") -> s
         return "reference"
     geometry = Geometry.of(tuple(geometry))
     rows = max(x.numel() // x.shape[1], geometry.rows(x))
-    engine = generator_engine([weight], cuda) if rows < MOST_ROWS else "reference"
+    engine = generator_engine([weight], cuda) if rows < MAX_ROWS else "reference"
     if engine == "cuda":
         fits = x.shape[2:] == (1, 1) and x.dtype == weight.dtype and cuda_serves(rows, weight, geometry)
         return engine if fits else "reference"

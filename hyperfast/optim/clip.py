@@ -59,15 +59,20 @@ def factors_of(parameters: Iterable[Tensor]) -> list[Factors]:
     return found
 
 
+def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors by device and dtype, which is what one call of torch's `_foreach` kernels takes."""
+    found: dict[tuple, list[Tensor]] = {}
+    for t in tensors:
+        found.setdefault((t.device, t.dtype), []).append(t)
+    return list(found.values())
+
+
 def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
     """The norm of each; those of one device and dtype in one launch."""
-    alike: dict[tuple, list[int]] = {}
-    for i, t in enumerate(tensors):
-        alike.setdefault((t.device, t.dtype), []).append(i)
-    norms = {}
-    for indices in alike.values():
-        norms.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], norm_type), strict=True))
-    return [norms[i] for i in range(len(tensors))]
+    norm_of: dict[int, Tensor] = {}
+    for some in alike(tensors):
+        norm_of.update(zip(map(id, some), torch._foreach_norm(some, norm_type), strict=True))
+    return [norm_of[id(t)] for t in tensors]
 
 
 @torch.no_grad()

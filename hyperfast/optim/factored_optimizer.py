@@ -16,7 +16,7 @@ from hyperfast import reference, states
 from hyperfast.factored import Factors, generator_of, is_stand_in
 from hyperfast.nn.generator import generators
 from hyperfast.ops._library import check_backend, to_device
-from hyperfast.optim.clip import factors_of, grad_norm
+from hyperfast.optim.clip import alike, factors_of, grad_norm
 from hyperfast.states import EightBit, State
 
 NONFINITE = ("raise", "skip")
@@ -418,7 +418,7 @@ class FactoredOptimizer(torch.optim.Optimizer):
     def _step_ordinary(self, params: list[Tensor], control: Control) -> None:
         grads = {id(p): p.grad for p in params}
         if isinstance(control.scale, Tensor) or control.scale != 1.0:
-            for some in _alike(params):
+            for some in alike(params):
                 scale = control.scale
                 scale = scale.to(some[0].dtype) if isinstance(scale, Tensor) else scale
                 scaled = torch._foreach_mul([p.grad for p in some], scale)
@@ -426,7 +426,7 @@ class FactoredOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             chosen = [p for p in group["params"] if id(p) in grads]
             with_kernel = [p for p in chosen if self._has_kernel(p, grads[id(p)], group)]
-            for some in _alike(with_kernel):
+            for some in alike(with_kernel):
                 self._fused(group, some, [grads[id(p)] for p in some], control.skip)
                 # fused kernels on the CPU do not: next weights must notice that a z or bias changed
                 torch.autograd.graph.increment_version(some)
@@ -546,18 +546,10 @@ def _is_low_precision(name: str, value: Any) -> bool:
     )
 
 
-def _alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters by device and dtype."""
-    found: dict[tuple, list[Tensor]] = {}
-    for p in params:
-        found.setdefault((p.device, p.dtype), []).append(p)
-    return list(found.values())
-
-
 def _copies(zs: list[Tensor]) -> list[Tensor]:
     """Copies [K], one launch for those of a device and dtype."""
     made = {}
-    for some in _alike(zs):
+    for some in alike(zs):
         copies = torch.cat([z.detach().reshape(-1) for z in some]).split([z.numel() for z in some])
         made.update(zip(map(id, some), copies, strict=True))
     return [made[id(z)] for z in zs]
