@@ -330,9 +330,10 @@ def two_layer(
     more embeddings than C, z (w2 w1) + (b2 w1 + b1).
     """
     D, C = w1.shape
-    if product_first(*z.shape, D, C):
-        weight = (w2.view(-1, D) @ w1).view(z.shape[1], -1)
-        a, bias = z, torch.addmm(b1, b2.view(-1, D), w1).view(-1)
-    else:
-        a, weight, bias = torch.addmm(b2, z, w2).view(-1, D), w1, b1
+    with no_autocast([z]):  # as in generate_units: its products are in the dtype of the parameters
+        if product_first(*z.shape, D, C):
+            weight = (w2.view(-1, D) @ w1).view(z.shape[1], -1)
+            a, bias = z, torch.addmm(b1, b2.view(-1, D), w1).view(-1)
+        else:
+            a, weight, bias = torch.addmm(b2, z, w2).view(-1, D), w1, b1
     return generate_units(a, weight, bias, shapes, unit, l2=l2, channels_last=channels_last, backend=backend)
