@@ -33,9 +33,9 @@ PASSES, PRODUCT = 35, 1.4  # of "generate": what its weights cost in memory, and
 
 
 def expands(rows: int, K: int, geometry: Geometry) -> bool:
-    T K multiplications, and "generate" T + K and passes over the weights in cache; measured they are
-    T K multiplications, and "generate" T + K and some passes over the weights in cache; measured they are
-    equal at K 4, T 15; K 16, T 4; K 64, T 2 (benchmarks/bench_per_sample.py)."""
+    """Whether a layer of `rows` rows a sample is contracted by "expand". That costs T K multiplications for
+    each weight and sample, "generate" T + K and passes over the weights in cache; measured they are equal at
+    K 4, T 15; K 16, T 4; K 64, T 2 (benchmarks/bench_per_sample.py)."""
     return geometry == LINEAR and rows * K <= PASSES + PRODUCT * (rows + K)
 
 
