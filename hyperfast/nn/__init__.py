@@ -16,6 +16,7 @@ from hyperfast.nn.layers import (
     parameter_counts,
     plain_state_dict,
 )
+from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
 
@@ -29,6 +30,7 @@ __all__ = [
     "HyperLinear",
     "HyperModule",
     "LinearGenerator",
+    "PerSampleWeight",
     "SharedCoreGenerator",
     "TwoLayerGenerator",
     "generate_layers",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, check_shapes
+from hyperfast.nn.generator import Generator, check_shapes, weights_of_samples
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate_units import two_layer
 
@@ -75,9 +75,12 @@ class TwoLayerGenerator(Generator):
         initialisations.initialise_two_layer_(*parameters, self.fans, self.counts, self.init)
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights. z: other embeddings than the generator's own, of the same shape."""
-        z = self._check_z(z).reshape(-1, self.z_dim)
-        generator = z, self.w2, self.b2, self.w1, self.b1
+        """The weights. z: other embeddings than the generator's own, of the same shape, or of each sample:
+        [B, E, K], [B, K] where there is one unit."""
+        z = self._check_z(z)
+        if z.dim() > self.z.dim():
+            return weights_of_samples(self, z)
+        generator = z.reshape(-1, self.z_dim), self.w2, self.b2, self.w1, self.b1
         return two_layer(*generator, self.shapes, self.unit, l2=self.l2, backend=self.backend)
 
     def embeddings(self) -> tuple[Tensor, ...]:
