@@ -12,12 +12,10 @@ from hyperfast.nn.layers import (
     HyperLinear,
     generate_layers,
     hyper_layers,
-    named_generators,
-    parameter_counts,
-    plain_state_dict,
 )
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
+from hyperfast.nn.weights import named_generators, named_weights, parameter_counts, plain_state_dict
 
 __all__ = [
     "BatchNormReLUMaxPool2d",
@@ -37,6 +35,7 @@ __all__ = [
     "hyper_layers",
     "init",
     "named_generators",
+    "named_weights",
     "parameter_counts",
     "plain_state_dict",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hyperfast.nn.chunked import ChunkedGenerator
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
+from hyperfast.nn.weights import Host, join
 
 GENERATORS: dict[str, type[Generator]] = {
     "linear": LinearGenerator,
@@ -24,13 +25,15 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class HyperModule(nn.Module):
+class HyperModule(Host):
     """A network whose weights named in `targets` come from `generators`, all made as forward begins.
 
     module: the network; the generated parameters are None in it. generators: by a name of their own.
     targets: for each generator, in order, for each weight it makes, the parameters of `module` that it is
     (several where layers share it). `hyperize` makes one.
     """
+
+    network = "module"
 
     def __init__(
         self,
@@ -52,6 +55,12 @@ class HyperModule(nn.Module):
             for weight, names in zip(weights, own, strict=True)
             for name in names
         }
+
+    def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
+        for generator, own in zip(self.generators.values(), self.targets, strict=True):
+            for index, names in enumerate(own):
+                for name in names:
+                    yield join(self.network, name), generator, index
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self.module, self.generate(), args, kwargs)

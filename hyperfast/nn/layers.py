@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from hyperfast import ops
-from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
-from hyperfast.ops._library import autocast_dtype, needs_function, no_autocast
+from hyperfast.nn.weights import Host
+from hyperfast.ops._library import autocast_dtype, needs_function
 from hyperfast.ops.hyper_layers import geometry_of, merged_wins
 
 
-class HyperLayer(nn.Module):
+class HyperLayer(Host):
     """A layer with a generated weight and an ordinary bias.
 
     `forward(x)` generates the weight itself; `forward(x, weight)` takes one made elsewhere
@@ -42,6 +41,9 @@ class HyperLayer(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
         )
+
+    def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
+        yield "weight", self.generator, 0
 
     def generated_weight(self) -> Tensor:
         return self.generator()[0]
@@ -174,18 +176,8 @@ class Conv2d(nn.Conv2d):
 
 
 def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:
-    """(name, layer) of every layer of `model` whose weight is generated."""
+    """(name, layer) of every layer of `model` whose weight is generated; a layer under several names once."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, HyperLayer))
-
-
-def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
-    """(name of its layer, generator) of every `HyperLayer` of `model`; a shared generator comes with its
-    first layer."""
-    seen: set[int] = set()
-    for name, layer in hyper_layers(model):
-        if id(layer.generator) not in seen:
-            seen.add(id(layer.generator))
-            yield name, layer.generator
 
 
 def generate_layers(model: nn.Module) -> dict[str, Tensor]:
@@ -194,35 +186,3 @@ def generate_layers(model: nn.Module) -> dict[str, Tensor]:
     layers = dict(hyper_layers(model))
     made = generate_together(layer.generator for layer in layers.values())
     return {name: weights[0] for name, weights in zip(layers, made, strict=True)}
-
-
-@torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain twin of `model`: every generator replaced by the weight it makes.
-
-    `conv1.generator.{weight,bias,z}` becomes `conv1.weight`; everything else keeps its name. Contiguous
-    copies that share no memory with `model`.
-    """
-    layers = dict(hyper_layers(model))
-    with no_autocast(list(model.parameters())):
-        weights = generate_layers(model)
-    prefixes = tuple(f"{name}.generator." if name else "generator." for name in layers)
-    state = {f"{name}.weight" if name else "weight": w for name, w in weights.items()}
-    state |= {name: t for name, t in model.state_dict().items() if not name.startswith(prefixes)}
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-    }
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and
-    `generated`, the weights the generators make, which are no parameters."""
-    trained = {id(p): p.numel() for p in trained_parameters(model)}
-    counts = {"total": sum(trained.values()), "generator": 0, "embedding": 0, "generated": 0}
-    for _, g in named_generators(model):
-        embeddings = {id(f) for f in (getattr(g, "z", None),) if isinstance(f, nn.Parameter)}
-        for p in g.parameters():
-            counts["embedding" if id(p) in embeddings else "generator"] += trained.get(id(p), 0)
-        counts["generated"] += sum(math.prod(shape) for shape in g.shapes)
-    counts["other"] = counts["total"] - counts["generator"] - counts["embedding"]
-    return counts
