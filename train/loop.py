@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hyperfast.nn import named_generators
+from hyperfast.nn import named_weights
 from train import checkpoint
 from train.data import batches
 from train.graph import CaptureError, CudaGraph, GraphedStep
@@ -218,8 +218,8 @@ class Trainer:
         if self._build(epoch):
             start_from_(self.model, model.state_dict(), f"epoch {epoch}")
             carry_moments(model, optimizer, self.model, self.optimizer)
-            before = dict(named_generators(model))
-            names = [name for name, _ in named_generators(self.model) if name not in before]
+            before = {name for name, *_ in named_weights(model)}
+            names = [name for name, *_ in named_weights(self.model) if name not in before]
             print(f"epoch {epoch + 1}: generated from here on: {', '.join(names)}", flush=True)
 
     def _build(self, epoch: int) -> bool:
@@ -470,10 +470,11 @@ def one_cycle(steps: int, lr: float, min_lr: float, warm_up: float) -> Callable[
 
 
 def z_statistics(model: nn.Module) -> Row:
-    """Smallest, largest, mean, std (population) and norm of every embedding: {"z/conv1/min": ...}."""
+    """Smallest, largest, mean, std (population) and norm of the embeddings of every generated weight:
+    {"z/conv1/min": ...}."""
     row: Row = {}
-    for name, generator in named_generators(model):
-        z = generator.z.detach().double()
+    for name, generator, index in named_weights(model):
+        z = generator.embeddings()[index].detach().double()
         figures = (z.min(), z.max(), z.mean(), z.std(correction=0), z.norm())
         row |= {
             f"z/{name}/{k}": float(v)

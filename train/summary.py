@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hyperfast
-from hyperfast.nn import named_generators, parameter_counts, plain_state_dict
+from hyperfast.factored import trained_parameters
+from hyperfast.nn import named_weights, parameter_counts, plain_state_dict
 from train.checkpoint import CheckpointError, write_atomically
 
 if TYPE_CHECKING:
@@ -128,15 +129,15 @@ def _row(line: dict[str, str]) -> Row:
 
 
 def _layers(model: nn.Module) -> dict[str, dict[str, int]]:
-    """For each generated layer: weights made, parameters of its generator without z, entries of z."""
+    """For each generated weight: its size, parameters of its generator without z, entries of its z. A
+    generator of several weights counts with the first."""
     layers = {}
-    for name, generator in named_generators(model):
-        z = generator.z.numel()
-        own = sum(p.numel() for p in generator.parameters()) - z
+    for name, generator, index in named_weights(model):
+        own = sum(p.numel() for p in trained_parameters(generator)) - generator.z.numel()
         layers[name] = {
-            "generated": sum(math.prod(shape) for shape in generator.shapes),
-            "generator": own,
-            "embedding": z,
+            "generated": math.prod(generator.shapes[index]),
+            "generator": 0 if index else own,
+            "embedding": generator.embeddings()[index].numel(),
         }
     return layers
 
@@ -145,7 +146,7 @@ def _sizes(trainer: Trainer, frozen: Path | None) -> dict[str, int]:
     sizes = {name: (trainer.out / f"{name}.pt").stat().st_size for name in ("best", "last")}
     if frozen:
         sizes["plain"] = frozen.stat().st_size
-    elif any(named_generators(trainer.model)):
+    elif any(named_weights(trainer.model)):
         sizes["plain"] = sum(t.nbytes for t in plain_state_dict(trainer.model).values())
     return sizes
 
