@@ -38,13 +38,13 @@ PARTS = {
 
 @dataclass
 class Published:
-    """What a report says of a model: test accuracy in percent and of what, saved size in MB, z ranges by
-    layer."""
+    """What a report says of a model: test accuracy in percent, saved size in MB, z ranges by layer; what the
+    accuracy is."""
 
     accuracy: float
-    what: str = "best test epoch"
     megabytes: float | None = None
     z_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    what: str = "best test epoch"
 
 
 def write(
