@@ -176,7 +176,8 @@ def _sum(costs: list[Cost]) -> Cost:
 
 def _cells(cost: Cost) -> list[str]:
     def number(value: int | None, unit: int) -> str:
-        return "" if value is None else f"{value / unit:.2f}" if value else ""
+        amount = (value or 0) / unit
+        return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}" if amount else ""
 
     next_weights = "" if cost.next_weights is None else "yes" if cost.next_weights else "no"
     return [
