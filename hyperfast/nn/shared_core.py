@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast.factored import Factors
@@ -92,8 +93,13 @@ class SharedCoreGenerator(Generator):
         return self.heads[0].factored
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights. z [L, K]: other embeddings than the generator's own; refused in factored mode."""
+        """The weights. z [L, K]: other embeddings than the generator's own, [B, L, K]: those of each sample;
+        refused in factored mode."""
         z = self._check_z(z)
+        if z.dim() == 3:
+            with no_autocast([z]):
+                hidden = F.linear(z, self.core_weight, self.core_bias).unbind(1)
+            return tuple(head.weight_of_samples(h) for head, h in zip(self.heads, hidden, strict=True))
         with no_autocast([z]):
             hidden = torch.addmm(self.core_bias, z, self.core_weight.t()).unbind()
         for head, h in zip(self.heads, hidden, strict=True):

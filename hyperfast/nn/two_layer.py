@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import AffineMap, Generator, check_shapes
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate import penalize_l2
 
@@ -75,8 +75,11 @@ class TwoLayerGenerator(Generator):
         initialisations.initialise_two_layer_(*parameters, self.fans, self.counts, self.init)
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights. z: other embeddings than the generator's own, of the same shape."""
+        """The weights. z: other embeddings than the generator's own, of the same shape, or of each sample:
+        [B, E, K], [B, K] where there is one unit."""
         z = self._check_z(z)
+        if z.dim() > self.z.dim():
+            return weights_of_samples(self, z)
         a = torch.addmm(self.b2, z.reshape(-1, self.z_dim), self.w2).view(-1, self.hidden_dim)
         units = torch.addmm(self.b1, a, self.w1).view(-1, *self.unit)
         made = (_tiled(own, shape) for own, shape in zip(units.split(self.counts), self.shapes, strict=True))
