@@ -3,12 +3,14 @@
 from hyperfast import analysis, nn, ops, optim, reference
 from hyperfast.nn.generator import factored_, invalidate
 from hyperfast.nn.hyperize import hyperize
+from hyperfast.nn.weights import freeze
 from hyperfast.optim import param_groups
 
 __version__ = "0.1.0"
 __all__ = [
     "analysis",
     "factored_",
+    "freeze",
     "hyperize",
     "invalidate",
     "nn",

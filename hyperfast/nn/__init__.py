@@ -10,6 +10,7 @@ from hyperfast.nn.layers import (
     HyperConv2d,
     HyperLayer,
     HyperLinear,
+    Linear,
     generate_layers,
     hyper_layers,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "HyperLayer",
     "HyperLinear",
     "HyperModule",
+    "Linear",
     "LinearGenerator",
     "PerSampleWeight",
     "SharedCoreGenerator",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,18 @@ class HyperLayer(Host):
 
     def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
         yield "weight", self.generator, 0
+
+    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+        plain = self._plain()
+        own = {k: v for k, v in self.__dict__.items() if k not in ("_parameters", "_modules", "generator")}
+        plain.__dict__.update(copy.deepcopy(own, memo))  # modes and hooks too
+        plain.weight = nn.Parameter(weights(self.generator)[0])
+        plain.bias = copy.deepcopy(self.bias, memo)
+        return plain
+
+    @abstractmethod
+    def _plain(self) -> nn.Module:
+        """The ordinary layer of this size."""
 
     def generated_weight(self) -> Tensor:
         return self.generator()[0]
@@ -116,6 +130,10 @@ class HyperLinear(HyperLayer):
                 return ops.hyper_linear(x, *operands, self.bias, factored=factored, path="merged")
         return F.linear(x, self.generated_weight() if weight is None else weight, self.bias)
 
+    def _plain(self) -> Linear:
+        sizes = self.in_features, self.out_features, self.bias is not None
+        return Linear(*sizes, device="meta")
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
@@ -182,6 +200,12 @@ class HyperConv2d(HyperLayer):
         path = "torch" if self.generator.backend == "reference" else "auto"
         return ops.conv2d(x, weight, self.bias, *options, path=path)
 
+    def _plain(self) -> Conv2d:
+        sizes = self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding
+        plain = Conv2d(*sizes, self.dilation, self.groups, self.bias is not None, device="meta")
+        plain.path = "torch" if self.generator.backend == "reference" else "auto"
+        return plain
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -190,14 +214,27 @@ class HyperConv2d(HyperLayer):
         )
 
 
-class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` computed by `hyperfast.ops.conv2d`, for the ordinary layers of a main network."""
+class Linear(nn.Linear):
+    """`nn.Linear` whose forward takes a weight made elsewhere as well, as that of `HyperLinear` does:
+    `hyperfast.freeze` puts it in its place."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.padding_mode != "zeros":
-            return super().forward(x)
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight if weight is None else weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` computed by `hyperfast.ops.conv2d`, for the ordinary layers of a main network and in place
+    of `HyperConv2d` in frozen ones: forward takes a weight made elsewhere as well. path: see
+    `hyperfast.ops.conv2d`; an exported network has torch's convolution."""
+
+    path = "auto"
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        if self.padding_mode != "zeros" or torch.compiler.is_exporting():
+            return self._conv_forward(x, weight, self.bias)
         options = self.stride, self.padding, self.dilation, self.groups
-        return ops.conv2d(x, self.weight, self.bias, *options)
+        return ops.conv2d(x, weight, self.bias, *options, path=self.path)
 
 
 def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:
@@ -206,8 +243,9 @@ def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:
 
 
 def generate_layers(model: nn.Module) -> dict[str, Tensor]:
-    """The generated weights of all layers of `model` by layer name, in one launch; empty for a plain
-    network."""
+    """The weights of the layers of `model` by layer name: generated ones, all in one launch, and those of
+    `hyperfast.nn.Conv2d` and `Linear`, which a frozen network has instead."""
     layers = dict(hyper_layers(model))
     made = generate_together(layer.generator for layer in layers.values())
-    return {name: weights[0] for name, weights in zip(layers, made, strict=True)}
+    weights = {name: own[0] for name, own in zip(layers, made, strict=True)}
+    return weights | {n: m.weight for n, m in model.named_modules() if isinstance(m, (Conv2d, Linear))}

@@ -5,9 +5,11 @@ Names are those of the plain network, in which every generated weight is a param
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,11 @@ class Host(nn.Module):
     def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
         """(name, generator, index) of every parameter that is `generator()[index]`; under all of its
         names."""
+
+    @abstractmethod
+    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+        """A plain module in place of this one, with new parameters: `weights(generator)` for what is
+        generated, `copy.deepcopy(..., memo)` of everything else."""
 
 
 def join(prefix: str, name: str) -> str:
@@ -87,25 +94,66 @@ def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
 
 
 @torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain twin of `model`: every generator replaced by the weights it makes.
+def freeze(model: nn.Module, z: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A plain copy of `model`: every generated weight an ordinary parameter, and no generator left.
 
-    A layer's `conv1.generator.{weight,bias,z}` becomes `conv1.weight`; a `HyperModule` gets the names of the
-    network it was made from; everything else keeps its name. Contiguous copies that share no memory with
-    `model` nor with each other.
+    The network that was hyperized comes back in place of a `HyperModule`, with tied weights tied, and
+    `hyperfast.nn.Conv2d`, `hyperfast.nn.Linear` in place of `HyperConv2d`, `HyperLinear`, under their names.
+    Outputs equal those of generating and then multiplying bit for bit. Shares no tensor with `model`, which
+    stays as it is. z: other embeddings than the generators' own, of their shapes, by the generators' names
+    (`named_generators`): the network at that z.
+
+    Raises ValueError for a generator whose weights belong to no layer and `HyperModule`, unknown names in z,
+    and a z that its generator refuses.
     """
-    parameters = list(generated_parameters(model))
-    used = {id(generator): generator for _, generator, _ in parameters}
+    used = dict(_used_generators(model))
+    makers = {name: m for name, m in model.named_modules() if isinstance(m, Generator)}
+    inside = tuple(f"{name}." for name, m in makers.items() if id(m) in used)
+    for name, maker in makers.items():
+        if id(maker) not in used and not name.startswith(inside):
+            raise ValueError(
+                f"generator {name!r} makes weights of no layer: only the code that calls it knows where they "
+                "go; use HyperLinear, HyperConv2d or hyperize"
+            )
+    made = _made(model, used, z or {})
+    memo: dict[int, Any] = dict.fromkeys(used)  # a generator under a name of its own is None in the copy
+    for host in reversed(list(model.modules())):  # from the inside out
+        if isinstance(host, Host):
+            memo[id(host)] = host.frozen(lambda generator: made[id(generator)], memo)
+    return copy.deepcopy(model, memo)
+
+
+def _used_generators(model: nn.Module) -> Iterator[tuple[int, Generator]]:
+    return ((id(generator), generator) for _, generator in named_generators(model))
+
+
+def _made(
+    model: nn.Module, used: Mapping[int, Generator], z: Mapping[str, Tensor]
+) -> dict[int, list[Tensor]]:
+    """New contiguous weights of every generator."""
+    names = {name: id(generator) for name, generator in named_generators(model)}
+    for name in z:
+        if name not in names:
+            raise ValueError(f"z has no generator {name!r}; there are {', '.join(names) or 'none'}")
+    given = {names[name]: own for name, own in z.items()}
+    own = {key: generator for key, generator in used.items() if key not in given}
     with no_autocast(list(model.parameters())):
-        made = dict(zip(used, generate_together(used.values()), strict=True))
-    state = {name: made[id(generator)][index] for name, generator, index in parameters}
-    modules = model.named_modules(remove_duplicate=False)
-    prefixes = tuple(f"{name}." for name, m in modules if id(m) in used)
-    plain = _plain_namer(model)
-    state |= {plain(name): t for name, t in model.state_dict().items() if not name.startswith(prefixes)}
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-    }
+        made = dict(zip(own, generate_together(own.values()), strict=True))
+        made |= {key: used[key](own) for key, own in given.items()}
+    layout = {"memory_format": torch.contiguous_format}
+    return {key: [w.detach().clone(**layout) for w in weights] for key, weights in made.items()}
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of `freeze(model)`, the plain twin of `model`: `conv1.generator.{weight,bias,z}` becomes
+    `conv1.weight`, a `HyperModule` gets the names of the network it was made from, everything else keeps its
+    name. Contiguous tensors that share no memory with `model` nor with each other."""
+    taken: set[int] = set()
+    state = {}
+    for name, t in freeze(model).state_dict().items():
+        state[name] = t.clone() if t.data_ptr() in taken else t.contiguous()
+        taken.add(t.data_ptr())
+    return state
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
