@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from hyperfast.analysis import z_report
 from hyperfast.nn import named_weights
 from train import checkpoint
 from train.data import batches
@@ -484,17 +485,10 @@ def piecewise(rates: Sequence[float], until: Sequence[float]) -> Callable[[int, 
 
 
 def z_statistics(model: nn.Module) -> Row:
-    """Smallest, largest, mean, std (population) and norm of the embeddings of every generated weight:
-    {"z/conv1/min": ...}."""
-    row: Row = {}
-    for name, generator, index in named_weights(model):
-        z = generator.embeddings()[index].detach().double()
-        figures = (z.min(), z.max(), z.mean(), z.std(correction=0), z.norm())
-        row |= {
-            f"z/{name}/{k}": float(v)
-            for k, v in zip(("min", "max", "mean", "std", "norm"), figures, strict=True)
-        }
-    return row
+    """Smallest, largest, mean, std and norm of the embeddings of every generated layer: {"z/conv1/min":
+    ...}."""
+    by_layer = z_report(model).statistics()
+    return {f"z/{name}/{key}": value for name, own in by_layer.items() for key, value in own.items()}
 
 
 def write_csv(path: Path, history: list[Row]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, check_shapes, weights_of_samples
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate_units import two_layer
 
@@ -85,6 +85,13 @@ class TwoLayerGenerator(Generator):
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.view(-1, self.z_dim).split(self.counts)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        I = self.unit[1]
+        return tuple(
+            (AffineMap(count, self.w2, self.b2), AffineMap(count * I, self.w1, self.b1))
+            for count in self.counts
+        )
 
     def extra_repr(self) -> str:
         sizes = f"z_dim={self.z_dim}, hidden_dim={self.hidden_dim}"
