@@ -13,13 +13,14 @@ time, since that takes a hundred short kernels however many images there are.
 
 from __future__ import annotations
 
+import bisect
 import csv
 import hashlib
 import io
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -467,6 +468,19 @@ def one_cycle(steps: int, lr: float, min_lr: float, warm_up: float) -> Callable[
         return lr + (min_lr - lr) * min(fallen, 1.0)
 
     return rate
+
+
+def exponential_by_step(lr: float, decay: float, min_lr: float) -> Callable[[int, int], float]:
+    """lr of a step: times `decay` after each, down to `min_lr`."""
+    return lambda epoch, step: max(min_lr, lr * decay**step)
+
+
+def piecewise(rates: Sequence[float], until: Sequence[float]) -> Callable[[int, int], float]:
+    """lr of a step: `rates[i]` before step `until[i]`, the last one (of one more) from there on. `until` need
+    not be whole: they may be shares of all steps."""
+    if len(rates) != len(until) + 1:
+        raise ValueError(f"rates must be one more than the {len(until)} of until, got {len(rates)}")
+    return lambda epoch, step: rates[bisect.bisect_right(until, step)]
 
 
 def z_statistics(model: nn.Module) -> Row:

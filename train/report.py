@@ -38,11 +38,13 @@ PARTS = {
 
 @dataclass
 class Published:
-    """What a report says of a model: test accuracy in percent, saved size in MB, z ranges by layer."""
+    """What a report says of a model: test accuracy in percent, saved size in MB, z ranges by layer; what the
+    accuracy is."""
 
     accuracy: float
     megabytes: float | None = None
     z_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    what: str = "best test epoch"
 
 
 def write(
@@ -52,11 +54,13 @@ def write(
     command: str,
     published: Published | None = None,
     frozen: Path | None = None,
+    extra: str = "",
 ) -> Path:
     """Write report.md, its pictures and summary.json to the run's folder; the model holds the best epoch's
     weights.
 
-    reason: why the training ended. frozen: the plain network's file, if written. Returns report.md's path.
+    reason: why the training ended. frozen: the plain network's file, if written. extra: sections of the
+    command's own, Markdown. Returns report.md's path.
     """
     out, history = trainer.out, trainer.history
     figures = summary.collect(trainer, title, reason, command, published, frozen)
@@ -73,6 +77,8 @@ def write(
     if layers:
         save_figure(z_evolution([trainer.initial_z, *history], layers), out / "z.png")
         parts.append(_embeddings(history[-1], layers, published))
+    if extra:
+        parts.append(extra)
     parts += [_time(figures["time"]), _recipe(figures), _machine(figures["machine"])]
     path = out / "report.md"
     text = "\n".join(parts)
@@ -91,7 +97,7 @@ def _result(figures: Summary) -> str:
         ["this run, best validation epoch", best["epoch"], percent(best, "validation"), percent(best, "test")]
     ]
     if published:
-        rows.append(["published, best test epoch", "", "", f"{published['accuracy']:.2f} %"])
+        rows.append([f"published, {published['what']}", "", "", f"{published['accuracy']:.2f} %"])
     lines = [
         f"Trained {figures['epochs']} of {figures['planned_epochs']} epochs, {ended}.\n",
         table(["", "epoch", "validation accuracy", "test accuracy"], rows),
