@@ -9,8 +9,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hyperfast
-
 IN_CHANNELS, CLASSES = 1, 10
 
 
