@@ -67,8 +67,13 @@ def hyper_linear(
     x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None, layer_bias: Tensor | None = None
 ) -> Tensor:
     """A linear layer on generated weights: x [..., I], z [K], weight [O I, K], bias [O I] or None, layer_bias
-    [O] or None -> [..., O]."""
-    return F.linear(x, F.linear(z, weight, bias).view(-1, x.shape[-1]), layer_bias)
+    [O] or None -> [..., O]. z [B, K] with x [B, ..., I]: y_b = x_b w_b^T + layer_bias, w_b = weight z_b +
+    bias."""
+    w = F.linear(z, weight, bias)
+    if z.dim() == 1:
+        return F.linear(x, w.view(-1, x.shape[-1]), layer_bias)
+    y = torch.einsum("b...i,boi->b...o", x, w.view(len(z), -1, x.shape[-1]))
+    return y if layer_bias is None else y + layer_bias
 
 
 def hyper_conv2d(
@@ -84,9 +89,15 @@ def hyper_conv2d(
     groups: int = 1,
 ) -> Tensor:
     """A convolution with a generated kernel: x [B, I, H, W], z [K], weight [O I/groups R S, K], bias [O
-    I/groups R S] or None, layer_bias [O] or None, kernel_size (R, S) -> [B, O, H', W']."""
+    I/groups R S] or None, layer_bias [O] or None, kernel_size (R, S) -> [B, O, H', W']. z [B, K]: sample b
+    has the kernel weight z_b + bias, and its channels are groups of one convolution."""
     w = F.linear(z, weight, bias).view(-1, x.shape[1] // groups, *kernel_size)
-    return F.conv2d(x, w, layer_bias, stride, padding, dilation, groups)
+    if z.dim() == 1:
+        return F.conv2d(x, w, layer_bias, stride, padding, dilation, groups)
+    images = x.reshape(1, -1, *x.shape[2:])
+    y = F.conv2d(images, w, None, stride, padding, dilation, len(x) * groups)
+    y = y.view(len(x), -1, *y.shape[2:])
+    return y if layer_bias is None else y + layer_bias.view(-1, 1, 1)
 
 
 def adamw_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, c: AdamWCoefficients) -> None:

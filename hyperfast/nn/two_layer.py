@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, check_shapes
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate import penalize_l2
 
@@ -75,8 +75,11 @@ class TwoLayerGenerator(Generator):
         initialisations.initialise_two_layer_(*parameters, self.fans, self.counts, self.init)
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights. z: other embeddings than the generator's own, of the same shape."""
+        """The weights. z: other embeddings than the generator's own, of the same shape, or of each sample:
+        [B, E, K], [B, K] where there is one unit."""
         z = self._check_z(z)
+        if z.dim() > self.z.dim():
+            return weights_of_samples(self, z)
         a = torch.addmm(self.b2, z.reshape(-1, self.z_dim), self.w2).view(-1, self.hidden_dim)
         units = torch.addmm(self.b1, a, self.w1).view(-1, *self.unit)
         made = (_tiled(own, shape) for own, shape in zip(units.split(self.counts), self.shapes, strict=True))
@@ -84,6 +87,13 @@ class TwoLayerGenerator(Generator):
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.view(-1, self.z_dim).split(self.counts)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        I = self.unit[1]
+        return tuple(
+            (AffineMap(count, self.w2, self.b2), AffineMap(count * I, self.w1, self.b1))
+            for count in self.counts
+        )
 
     def extra_repr(self) -> str:
         sizes = f"z_dim={self.z_dim}, hidden_dim={self.hidden_dim}"
