@@ -293,7 +293,7 @@ def generate_units(
         return ()
     if backend == "reference":
         made = reference.generate_units(a, weight, bias, shapes, unit)
-        return tuple(penalize_l2(w.contiguous(memory_format=_layout(channels_last)), l2) for w in made)
+        return tuple(penalize_l2(w.clone(memory_format=_layout(channels_last)), l2) for w in made)
     if (
         a is weight
     ):  # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11)
