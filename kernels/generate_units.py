@@ -11,24 +11,22 @@ Forward, floor: P C elements written and 2 P C D operations; a and weight are sm
 64] x [64, 2304] in float32, 8.9 MB are 2.7 us of an H100's memory, and 285 MFLOP 4.3 us of its float32
 units: only TF32 and half precision, on tensor cores, are bound by bytes.
 
-Backward, floor: the P C elements of dw (and of w for l2) read and 4 P C D operations. One launch has both
-programs of da = du weight^T, tiles [BLOCK_P, BLOCK_D] that go through columns, and programs of dweight = a^T
-du and dbias, tiles [BLOCK_D, BLOCK_C] that go through rows: they run side by side, and each reads du once, the
-second time mostly from L2. One program for both sums would read it once, but leave D (1 / BLOCK_P + 1 /
-BLOCK_C) partial sums for each element of du, more than it saves with tiles that fit the registers. Where
-there are fewer tiles than multiprocessors the sums are cut into parts, and none is longer than MOST_TERMS: a
-second launch adds them up in their order, at no extra cost in bytes to speak of (D / MOST_TERMS of du, or
-PROGRAMS tiles). No sum depends on timing.
+Backward, floor: the P C elements of dw (and of w for l2) read and 4 P C D operations. One launch has the
+programs of da = du weight^T, tiles [BLOCK_P, BLOCK_D] that go through columns, beside those of dweight = a^T
+du and dbias, tiles [BLOCK_D, BLOCK_C] that go through rows. Each reads du once, the second time mostly from
+L2. Programs that make both sums would read it once, but leave D (1 / BLOCK_P + 1 / BLOCK_C) partial sums for
+each element of du, more than they save with tiles that fit the registers. Where there are fewer tiles than
+multiprocessors the sums are cut into parts, and none is longer than MOST_TERMS; a second launch adds the
+parts up in their order. Those are PROGRAMS tiles, 2 MB, or D / MOST_TERMS of du. No sum depends on timing.
 
 Sizes of tiles and parts follow from registers (float32 products hold both factors of a step in them) and
-from counting programs. They await a GPU, as does whether looking up rows in the loop of dweight is hidden by
-the other programs of a multiprocessor.
+from counting programs. They await a GPU, as does whether other programs of a multiprocessor hide that
+dweight looks up rows in its loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -46,8 +44,8 @@ BLOCK_S, BLOCK_J = 8, 512  # parts and elements that a program of the sum takes 
 
 @triton.jit
 def _columns(places, I: tl.constexpr, T: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr):
-    """The columns of u whose numbers lie at these places of a row. They differ only in channels_last and where
-    a row is WHOLE output channels: there places count in memory's order."""
+    """The columns of u whose numbers lie at these places of a row. They differ only in channels_last where a
+    row is WHOLE output channels: there places count in memory's order."""
     if LAST and WHOLE:
         rest = places % (I * T)
         return places - rest + rest % I * T + rest // I
@@ -163,15 +161,37 @@ def generate_units_fwd_kernel(
 
 
 @triton.jit
-def _load_du(
+def _find_du(
     rows_ptr,
     starts_ptr,
     L,
     offs_p,
+    BLOCK_L: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    I: tl.constexpr,
+    T: tl.constexpr,
+    LAST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):
+    """Of each row of u: pointers to its unit in dw and w, whether there is a dw, and units side by side."""
+    row_ptr, across, begin = _find_rows(rows_ptr, starts_ptr, L, offs_p, 3, BLOCK_L, C, O, I, T, LAST)
+    given = tl.load(row_ptr) != 0
+    dw_ptr = pointer(row_ptr, 0, DTYPE, MULTIPLE) + begin
+    return dw_ptr, pointer(row_ptr, 1, DTYPE, MULTIPLE) + begin, given, across
+
+
+@triton.jit
+def _load_du(
+    dw_ptr,
+    w_ptr,
+    given,
+    across,
+    offs_p,
     places,
     mask,
     l2,
-    BLOCK_L: tl.constexpr,
     C: tl.constexpr,
     O: tl.constexpr,
     I: tl.constexpr,
@@ -179,19 +199,13 @@ def _load_du(
     LAST: tl.constexpr,
     WHOLE: tl.constexpr,
     INDEX: tl.constexpr,
-    DTYPE: tl.constexpr,
-    MULTIPLE: tl.constexpr,
     COMPUTE: tl.constexpr,
     L2: tl.constexpr,
 ):
     """dw + l2 w of these rows and places of u; a layer without dw has zeros for it."""
-    row_ptr, across, begin = _find_rows(rows_ptr, starts_ptr, L, offs_p, 3, BLOCK_L, C, O, I, T, LAST)
     offs = _offsets(offs_p, places, across, C, O, I, T, LAST, WHOLE, INDEX)
-    given = tl.load(row_ptr) != 0
-    dw_ptr = pointer(row_ptr, 0, DTYPE, MULTIPLE) + begin
     du = tl.load(dw_ptr[:, None] + offs, mask=mask & given[:, None], other=0.0)
     if L2:
-        w_ptr = pointer(row_ptr, 1, DTYPE, MULTIPLE) + begin
         w = tl.load(w_ptr[:, None] + offs, mask=mask, other=0.0).to(COMPUTE)
         du = du.to(COMPUTE) + tl.full((1, 1), l2, COMPUTE) * w
     return du
@@ -234,13 +248,16 @@ def _da(
     offs_p = tile // across_d % down_p * BLOCK_P + tl.arange(0, BLOCK_P)
     part = tile // across_d // down_p
     in_p, in_d = offs_p < P, offs_d < D
+    dw_ptr, w_ptr, given, across = _find_du(
+        rows_ptr, starts_ptr, L, offs_p, BLOCK_L, C, O, I, T, LAST, DTYPE, MULTIPLE
+    )
     da = tl.zeros((BLOCK_P, BLOCK_D), COMPUTE)
     for c in range(part * chunk, tl.minimum(part * chunk + chunk, C), STEP):
         places = c + tl.arange(0, STEP)
         in_c = places < C
         du = _load_du(
-            rows_ptr, starts_ptr, L, offs_p, places, in_p[:, None] & in_c[None, :], l2,
-            BLOCK_L, C, O, I, T, LAST, WHOLE, INDEX, DTYPE, MULTIPLE, COMPUTE, L2,
+            dw_ptr, w_ptr, given, across, offs_p, places, in_p[:, None] & in_c[None, :], l2,
+            C, O, I, T, LAST, WHOLE, INDEX, COMPUTE, L2,
         )  # fmt: skip
         columns = _columns(places, I, T, LAST, WHOLE)
         offs = offs_d.to(tl.int64)[None, :] * C + columns[:, None]
@@ -282,8 +299,8 @@ def _dweight(
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """dweight[d, c] = sum of `chunk` rows of a[p, d] du[p, c], and dbias[c], that of du[p, c]; tiles by (part,
-    block of D, block of C). Either pointer may be None."""
+    """dweight[d, c] = sum of `chunk` rows of a[p, d] du[p, c], and dbias[c], that of du[p, c]; tiles by
+    (part, block of D, block of C). Either pointer may be None."""
     across_c, down_d = tl.cdiv(C, BLOCK_C), tl.cdiv(D, BLOCK_D)
     places = tile % across_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_d = tile // across_c % down_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -294,9 +311,12 @@ def _dweight(
     for p in range(part * chunk, tl.minimum(part * chunk + chunk, P), STEP):
         offs_p = p + tl.arange(0, STEP)
         in_p = offs_p < P
+        dw_ptr, w_ptr, given, across = _find_du(
+            rows_ptr, starts_ptr, L, offs_p, BLOCK_L, C, O, I, T, LAST, DTYPE, MULTIPLE
+        )
         du = _load_du(
-            rows_ptr, starts_ptr, L, offs_p, places, in_p[:, None] & in_c[None, :], l2,
-            BLOCK_L, C, O, I, T, LAST, WHOLE, INDEX, DTYPE, MULTIPLE, COMPUTE, L2,
+            dw_ptr, w_ptr, given, across, offs_p, places, in_p[:, None] & in_c[None, :], l2,
+            C, O, I, T, LAST, WHOLE, INDEX, COMPUTE, L2,
         )  # fmt: skip
         if dweight_ptr is not None:
             offs = offs_p.to(tl.int64)[None, :] * D + offs_d[:, None]
@@ -354,7 +374,7 @@ def generate_units_bwd_kernel(
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    # grid: the tiles of da, then those of dweight and dbias; what is not wanted has none, and None for pointer
+    # grid: the tiles of da, then those of dweight and dbias; what is not wanted has no tiles and no pointer
     pid = tl.program_id(0)
     if pid < da_tiles:
         if da_ptr is not None:
@@ -415,7 +435,7 @@ def _side(dtype: torch.dtype) -> int:
 
 def _step(dtype: torch.dtype) -> int:
     """Terms of a sum that one product of tiles adds: float32 and float64 hold them in registers."""
-    return {torch.float64: 16, torch.float32: 32}.get(dtype, 64)
+    return 16 if dtype in (torch.float32, torch.float64) else 64
 
 
 def _warps(*tile: int) -> int:
@@ -498,41 +518,40 @@ def backward_launches(
     da_parts, da_chunk = _parts(C, step, da_tiles)
     dweight_parts, dweight_chunk = _parts(P, step, dweight_tiles)
 
-    (da_out,), da_split, of_da = _in_parts(da_parts, da)
-    (dweight_out, dbias_out), dweight_split, of_dweight = _in_parts(dweight_parts, dweight, dbias)
+    (da_to,), da_split, of_da = _in_parts(da_parts, da)
+    (dweight_to, dbias_to), dweight_split, of_dweight = _in_parts(dweight_parts, dweight, dbias)
+    da_tiles = 0 if da is None else da_tiles * da_parts
+    dweight_tiles = 0 if dweight is None and dbias is None else dweight_tiles * dweight_parts
     arguments = _shared(rows, a, weight, unit, channels_last, dtype) | {
-        "a_ptr": a, "weight_ptr": weight, "da_ptr": da_out, "dweight_ptr": dweight_out, "dbias_ptr": dbias_out,
-        "l2": float(l2), "L2": l2 != 0, "da_tiles": 0 if da is None else da_tiles * da_parts,
-        "da_chunk": da_chunk, "da_split": da_split, "dweight_chunk": dweight_chunk,
-        "dweight_split": dweight_split, "BLOCK_P": side, "BLOCK_C": block_c, "BLOCK_D": block_d, "STEP": step,
+        "a_ptr": a, "weight_ptr": weight, "da_ptr": da_to, "dweight_ptr": dweight_to, "dbias_ptr": dbias_to,
+        "da_tiles": da_tiles, "da_chunk": da_chunk, "da_split": da_split, "dweight_chunk": dweight_chunk,
+        "dweight_split": dweight_split, "l2": float(l2), "L2": l2 != 0, "BLOCK_P": side, "BLOCK_C": block_c,
+        "BLOCK_D": block_d, "STEP": step,
     }  # fmt: skip
-    programs = arguments["da_tiles"]
-    programs += 0 if dweight is None and dbias is None else dweight_tiles * dweight_parts
-    yield Launch(generate_units_bwd_kernel, (programs,), arguments, _warps(side, side), STAGES)
+    grid = (da_tiles + dweight_tiles,)
+    yield Launch(generate_units_bwd_kernel, grid, arguments, _warps(side, block_d), STAGES)
     if sums := of_da + of_dweight:
         made = segments(sums, [triton.cdiv(row[-1], BLOCK_J) for row in sums], a.device)
-        constants = {"BLOCK_S": BLOCK_S, "BLOCK_J": BLOCK_J, "DTYPE": TRITON_TYPES[a.dtype]}
-        constants["COMPUTE"] = compute_type(a.dtype)
+        constants = {"BLOCK_S": BLOCK_S, "BLOCK_J": BLOCK_J}
+        constants |= {"DTYPE": TRITON_TYPES[a.dtype], "COMPUTE": compute_type(a.dtype)}
         yield Launch(generate_units_sum_kernel, (made.blocks,), made.arguments() | constants, num_warps=8)
 
 
 def _in_parts(parts: int, *results: Tensor | None) -> tuple[list[Tensor | None], int, list[tuple[int, ...]]]:
     """Where `parts` parts of the results go, how far apart those of one result lie, and rows for the kernel
-    that adds them up: the results themselves and none where there is one part."""
-    if parts == 1:
+    that adds them up: the results themselves and no rows where there is one part."""
+    given = [result for result in results if result is not None]
+    if parts == 1 or not given:
         return list(results), 0, []
-    split = sum(result.numel() for result in results if result is not None)
-    given = next((result for result in results if result is not None), None)
-    if given is None:
-        return list(results), 0, []
-    dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
-    memory = torch.empty(parts * split, dtype=dtype, device=given.device)
-    places, rows, used = [], [], 0
+    split = sum(result.numel() for result in given)
+    dtype = torch.float64 if given[0].dtype == torch.float64 else torch.float32
+    memory = torch.empty(parts * split, dtype=dtype, device=given[0].device)
+    places, rows = [], []
     for result in results:
-        places.append(None if result is None else memory[used:])
+        places.append(None if result is None else memory)
         if result is not None:
-            rows.append((result.data_ptr(), places[-1].data_ptr(), parts, split, result.numel()))
-            used += result.numel()
+            rows.append((result.data_ptr(), memory.data_ptr(), parts, split, result.numel()))
+            memory = memory[result.numel() :]
     return places, split, rows
 
 
@@ -553,24 +572,29 @@ WRN = [(1, 2, 1), (11, 4, 2), (1, 8, 2), (11, 16, 4), (1, 32, 4), (11, 64, 8)]  
 
 def _example(P: int, D: int, C: int, last: bool, dtype: torch.dtype, l2: float = 0.0) -> Iterator[Launch]:
     """Forward and backward of Hyper WRN-40-2, on tensors without memory."""
-    unit = (16, 16, 9)
+    unit, address = (16, 16, 9), 4096
     a, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((P, D), (D, C), (C,)))
-    rows = [(4096, *sizes) for layers, *sizes in WRN for _ in range(layers)]
+    rows = [(address, *sizes) for layers, *sizes in WRN for _ in range(layers)]
     yield from launches(rows, a, weight, bias, unit, last, dtype)
-    both = [(4096, *row) for row in rows]
-    yield from backward_launches(both, l2, a, weight, a, weight, bias, unit, last, dtype)
+    rows = [(address, *row) for row in rows]
+    yield from backward_launches(rows, l2, a, weight, a, weight, bias, unit, last, dtype)
 
 
 def examples() -> list[tuple[str, Launch]]:
-    """(name, launch) of Hyper WRN-40-2 to compile without a GPU: its units from 966 embeddings or its second
-    layer."""
+    """(name, launch) to compile without a GPU: Hyper WRN-40-2, from its 966 embeddings or from what the first
+    layer of their generator makes; the sums of the first."""
     cases = {
         "embeddings, float32": (966, 64, 2304, False, torch.float32, 5e-6),
         "embeddings, bfloat16, channels_last": (966, 64, 2304, True, torch.bfloat16),
         "second layer, float32": (15456, 64, 144, False, torch.float32),
         "second layer, bfloat16": (15456, 64, 144, False, torch.bfloat16, 5e-6),
         "K 4, float32, channels_last": (966, 4, 2304, True, torch.float32, 5e-6),
-        "rows of 36, float16": (61824, 16, 36, True, torch.float16),
-        "float64": (966, 64, 2304, True, torch.float64, 5e-6),
+        "rows of 36, float16, channels_last": (61824, 16, 36, True, torch.float16),
+        "embeddings, float64, channels_last": (966, 64, 2304, True, torch.float64, 5e-6),
     }
-    return [(name, launch) for name, case in cases.items() for launch in _example(*case)]
+    return [
+        (name, launch)
+        for name, case in cases.items()
+        for launch in _example(*case)
+        if launch.kernel is not generate_units_sum_kernel or name.startswith("embeddings")
+    ]
