@@ -13,10 +13,12 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.ops._library import (
     _DTYPES,
+    _cpu,
     autocast_dtype,
     check_backend,
     check_dense,
     check_like,
+    dtype_name,
     engine,
     library,
     needs_function,
@@ -112,8 +114,12 @@ def _forward_native(a, weight, bias, shapes, unit, channels_last, dtype):
     rows = [(w.data_ptr(), *sizes.tiles(w.shape)) for w in ws]
     if name == "triton":
         triton_kernels("generate_units").run(rows, a, weight, bias, sizes, channels_last, ws[0].dtype)
-        return ws
-    return _forward_reference(a, weight, bias, shapes, unit, channels_last, dtype)
+    else:
+        tensors = a.data_ptr(), weight.data_ptr(), _address(bias)
+        names = dtype_name(a), dtype_name(ws[0])
+        shape = *a.shape, weight.shape[1], *sizes
+        _cpu.generate_units(rows, tensors, shape, channels_last, *names, torch.get_num_threads())
+    return ws
 
 
 def _in_one_layout(dws: Sequence[Tensor | None], ws: Sequence[Tensor]) -> tuple[list, list, bool]:
@@ -152,8 +158,12 @@ def _backward_native(dws, ws, l2, a, weight, shapes, unit, need_a, need_weight, 
         triton_kernels("generate_units").run_backward(
             rows, l2, a, weight, *wanted, sizes, channels_last, given[0].dtype
         )
-        return made
-    return _backward_reference(dws, ws, l2, a, weight, shapes, unit, *needed)
+    else:
+        tensors = [_address(t) for t in (a, weight, *wanted)]
+        names = dtype_name(a), dtype_name(given[0])
+        shape = *a.shape, weight.shape[1], *sizes
+        _cpu.generate_units_backward(rows, l2, tensors, shape, channels_last, *names, torch.get_num_threads())
+    return made
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -283,7 +293,7 @@ def generate_units(
         return ()
     if backend == "reference":
         made = reference.generate_units(a, weight, bias, shapes, unit)
-        return tuple(penalize_l2(w.contiguous(memory_format=_layout(channels_last)), l2) for w in made)
+        return tuple(penalize_l2(w.clone(memory_format=_layout(channels_last)), l2) for w in made)
     if (
         a is weight
     ):  # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11)
@@ -320,9 +330,10 @@ def two_layer(
     more embeddings than C, z (w2 w1) + (b2 w1 + b1).
     """
     D, C = w1.shape
-    if product_first(*z.shape, D, C):
-        weight = (w2.view(-1, D) @ w1).view(z.shape[1], -1)
-        a, bias = z, torch.addmm(b1, b2.view(-1, D), w1).view(-1)
-    else:
-        a, weight, bias = torch.addmm(b2, z, w2).view(-1, D), w1, b1
+    with no_autocast([z]):  # as in generate_units: its products are in the dtype of the parameters
+        if product_first(*z.shape, D, C):
+            weight = (w2.view(-1, D) @ w1).view(z.shape[1], -1)
+            a, bias = z, torch.addmm(b1, b2.view(-1, D), w1).view(-1)
+        else:
+            a, weight, bias = torch.addmm(b2, z, w2).view(-1, D), w1, b1
     return generate_units(a, weight, bias, shapes, unit, l2=l2, channels_last=channels_last, backend=backend)
