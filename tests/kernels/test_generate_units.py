@@ -74,8 +74,7 @@ CASES = {
 def fenced(
     shape, dtype, device, shift: int, last: bool, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A tensor of `values` or NaN in the middle of memory, `shift` elements behind a multiple of 16 bytes,
-    that memory."""
+    """A tensor of `values` or NaN, `shift` elements behind a multiple of 16 bytes; the memory around it."""
     memory = torch.full((math.prod(shape) + 16 + GAP + shift,), -7.0, dtype=dtype, device=device)
     inside = memory[16 + shift : 16 + shift + math.prod(shape)]
     if last:
