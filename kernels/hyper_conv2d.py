@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperfast.kernels.launch import INTERPRETED, TRITON_TYPES, Launch, compute_type
+from hyperfast.kernels.launch import Launch, compute_type, dot_precision, dot_type
 
 FEW_ROWS = 8  # up to here without tensor cores
 MOST_ROWS = 64  # of a block in float32; twice that in half precision
@@ -469,12 +469,6 @@ def _parts(steps: int, blocks: int, dot: bool) -> tuple[int, int]:
     return triton.cdiv(steps, chunk), chunk
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores take float32: as torch's matrix products do."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
 class _Layer:
     """Sizes of one call and the arguments its kernels share. geometry: R, S, stride (2), padding (top,
     bottom, left, right), dilation (2), groups."""
@@ -492,7 +486,7 @@ class _Layer:
             "STRIDE_H": stride_h, "STRIDE_W": stride_w, "TOP": top, "LEFT": left,
             "DILATION_H": dilation_h, "DILATION_W": dilation_w, "PADDED": any((top, bottom, left, right)),
             "POINTWISE": geometry[:10] == (1, 1, 1, 1, 0, 0, 0, 0, 1, 1), "BLOCK_K": _power(self.K),
-            "COMPUTE": compute_type(weight.dtype), "PRECISION": _precision(x.dtype),
+            "COMPUTE": compute_type(weight.dtype), "PRECISION": dot_precision(x.dtype),
         }  # fmt: skip
 
     def tiles(self, rows: int, columns: int) -> Tiles:
@@ -505,9 +499,7 @@ class _Layer:
 
     def launch(self, kernel, grid: tuple[int, ...], dot: bool, **arguments) -> Launch:
         """With those of the shared arguments that the kernel has."""
-        replaced = INTERPRETED and self.x_dtype == torch.bfloat16  # which the interpreter cannot multiply
-        factors = TRITON_TYPES[torch.float32 if replaced else self.x_dtype]
-        arguments = self.shared | {"DOT": factors if dot else None} | arguments
+        arguments = self.shared | {"DOT": dot_type(self.x_dtype) if dot else None} | arguments
         arguments = {name: arguments[name] for name in kernel.arg_names}
         return Launch(kernel, grid, arguments, num_warps=WARPS, num_stages=STAGES)
 

@@ -7,6 +7,7 @@ import torch
 from benchmarks.gpu.generators import ENGINES, FULL, time_passes
 from benchmarks.gpu.layers import LAYERS, ROWS, time_batch_norm, time_merged
 from benchmarks.gpu.record import Context
+from benchmarks.gpu.units import time_units
 
 
 def run(context: Context) -> None:
@@ -14,3 +15,4 @@ def run(context: Context) -> None:
     time_passes(context, device, FULL, ENGINES, rounds=30)
     time_batch_norm(context, device, rounds=50)
     time_merged(context, device, LAYERS, ROWS, ENGINES, rounds=30)
+    time_units(context, device, ENGINES, rounds=50)

@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.ops._library import (
     _DTYPES,
+    MAX_ROWS,
     _cpu,
     autocast_dtype,
     check_backend,
@@ -91,7 +92,7 @@ def _backward_reference(dws, ws, l2, a, weight, shapes, unit, need_a, need_weigh
 
 def _engine(a: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
     """`engine` for layers of `dtype`. The C++ kernels write dtype of `a`, or bfloat16 beside float32."""
-    name = engine(a) if a.numel() and weight.numel() else "reference"
+    name = engine(a) if a.numel() and weight.numel() and len(a) <= MAX_ROWS else "reference"
     writes = dtype in (a.dtype, torch.bfloat16) and (dtype == a.dtype or a.dtype == torch.float32)
     return name if name != "cpu" or writes else "reference"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.gpu import generators, layers, machine, smoke, step, step_ways, timing
+from benchmarks.gpu import generators, layers, machine, smoke, step, step_ways, timing, units
 from benchmarks.gpu.generators import ADAMW, BACKWARD, COMPILED, PASSES
 from benchmarks.gpu.record import Context
 from benchmarks.gpu.step_worker import StepRunner
@@ -180,6 +180,30 @@ def test_batch_norm(context):
     layers.time_batch_norm(context, CPU, 1, batch=2, dtype=torch.float32, compiler="eager", copied=COPIED)
     assert context.record.failures == []
     assert set(context.record.facts["batch_norm_seconds"]) == {"hyperfast", "eager", "compiled"}
+
+
+@pytest.mark.parametrize(
+    "names", [("float32",), pytest.param(tuple(units.CASES), marks=pytest.mark.slow)], ids=len
+)
+def test_units(context, names):
+    units.time_units(context, CPU, (NATIVE,), 1, names, widening=1, compiler="eager")
+    assert context.record.failures == []
+    (table,) = context.record.tables
+    assert [row[0] for row in table.rows] == list(names)
+    assert "-" not in table.rows[0]
+    ratios = context.record.facts["units_against"]["float32"]
+    assert set(ratios) == {COMPILED, units.BATCHED, units.LOOP} and min(ratios.values()) > 0
+    assert len(context.record.lines) == len(names)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_units_that_are_wrong_are_not_timed(monkeypatch):
+    right = units.two_layer
+    monkeypatch.setattr(units, "two_layer", lambda *given: [1.001 * w for w in right(*given)])
+    said = []
+    made = units.calls("float32", CPU, 1, (NATIVE,), None, said.append)
+    assert set(made) == {units.BATCHED, units.LOOP}
+    assert len(said) == 1 and "cpu: ArithmeticError: differs from float64 by 1.0e-03" in said[0]
 
 
 def test_small_runs_for_the_sanitizer(capsys):
