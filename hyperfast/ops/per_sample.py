@@ -142,6 +142,11 @@ def _engine(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
     return generator_engine([weight]) if rows < MAX_ROWS else "reference"
 
 
+def separate_wins(x: Tensor, weight: Tensor, K: int, geometry: Geometry) -> bool:
+    """Whether the reference expression beats the op. A GPU awaits measurement: the op."""
+    return generator_engine([weight]) == "cpu" and per_sample_cpu.separate_wins(x, weight, K, geometry)
+
+
 @torch.library.impl(library, "per_sample_conv2d", "CPU")
 @torch.library.impl(library, "per_sample_conv2d", "CUDA")
 def _forward_native(x, z, weight, bias, layer_bias, geometry):
