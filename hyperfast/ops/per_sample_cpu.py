@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast.ops._library import _cpu, dtype_name
-from hyperfast.ops.merged import LINEAR, Geometry, layout_of, pad
+from hyperfast.ops.merged import LINEAR, Geometry, layout_of, pad_uneven
 
 CHUNK_BYTES = 8 << 20
 CONVOLUTION_BYTES = 32 << 20  # of the weights of one convolution: smaller ones cost oneDNN more
@@ -183,11 +183,9 @@ class _Generate:
 
     def _as_groups(self, samples: slice, w: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """The samples as one image [1, B C, H, W], their kernels, and the padding left to the convolution."""
-        top, bottom, left, right = self.geometry.padding
-        is_symmetric = (top, left) == (bottom, right)
-        x = self.x[samples] if is_symmetric else pad(self.x[samples], self.geometry)
+        x, padding = pad_uneven(self.x[samples], self.geometry)
         kernels = w.view(-1, x.shape[1] // self.geometry.groups, *self.geometry.kernel_size)
-        return x.reshape(1, -1, *x.shape[2:]), kernels, [top, left] if is_symmetric else [0, 0]
+        return x.reshape(1, -1, *x.shape[2:]), kernels, padding
 
     def convolve(self, samples: slice, w: Tensor, y: Tensor) -> None:
         images, kernels, padding = self._as_groups(samples, w)
@@ -204,7 +202,7 @@ class _Generate:
             [dx is not None, need_w, False],
         )  # fmt: skip
         if dx is not None:
-            top, left = ((at - cut) for at, cut in zip(self.geometry.padding[::2], padding, strict=True))
+            top, left = (at - cut for at, cut in zip(self.geometry.padding[::2], padding, strict=True))
             made = made.view(*dx.shape[:2], *made.shape[2:])
             dx.copy_(made[..., top : top + dx.shape[2], left : left + dx.shape[3]])
         return dw
