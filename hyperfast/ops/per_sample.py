@@ -141,7 +141,8 @@ def _engine(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
     if not x.numel() or not weight.numel():
         return "reference"
     rows = max(x.numel() // x.shape[1], Geometry.of(tuple(geometry)).rows(x))
-    return generator_engine([weight]) if rows < MAX_ROWS else "reference"
+    engine = generator_engine([weight]) if rows < MAX_ROWS else "reference"
+    return "reference" if engine == "cpu" and x.dtype != weight.dtype else engine
 
 
 def separate_wins(x: Tensor, weight: Tensor, K: int, geometry: Geometry) -> bool:
