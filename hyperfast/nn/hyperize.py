@@ -59,20 +59,30 @@ class HyperModule(Host):
         self._left = False  # whether a backward that failed left weights in `module`
         self.register_state_dict_pre_hook(_remove_left)
 
-    def generate(self) -> dict[str, Tensor]:
-        """The generated weights by the names of the parameters of `module` they stand for."""
-        made = generate_together(self.generators.values())
+    def generate(self, z: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The generated weights by the names of the parameters of `module` they stand for.
+
+        z: by the name of a generator, embeddings instead of its own, of that shape or with a batch dimension
+        before it: weights for each sample (`PerSampleWeight`). ValueError for names that are no generator's.
+        """
+        z = {} if z is None else z
+        if unknown := [name for name in z if name not in self.generators]:
+            raise ValueError(f"z names {unknown}, the generators are {list(self.generators)}")
+        rest = [name for name in self.generators if name not in z]
+        made = dict(zip(rest, generate_together(self.generators[name] for name in rest), strict=True))
+        made |= {name: self.generators[name](embeddings) for name, embeddings in z.items()}
         return {
             name: weight
-            for weights, own in zip(made, self.targets, strict=True)
+            for weights, own in zip((made[name] for name in self.generators), self.targets, strict=True)
             for weight, names in zip(weights, own, strict=True)
             for name in names
         }
 
     @contextmanager
-    def generated(self) -> Iterator[nn.Module]:
-        """Within it `module`, which it gives, has its weights, made once: for methods other than forward."""
-        with self._holding(self.generate()):
+    def generated(self, z: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Within it `module`, which it gives, has its weights, made once: for methods other than forward, and
+        for other embeddings (`generate`), as those of each sample."""
+        with self._holding(self.generate(z)):
             yield self.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
