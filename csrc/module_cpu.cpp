@@ -183,6 +183,40 @@ void hyper_linear_backward(const std::array<int64_t, 8>& tensors, const std::arr
   kernels().hyper_linear_backward(call, type, scratch.get(), threads);
 }
 
+OuterProductSizes outer_sizes_of(const std::array<int64_t, 4>& sizes, int threads) {
+  const auto& [B, T, I, K] = sizes;
+  for (const int64_t size : {B, T, I})
+    if (size < 1) throw py::value_error("sizes must be at least 1");
+  check_sizes(I, K, threads);
+  return {B, T, I, K};
+}
+
+void outer_product(const std::array<int64_t, 3>& tensors, const std::array<int64_t, 4>& sizes,
+                   const std::string& dtype, int threads) {
+  const auto& [x, z, products] = tensors;
+  const OuterProduct call{pointer(x), pointer(z), pointer(products), outer_sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  check_aligned({x, z, products}, element_size(type));
+  py::gil_scoped_release release;
+  kernels().outer_product(call, type, threads);
+}
+
+void outer_product_backward(const std::array<int64_t, 5>& tensors, bool add,
+                            const std::array<int64_t, 4>& sizes, const std::string& dtype, int threads) {
+  const auto& [dproducts, x, z, dx, dz] = tensors;
+  const OuterProductBackward call{pointer(dproducts),
+                                  pointer(x),
+                                  pointer(z),
+                                  pointer(dx),
+                                  pointer(dz),
+                                  add,
+                                  outer_sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  check_aligned({dproducts, x, z, dx, dz}, element_size(type));
+  py::gil_scoped_release release;
+  kernels().outer_product_backward(call, type, threads);
+}
+
 using Pair = std::array<int64_t, 2>;
 
 template <auto kernel>
@@ -282,6 +316,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("hyper_linear_backward", &hyper_linear_backward, py::arg("tensors"), py::arg("sizes"),
         py::arg("dtype"), py::arg("threads"),
         "tensors: (weight, bias or 0, z, x, dy, dx or 0, dz or 0, dw or 0); sizes: (G, M, O, I, K).");
+  m.def("outer_product", &outer_product, py::arg("tensors"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("threads"), "tensors: (x, z, products); sizes: (B, T, I, K).");
+  m.def("outer_product_backward", &outer_product_backward, py::arg("tensors"), py::arg("add"),
+        py::arg("sizes"), py::arg("dtype"), py::arg("threads"),
+        "tensors: (dproducts, x, z, dx or 0, dz or 0); add: whether to dx; sizes: (B, T, I, K).");
   const auto def_columns = [&](const char* name, auto function, const char* doc) {
     m.def(name, function, py::arg("image"), py::arg("shape"), py::arg("strides"), py::arg("columns"),
           py::arg("kernel_size"), py::arg("out"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),

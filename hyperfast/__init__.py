@@ -2,7 +2,8 @@
 
 from hyperfast import nn, ops, optim, reference
 from hyperfast.nn.generator import factored_, invalidate
+from hyperfast.nn.hyperize import hyperize
 from hyperfast.optim import param_groups
 
 __version__ = "0.1.0"
-__all__ = ["factored_", "invalidate", "nn", "ops", "optim", "param_groups", "reference"]
+__all__ = ["factored_", "hyperize", "invalidate", "nn", "ops", "optim", "param_groups", "reference"]

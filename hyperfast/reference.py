@@ -72,7 +72,7 @@ def hyper_linear(
     w = F.linear(z, weight, bias)
     if z.dim() == 1:
         return F.linear(x, w.view(-1, x.shape[-1]), layer_bias)
-    y = torch.einsum("b...i,boi->b...o", x, w.view(len(z), -1, x.shape[-1]))
+    y = torch.einsum("b...i,boi->b...o", x, w.unflatten(1, (-1, x.shape[-1])))
     return y if layer_bias is None else y + layer_bias
 
 

@@ -94,6 +94,24 @@ struct HyperLinearBackward {
   HyperLinearSizes sizes;
 };
 
+// products[b, t, i, k] = x[b, t, i] z[b, k]
+struct OuterProductSizes {
+  int64_t B, T, I, K;
+};
+struct OuterProduct {
+  const void *x, *z;  // [B, T, I], [B, K]
+  void* products;     // [B, T, I, K]
+  OuterProductSizes sizes;
+};
+// dx[b, t, i] = sum_k dproducts[b, t, i, k] z[b, k], dz[b, k] = sum_ti dproducts[b, t, i, k] x[b, t, i]. Each
+// is made where its pointer is not null.
+struct OuterProductBackward {
+  const void *dproducts, *x, *z;
+  void *dx, *dz;  // like x and z
+  bool add;       // dx is added to
+  OuterProductSizes sizes;
+};
+
 // Between images and the columns of a convolution: columns[g, m, (c, r, s)] = image[b, g C / G + c, y, x]
 // with m = (b, h', w'), y = h' stride + r dilation - padding, x likewise, zero outside the image.
 struct Im2col {
@@ -170,6 +188,8 @@ struct Kernels {
   // scratch: forward_scratch and backward_scratch bytes (hyper_linear.h)
   void (*hyper_linear)(const HyperLinear&, DType, void* scratch, int threads);
   void (*hyper_linear_backward)(const HyperLinearBackward&, DType, void* scratch, int threads);
+  void (*outer_product)(const OuterProduct&, DType, int threads);
+  void (*outer_product_backward)(const OuterProductBackward&, DType, int threads);
   void (*im2col)(const Im2col&, DType, int threads);
   void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
   // scratch: images.scratch() doubles
@@ -184,6 +204,8 @@ struct Kernels {
   void update_generate(const UpdateGenerateSegment*, int64_t, DType, Rule, Storage, double, int); \
   void hyper_linear(const HyperLinear&, DType, void*, int);                                       \
   void hyper_linear_backward(const HyperLinearBackward&, DType, void*, int);                      \
+  void outer_product(const OuterProduct&, DType, int);                                            \
+  void outer_product_backward(const OuterProductBackward&, DType, int);                           \
   void im2col(const Im2col&, DType, int);                                                         \
   void col2im(const Im2col&, DType, int);                                                         \
   void batch_norm(const BatchNormSegment&, DType, double*, int);                                  \

@@ -2,14 +2,9 @@
 
 from hyperfast.nn import init
 from hyperfast.nn.batch_norm import BatchNormReLUMaxPool2d
-from hyperfast.nn.generator import (
-    Generator,
-    LinearGenerator,
-    TwoLayerGenerator,
-    generate_together,
-    generated_l2_,
-)
-from hyperfast.nn.hyperize import hyperize
+from hyperfast.nn.chunked import ChunkedGenerator
+from hyperfast.nn.generator import Generator, LinearGenerator, generate_together, generated_l2_
+from hyperfast.nn.hyperize import HyperModule
 from hyperfast.nn.layers import (
     Conv2d,
     HyperConv2d,
@@ -21,21 +16,27 @@ from hyperfast.nn.layers import (
     parameter_counts,
     plain_state_dict,
 )
+from hyperfast.nn.per_sample import PerSampleWeight
+from hyperfast.nn.shared_core import SharedCoreGenerator
+from hyperfast.nn.two_layer import TwoLayerGenerator
 
 __all__ = [
     "BatchNormReLUMaxPool2d",
+    "ChunkedGenerator",
     "Conv2d",
     "Generator",
     "HyperConv2d",
     "HyperLayer",
     "HyperLinear",
+    "HyperModule",
     "LinearGenerator",
+    "PerSampleWeight",
+    "SharedCoreGenerator",
     "TwoLayerGenerator",
     "generate_layers",
     "generate_together",
     "generated_l2_",
     "hyper_layers",
-    "hyperize",
     "init",
     "named_generators",
     "parameter_counts",

@@ -11,11 +11,13 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
+from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
@@ -24,63 +26,107 @@ from hyperfast.ops.next_weights import record
 class Generator(nn.Module):
     """What every generator does.
 
-    shapes: shapes of the weights it makes, in order. backend: "auto" (fused kernels) or "reference" (plain
-    PyTorch). factored: whether `weight.grad` stays None and the optimizer works on `factors()`. l2: the
-    backward adds l2 w to the gradient of every generated weight w (`generated_l2_` sets it).
+    shapes: shapes of the weights it makes, in order. z: its embeddings. backend: "auto" (fused kernels) or
+    "reference" (plain PyTorch). factored: whether `weight.grad` stays None and the optimizer works on
+    `factors()`. l2: the backward adds l2 w to the gradient of every generated weight w (`generated_l2_` sets
+    it). per_layer: makes one weight, so that a network needs one generator for each layer.
+
+    A generator whose gradients are all dense has no factors and needs `forward` and `embeddings` alone.
     """
 
     shapes: tuple[torch.Size, ...]
+    z: Tensor
     backend: str
-    factored: bool
+    factored: bool = False
     l2: float = 0.0
+    per_layer: bool = False
 
     @abstractmethod
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights, one tensor for each of `shapes`; from `z` instead of the generator's own embedding if
-        given."""
+        """The weights, one tensor for each of `shapes`; from `z`, of the shape of its own embeddings, instead
+        of those if given. z with a batch dimension before that shape: a `PerSampleWeight` for each."""
 
     @abstractmethod
+    def embeddings(self) -> tuple[Tensor, ...]:
+        """For each of `shapes` the embeddings it is made from, views [E_l, K] of `z`."""
+
     def factors(self) -> list[Factors]:
         """The factors of every factored gradient: triples (weight, bias, z) with the z last used."""
+        return []
 
-    @abstractmethod
     def next_weights(self) -> list[Tensor]:
         """For each of `factors()`, the buffer [N] into which the optimizer writes the weights of the next
         forward."""
+        return []
 
-    @abstractmethod
     def next_weights_written(self) -> None:
         """Called by the optimizer after it filled `next_weights()`."""
 
-    @abstractmethod
     def drop_next_weights(self) -> None:
         """Forgets the next weights; the next forward generates."""
 
-    @abstractmethod
     def set_factored(self, enabled: bool) -> None:
         """Switches factored gradients; `hyperfast.factored_` calls it."""
 
-    @abstractmethod
     def ddp_ignored_names(self) -> list[str]:
         """Own parameters and buffers that distributed data parallel leaves alone in factored mode."""
+        return []
 
-    def keep_(self, weight: Tensor) -> None:
-        """Starts from a trained weight of one of `shapes`: from now on, until trained, makes just that.
+    def keep_(self, *weights: Tensor) -> None:
+        """Starts from trained weights of `shapes`: from now on, until trained, makes just those.
 
         Raises ValueError where this kind of generator cannot make a given weight, and for a wrong shape.
         """
         raise ValueError(f"{type(self).__name__} cannot start from a given weight")
+
+    def _check_z(self, z: Tensor | None) -> Tensor:
+        """z, or the own embeddings for None; ValueError for another shape, and in factored mode."""
+        if z is None:
+            return self.z
+        own = self.z.shape
+        if z.shape != own and (z.dim() != len(own) + 1 or z.shape[1:] != own):
+            batched = f"[B{''.join(f', {n}' for n in own)}] for B samples"
+            raise ValueError(
+                f"z must be {list(own)}, got shape {list(z.shape)}, which is not {batched} either"
+            )
+        if self.factored:
+            raise ValueError(
+                f"a {type(self).__name__} in factored mode generates from its own z only: the gradient of "
+                "another embedding is not the rank-one gradient the optimizer knows; "
+                "hyperfast.factored_(module, False) for dense gradients"
+            )
+        return z
+
+
+def weights_of_samples(generator: Generator, z: Tensor) -> tuple[PerSampleWeight, ...]:
+    """What any generator makes of z [B, *shape of its embeddings]: all weights of all samples."""
+    return tuple(PerSampleWeight.ready(w) for w in torch.vmap(generator.forward)(z))
+
+
+def check_shapes(shapes: Sequence[int] | Sequence[Sequence[int]], **sizes: int) -> tuple[torch.Size, ...]:
+    """shapes, of one weight or of several, as a tuple. Raises ValueError for none, empty ones, and those or
+    other `sizes` below 1, TypeError for what is no integer."""
+    one = bool(shapes) and not isinstance(shapes[0], Sequence)
+    checked = tuple(torch.Size(shape) for shape in ([shapes] if one else shapes))
+    low = not checked or any(not shape or min(shape) < 1 for shape in checked)
+    if low or min(map(operator.index, sizes.values())) < 1:
+        given = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        shown = ", ".join(str(tuple(shape)) for shape in checked)
+        raise ValueError(f"shape and {', '.join(sizes)} must be at least 1, got shape {shown}, {given}")
+    return checked
 
 
 class LinearGenerator(Generator):
     """w = weight z + bias, reshaped to `shape`: its own embedding and its own generator for one layer.
 
     Parameters: weight [N, K], bias [N] (None with bias=False), z [K], with N the number of elements of
-    `shape`, K `z_dim`. fan_in: inputs of one output of the main network's layer, for the initialisation;
-    default: product of `shape` but the first. init: a name in `hyperfast.nn.init.INITIALISATIONS`, default
-    `hyperfast.nn.init.DEFAULT`. Raises ValueError for sizes below 1 and unknown names. Ha, Dai, Le,
-    "HyperNetworks" (ICLR 2017), equation 1 without hidden layer.
+    `shape`, K `z_dim`. fan_in, fan_out: inputs of one output of the main network's layer and outputs that one
+    input reaches, for the initialisation; default: as `shape` (out, in, *kernel) says. init: a name in
+    `hyperfast.nn.init.INITIALISATIONS`, default `hyperfast.nn.init.DEFAULT`. Raises ValueError for sizes
+    below 1 and unknown names. Ha, Dai, Le, "HyperNetworks" (ICLR 2017), equation 1 without hidden layer.
     """
+
+    per_layer = True
 
     def __init__(
         self,
@@ -89,21 +135,19 @@ class LinearGenerator(Generator):
         bias: bool = True,
         *,
         fan_in: int | None = None,
+        fan_out: int | None = None,
         init: str | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        shape, z_dim = torch.Size(shape), operator.index(z_dim)  # TypeError for what is no integer
-        if z_dim < 1 or not shape or min(shape) < 1:
-            raise ValueError(f"shape and z_dim must be at least 1, got shape {tuple(shape)}, z_dim {z_dim}")
-        self.shapes = (shape,)
-        self.z_dim = z_dim
+        self.shapes = check_shapes([shape], z_dim=z_dim)
+        self.z_dim = z_dim = operator.index(z_dim)
         self.backend = check_backend(backend)
         self.factored = False
         self.init = initialisations.check(init)
-        self.fan_in = fan_in or max(1, math.prod(shape[1:]))
+        self.fan = initialisations.fan(self.shapes[0], self.init, fan_in, fan_out)
         n = math.prod(shape)
         self.weight = nn.Parameter(torch.empty(n, z_dim, device=device, dtype=dtype))
         self.register_parameter(
@@ -115,24 +159,27 @@ class LinearGenerator(Generator):
 
     def reset_parameters(self) -> None:
         self.drop_next_weights()
-        initialisations.initialise_(self.weight, self.bias, self.z, self.fan_in, self.init)
+        initialisations.initialise_(self.weight, self.bias, self.z, self.fan, self.init)
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weight, [*shape]. z [K]: another embedding than the generator's own; refused in factored
-        mode."""
+        """The weight, [*shape]. z [K]: another embedding than the generator's own, [B, K]: one for each
+        sample (`PerSampleWeight`); refused in factored mode."""
         if z is None:
             return generate_together([self])[0]
-        if z.numel() != self.z_dim:
-            raise ValueError(f"z must have {self.z_dim} elements, got shape {list(z.shape)}")
-        if self.factored:
-            raise ValueError(
-                "a LinearGenerator in factored mode generates from its own z only: the gradient of another "
-                "embedding is not the rank-one gradient the optimizer knows; "
-                "hyperfast.factored_(module, False) for dense gradients"
-            )
+        if self._check_z(z).dim() == 2:
+            return (self.weight_of_samples(z),)
         options = {"l2": [self.l2], "backend": self.backend}
-        (w,) = ops.generate([self.weight], [self.bias], [z.reshape(-1)], **options)
+        (w,) = ops.generate([self.weight], [self.bias], [z], **options)
         return (w.view(self.shapes[0]),)
+
+    def weight_of_samples(self, z: Tensor) -> PerSampleWeight:
+        """What z [B, K] makes. With L2 all of it is made at once: the gradient of each weight needs it."""
+        shape, operands = self.shapes[0], (self.weight, self.bias)
+        if not self.l2:
+            path = "separate" if self.backend == "reference" else "auto"
+            return PerSampleWeight.generated(shape, *operands, z, path)
+        w = penalize_l2(F.linear(z, *operands), self.l2)
+        return PerSampleWeight.ready(w.view(len(z), *shape))
 
     @torch.no_grad()
     def keep_(self, weight: Tensor) -> None:
@@ -150,6 +197,9 @@ class LinearGenerator(Generator):
         self.weight.zero_()
         self.bias.copy_(weight.reshape(-1))
         nn.init.normal_(self.z, std=0.01)
+
+    def embeddings(self) -> tuple[Tensor, ...]:
+        return (self.z.view(1, -1),)
 
     @property
     def gradient_bias(self) -> nn.Parameter | None:
@@ -235,83 +285,6 @@ class LinearGenerator(Generator):
         n, k = self.weight.shape
         shape, bias = tuple(self.shapes[0]), self.bias is not None
         return f"{shape}, N={n}, z_dim={k}, bias={bias}, factored={self.factored}"
-
-
-class TwoLayerGenerator(Generator):
-    """The two-layer generator of Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3.1, for one layer.
-
-    For `shape` (out, in, *kernel): `a = z w2 + b2` viewed as [in, K], `a w1 + b1` [in, out * prod(kernel)]
-    viewed directly as `shape`, as the public code does. Parameters: z [K], w2 [K, in * K], b2 [in * K],
-    w1 [K, out * prod(kernel)], b1 [out * prod(kernel)]. fan_in, init: as in `LinearGenerator`. Its gradients
-    are dense, in factored mode as well. Raises ValueError for sizes below 1, fewer than two dimensions and
-    unknown names.
-    """
-
-    factored = False
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        z_dim: int = 4,
-        *,
-        fan_in: int | None = None,
-        init: str | None = None,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        if z_dim < 1 or len(shape) < 2 or min(shape) < 1:
-            raise ValueError(
-                "shape must be (out, in, ...), it and z_dim at least 1, "
-                f"got shape {tuple(shape)}, z_dim {z_dim}"
-            )
-        self.shapes = (torch.Size(shape),)
-        self.z_dim = z_dim
-        self.backend = check_backend(backend)
-        self.init = initialisations.check(init)
-        self.fan_in = fan_in or math.prod(shape[1:])
-        rows, columns = shape[1], math.prod(shape) // shape[1]
-        sizes = {"z": (z_dim,), "w2": (z_dim, rows * z_dim), "b2": (rows * z_dim,)}
-        sizes |= {"w1": (z_dim, columns), "b1": (columns,)}
-        for name, size in sizes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        initialisations.initialise_two_layer_(
-            self.w1, self.b1, self.w2, self.b2, self.z, self.fan_in, self.init
-        )
-
-    def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weight, [*shape]. z [K]: another embedding than the generator's own."""
-        z = self.z if z is None else z
-        if z.numel() != self.z_dim:
-            raise ValueError(f"z must have {self.z_dim} elements, got shape {list(z.shape)}")
-        a = torch.addmm(self.b2, z.reshape(1, -1), self.w2).view(-1, self.z_dim)
-        w = torch.addmm(self.b1, a, self.w1).view(self.shapes[0])
-        return (penalize_l2(w, self.l2),)
-
-    def factors(self) -> list[Factors]:
-        return []
-
-    def next_weights(self) -> list[Tensor]:
-        return []
-
-    def next_weights_written(self) -> None:
-        pass
-
-    def drop_next_weights(self) -> None:
-        pass
-
-    def set_factored(self, enabled: bool) -> None:
-        pass
-
-    def ddp_ignored_names(self) -> list[str]:
-        return []
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.shapes[0])}, z_dim={self.z_dim}"
 
 
 def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperfast.ops import merged
+from hyperfast.ops import merged, per_sample_cpu
 from hyperfast.ops._library import MAX_ROWS, generator_engine, library, no_autocast, triton_kernels
 from hyperfast.ops.merged import LINEAR, Geometry, contiguous, layout_of, pad
 
@@ -95,17 +95,15 @@ def _weight_gradients(dw: Tensor | None, z, weight, need_z: bool, need_weight: b
 
 @torch.library.impl(library, "per_sample_conv2d", "CompositeExplicitAutograd")
 def _forward_reference(x, z, weight, bias, layer_bias, geometry):
-    with no_autocast([x]):
-        y = expression(x, z, weight, bias, layer_bias, Geometry.of(tuple(geometry)))
+    y = expression(x, z, weight, bias, layer_bias, Geometry.of(tuple(geometry)))
     return y.contiguous(memory_format=layout_of(x))
 
 
 @torch.library.impl(library, "per_sample_conv2d_backward", "CompositeExplicitAutograd")
 def _backward_reference(dy, x, z, weight, bias, geometry, *needed):
     need_x, need_w = needed[0], any(needed[1:])
-    with no_autocast([x]):
-        dx, dw = backward_expression(dy, x, z, weight, bias, Geometry.of(tuple(geometry)), need_x, need_w)
-        gradients = _weight_gradients(dw, z, weight, *needed[1:])
+    dx, dw = backward_expression(dy, x, z, weight, bias, Geometry.of(tuple(geometry)), need_x, need_w)
+    gradients = _weight_gradients(dw, z, weight, *needed[1:])
     dx = dx.contiguous(memory_format=layout_of(x)) if need_x else x.new_empty(0)
     return dx, *(weight.new_empty(0) if g is None else g.contiguous() for g in gradients)
 
@@ -147,17 +145,19 @@ def _engine(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
 @torch.library.impl(library, "per_sample_conv2d", "CPU")
 @torch.library.impl(library, "per_sample_conv2d", "CUDA")
 def _forward_native(x, z, weight, bias, layer_bias, geometry):
-    return _FORWARD[_engine(x, weight, geometry)](x, z, weight, bias, layer_bias, geometry)
+    with no_autocast([x]):
+        return _FORWARD[_engine(x, weight, geometry)](x, z, weight, bias, layer_bias, geometry)
 
 
 @torch.library.impl(library, "per_sample_conv2d_backward", "CPU")
 @torch.library.impl(library, "per_sample_conv2d_backward", "CUDA")
 def _backward_native(dy, x, z, weight, bias, geometry, *needed):
-    return _BACKWARD[_engine(x, weight, geometry)](dy, x, z, weight, bias, geometry, *needed)
+    with no_autocast([x]):
+        return _BACKWARD[_engine(x, weight, geometry)](dy, x, z, weight, bias, geometry, *needed)
 
 
-_FORWARD = {"cpu": _forward_reference, "triton": _forward_triton, "reference": _forward_reference}
-_BACKWARD = {"cpu": _backward_reference, "triton": _backward_triton, "reference": _backward_reference}
+_FORWARD = {"cpu": per_sample_cpu.forward, "triton": _forward_triton, "reference": _forward_reference}
+_BACKWARD = {"cpu": per_sample_cpu.backward, "triton": _backward_triton, "reference": _backward_reference}
 
 
 @torch.library.register_fake("hyperfast::per_sample_conv2d", lib=library)

@@ -51,14 +51,13 @@ def test_forward(bias, backend):
     torch.testing.assert_close(made, expected(g))
 
 
-@pytest.mark.parametrize("shape", [(4,), (1, 4)])
-def test_another_embedding(shape):
-    g, z = LinearGenerator((3, 2), 4), torch.randn(shape, requires_grad=True)
+def test_another_embedding():
+    g, z = LinearGenerator((3, 2), 4), torch.randn(4, requires_grad=True)
     (made,) = g(z)
-    torch.testing.assert_close(made, F.linear(z.reshape(-1), g.weight, g.bias).view(3, 2))
+    torch.testing.assert_close(made, F.linear(z, g.weight, g.bias).view(3, 2))
     made.sum().backward()
-    assert g.z.grad is None and z.grad.shape == shape
-    with pytest.raises(ValueError, match=r"z must have 4 elements.*\[5\]"):
+    assert g.z.grad is None and z.grad.shape == (4,)
+    with pytest.raises(ValueError, match=r"z must be \[4\], got shape \[5\]"):
         g(torch.randn(5))
     with pytest.raises(ValueError, match="factored mode generates from its own z"):
         hyperfast.factored_(g)(z)

@@ -1,6 +1,7 @@
 """TwoLayerGenerator: the mathematics, the protocol, and the company of linear generators."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -51,24 +52,25 @@ def test_names_and_sizes_of_has_example():
 
 
 def test_another_embedding():
-    g, z = TwoLayerGenerator((3, 2), 4), torch.randn(1, 4, requires_grad=True)
+    g, z = TwoLayerGenerator((3, 2), 4), torch.randn(4, requires_grad=True)
     g.init = "hyperfan"
     g.reset_parameters()
     (made,) = g(z)
     with torch.no_grad():
-        g.z.copy_(z[0])
+        g.z.copy_(z)
     torch.testing.assert_close(made, g()[0])
     made.sum().backward()
     assert g.z.grad is None and z.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match=r"z must have 4 elements, got shape \[5\]"):
+    with pytest.raises(ValueError, match=r"z must be \[4\], got shape \[5\]"):
         g(torch.randn(5))
 
 
 @pytest.mark.parametrize("name", ["hyperfan", "he_bias"])
 @pytest.mark.parametrize("K", [4, 64])
-def test_hyperfan_makes_hes_variance_on_average(name, K):
-    made = torch.cat([TwoLayerGenerator((64, 32, 3, 3), K, init=name)()[0].flatten() for _ in range(40)])
-    assert abs(made.var().item() / (2 / (32 * 9)) - 1) < 0.25
+def test_hyperfan_makes_hes_variance(name, K):
+    for _ in range(10):
+        made = TwoLayerGenerator((64, 32, 3, 3), K, init=name)()[0]
+        assert abs(made.std().item() / math.sqrt(2 / (32 * 9)) - 1) < 0.15
 
 
 def test_report_and_kaiming():
@@ -141,7 +143,7 @@ def test_compiled():
 
 @pytest.mark.parametrize(("shape", "K"), [((4,), 3), ((4, 0), 3), ((4, 2), 0), ((), 3)])
 def test_bad_sizes(shape, K):
-    with pytest.raises(ValueError, match=r"shape must be \(out, in, ...\).*got shape"):
+    with pytest.raises(ValueError, match=r"at least 1|\(out, in, \*kernel\)"):
         TwoLayerGenerator(shape, K)
     with pytest.raises(ValueError, match="init must be one of"):
         TwoLayerGenerator((4, 2), init="xavier")

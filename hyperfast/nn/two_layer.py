@@ -1,0 +1,102 @@
+"""The two-layer generator of Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3.1."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hyperfast.nn import init as initialisations
+from hyperfast.nn.generator import Generator, check_shapes, weights_of_samples
+from hyperfast.ops._library import check_backend
+from hyperfast.ops.generate import penalize_l2
+
+
+class TwoLayerGenerator(Generator):
+    """Weights of any number of layers, tiled from units that two small layers make from embeddings.
+
+    For a unit (O, I, *kernel), and D `hidden_dim`: `a = z w2 + b2` viewed as [I, D], `a w1 + b1`
+    [I, O prod(kernel)] viewed directly as the unit, as the public code does. A layer (O_l, I_l, *kernel) has
+    (O_l / O) (I_l / I) units side by side, in rows of blocks. shapes: of one layer, or of several. unit: its
+    shape, needed for several layers; default: the layer's own. Parameters: z [E, K] for E units, [K] where
+    there is one, w2 [K, I D], b2 [I D], w1 [D, O prod(kernel)], b1 [O prod(kernel)]. fan_in, fan_out: as in
+    `LinearGenerator`, one for all layers or one for each; init: a name in
+    `hyperfast.nn.init.INITIALISATIONS`. Its gradients are dense, in factored mode as well. Raises ValueError
+    for sizes below 1, shapes that units do not tile and unknown names.
+    """
+
+    per_layer = True
+
+    def __init__(
+        self,
+        shapes: Sequence[int] | Sequence[Sequence[int]],
+        z_dim: int = 4,
+        hidden_dim: int | None = None,
+        unit: Sequence[int] | None = None,
+        *,
+        fan_in: int | Sequence[int] | None = None,
+        fan_out: int | Sequence[int] | None = None,
+        init: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.shapes = check_shapes(shapes, z_dim=z_dim, hidden_dim=1 if hidden_dim is None else hidden_dim)
+        self.unit = torch.Size(self.shapes[0] if unit is None else unit)
+        self.counts = tuple(self._units_of(shape) for shape in self.shapes)
+        self.z_dim = operator.index(z_dim)
+        self.hidden_dim = operator.index(hidden_dim or z_dim)
+        self.backend = check_backend(backend)
+        self.init = initialisations.check(init)
+        self.fans = initialisations.fans(self.shapes, self.init, fan_in, fan_out)
+        K, D, E = self.z_dim, self.hidden_dim, sum(self.counts)
+        rows, columns = self.unit[1], math.prod(self.unit) // self.unit[1]
+        sizes = {"z": (E, K) if E > 1 else (K,), "w2": (K, rows * D), "b2": (rows * D,)}
+        sizes |= {"w1": (D, columns), "b1": (columns,)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def _units_of(self, shape: torch.Size) -> int:
+        """How many units make a layer; ValueError where they do not tile it."""
+        unit = self.unit
+        if len(unit) < 2 or min(unit) < 1 or len(shape) != len(unit) or shape[2:] != unit[2:]:
+            raise ValueError(f"unit must be (out, in, *kernel) like shape {tuple(shape)}, got {tuple(unit)}")
+        if shape[0] % unit[0] or shape[1] % unit[1]:
+            raise ValueError(f"shape {tuple(shape)} is not made of whole units {tuple(unit)}")
+        return (shape[0] // unit[0]) * (shape[1] // unit[1])
+
+    def reset_parameters(self) -> None:
+        parameters = self.w1, self.b1, self.w2, self.b2, self.z
+        initialisations.initialise_two_layer_(*parameters, self.fans, self.counts, self.init)
+
+    def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The weights. z: other embeddings than the generator's own, of the same shape, or of each sample:
+        [B, E, K], [B, K] where there is one unit."""
+        z = self._check_z(z)
+        if z.dim() > self.z.dim():
+            return weights_of_samples(self, z)
+        a = torch.addmm(self.b2, z.reshape(-1, self.z_dim), self.w2).view(-1, self.hidden_dim)
+        units = torch.addmm(self.b1, a, self.w1).view(-1, *self.unit)
+        made = (_tiled(own, shape) for own, shape in zip(units.split(self.counts), self.shapes, strict=True))
+        return tuple(penalize_l2(w, self.l2) for w in made)
+
+    def embeddings(self) -> tuple[Tensor, ...]:
+        return self.z.view(-1, self.z_dim).split(self.counts)
+
+    def extra_repr(self) -> str:
+        sizes = f"z_dim={self.z_dim}, hidden_dim={self.hidden_dim}"
+        if len(self.shapes) == 1 and self.unit == self.shapes[0]:
+            return f"{tuple(self.unit)}, {sizes}"
+        return f"{len(self.shapes)} weights, unit={tuple(self.unit)}, E={sum(self.counts)}, {sizes}"
+
+
+def _tiled(units: Tensor, shape: torch.Size) -> Tensor:
+    """Units [E, O, I, *kernel] side by side, in rows of blocks: a weight of `shape`."""
+    _, O, I, *kernel = units.shape
+    blocks = units.view(shape[0] // O, shape[1] // I, O, I, *kernel)
+    return blocks.transpose(1, 2).reshape(shape)
