@@ -566,7 +566,7 @@ def backward_launches(
 def _expand_launches(
     layer: Layer, x: Tensor, bias: Tensor | None, layer_bias: Tensor | None, y: Tensor
 ) -> Iterator[Launch]:
-    tiles = _expand_tiles(layer, 32 if layer.wide else 128, 16)
+    tiles = _expand_tiles(layer, (16 if layer.K == 1 else 32) if layer.wide else 128, 16)
     blocks = triton.cdiv(layer.rows, tiles["BLOCK_M"]) * triton.cdiv(layer.O, tiles["BLOCK_O"]) * layer.groups
     parts, chunk = split(triton.cdiv(layer.C, tiles["BLOCK_I"]), blocks, PROGRAMS)
     out = y if parts == 1 else layer.scratch(x.device, parts, y.numel())
@@ -637,8 +637,8 @@ def _weights_of(layer: Layer, x: Tensor, chosen: slice) -> Tensor:
 
 def _generate(layer: Layer, z: Tensor, bias: Tensor | None, w: Tensor) -> Launch:
     """w [samples, N] of z [samples, K]."""
-    tiles = _generator_tiles(layer) | {"BLOCK_B": _block(len(z), 64), "BLOCK_N": 128}
-    grid = triton.cdiv(len(z), tiles["BLOCK_B"]) * triton.cdiv(layer.N, 128)
+    tiles = _generator_tiles(layer) | {"BLOCK_B": _block(len(z), 64), "BLOCK_N": 64}
+    grid = triton.cdiv(len(z), tiles["BLOCK_B"]) * triton.cdiv(layer.N, 64)
     return layer.launch(
         per_sample_conv2d_generate_kernel, (grid,), z_ptr=z, bias_ptr=bias, w_ptr=w, samples=len(z),
         N=layer.N, **tiles,
@@ -647,7 +647,7 @@ def _generate(layer: Layer, z: Tensor, bias: Tensor | None, w: Tensor) -> Launch
 
 def _dx_launches(layer: Layer, dy: Tensor, z: Tensor, bias: Tensor | None, dx: Tensor) -> Iterator[Launch]:
     w, P = None, dx.shape[2] * dx.shape[3]
-    block_p, block_c = _block(P, ROWS), _block(layer.C, 64)
+    block_p, block_c = _block(P, ROWS), _block(layer.C, 32 if layer.wide else 64)
     block_o = _block(layer.O, 16 if layer.wide else 32)
     grid = triton.cdiv(P, block_p) * triton.cdiv(layer.C, block_c) * layer.groups
     for chosen in _chunks(layer, len(dx)):
