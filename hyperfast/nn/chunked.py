@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, check_shapes, weights_of_samples
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate import penalize_l2
 
@@ -69,6 +69,9 @@ class ChunkedGenerator(Generator):
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.split(self.counts)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        return tuple((AffineMap(count, self.weight, self.bias),) for count in self.counts)
 
     def extra_repr(self) -> str:
         sizes = f"z_dim={self.z_dim}, chunk_size={self.chunk_size}"

@@ -9,6 +9,7 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,14 @@ from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
+
+
+class AffineMap(NamedTuple):
+    """One step of generation: `rows` vectors times `weight` (a matrix, either way round), plus `bias`."""
+
+    rows: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
 
 class Generator(nn.Module):
@@ -49,6 +58,11 @@ class Generator(nn.Module):
     @abstractmethod
     def embeddings(self) -> tuple[Tensor, ...]:
         """For each of `shapes` the embeddings it is made from, views [E_l, K] of `z`."""
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        """For each of `shapes` what makes it, one after the other; empty where a kind does not say. The costs
+        of `hyperfast.analysis` are those of these products."""
+        return ((),) * len(self.shapes)
 
     def factors(self) -> list[Factors]:
         """The factors of every factored gradient: triples (weight, bias, z) with the z last used."""
@@ -200,6 +214,9 @@ class LinearGenerator(Generator):
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return (self.z.view(1, -1),)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        return ((AffineMap(1, self.weight, self.bias),),)
 
     @property
     def gradient_bias(self) -> nn.Parameter | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from hyperfast import ops
-from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
 from hyperfast.nn.per_sample import PerSampleWeight
-from hyperfast.ops._library import autocast_dtype, needs_function, no_autocast
+from hyperfast.nn.weights import Host
+from hyperfast.ops._library import autocast_dtype, needs_function
 from hyperfast.ops.hyper_layers import geometry_of, merged_wins
 
 
-class HyperLayer(nn.Module):
+class HyperLayer(Host):
     """A layer with a generated weight and an ordinary bias.
 
     `forward(x)` generates the weight itself; `forward(x, weight)` takes one made elsewhere
@@ -44,6 +45,21 @@ class HyperLayer(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
         )
+
+    def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
+        yield "weight", self.generator, 0
+
+    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+        plain = self._plain()
+        own = {k: v for k, v in self.__dict__.items() if k not in ("_parameters", "_modules", "generator")}
+        plain.__dict__.update(copy.deepcopy(own, memo))  # modes and hooks too
+        plain.weight = nn.Parameter(weights(self.generator)[0])
+        plain.bias = copy.deepcopy(self.bias, memo)
+        return plain
+
+    @abstractmethod
+    def _plain(self) -> nn.Module:
+        """The ordinary layer of this size."""
 
     def generated_weight(self) -> Tensor:
         return self.generator()[0]
@@ -114,6 +130,10 @@ class HyperLinear(HyperLayer):
                 return ops.hyper_linear(x, *operands, self.bias, factored=factored, path="merged")
         return F.linear(x, self.generated_weight() if weight is None else weight, self.bias)
 
+    def _plain(self) -> Linear:
+        sizes = self.in_features, self.out_features, self.bias is not None
+        return Linear(*sizes, device="meta")
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
@@ -180,6 +200,12 @@ class HyperConv2d(HyperLayer):
         path = "torch" if self.generator.backend == "reference" else "auto"
         return ops.conv2d(x, weight, self.bias, *options, path=path)
 
+    def _plain(self) -> Conv2d:
+        sizes = self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding
+        plain = Conv2d(*sizes, self.dilation, self.groups, self.bias is not None, device="meta")
+        plain.path = "torch" if self.generator.backend == "reference" else "auto"
+        return plain
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -188,66 +214,38 @@ class HyperConv2d(HyperLayer):
         )
 
 
-class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` computed by `hyperfast.ops.conv2d`, for the ordinary layers of a main network."""
+class Linear(nn.Linear):
+    """`nn.Linear` whose forward takes a weight made elsewhere as well, as that of `HyperLinear` does:
+    `hyperfast.freeze` puts it in its place."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.padding_mode != "zeros":
-            return super().forward(x)
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight if weight is None else weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` computed by `hyperfast.ops.conv2d`, for the ordinary layers of a main network and in place
+    of `HyperConv2d` in frozen ones: forward takes a weight made elsewhere as well. path: see
+    `hyperfast.ops.conv2d`; an exported network has torch's convolution."""
+
+    path = "auto"
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        if self.padding_mode != "zeros" or torch.compiler.is_exporting():
+            return self._conv_forward(x, weight, self.bias)
         options = self.stride, self.padding, self.dilation, self.groups
-        return ops.conv2d(x, self.weight, self.bias, *options)
+        return ops.conv2d(x, weight, self.bias, *options, path=self.path)
 
 
 def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:
-    """(name, layer) of every layer of `model` whose weight is generated."""
+    """(name, layer) of every layer of `model` whose weight is generated; a layer under several names once."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, HyperLayer))
 
 
-def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
-    """(name of its layer, generator) of every `HyperLayer` of `model`; a shared generator comes with its
-    first layer."""
-    seen: set[int] = set()
-    for name, layer in hyper_layers(model):
-        if id(layer.generator) not in seen:
-            seen.add(id(layer.generator))
-            yield name, layer.generator
-
-
 def generate_layers(model: nn.Module) -> dict[str, Tensor]:
-    """The generated weights of all layers of `model` by layer name, in one launch; empty for a plain
-    network."""
+    """The weights of the layers of `model` by layer name: generated ones, all in one launch, and those of
+    `hyperfast.nn.Conv2d` and `Linear`, which a frozen network has instead."""
     layers = dict(hyper_layers(model))
     made = generate_together(layer.generator for layer in layers.values())
-    return {name: weights[0] for name, weights in zip(layers, made, strict=True)}
-
-
-@torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain twin of `model`: every generator replaced by the weight it makes.
-
-    `conv1.generator.{weight,bias,z}` becomes `conv1.weight`; everything else keeps its name. Contiguous
-    copies that share no memory with `model`.
-    """
-    layers = dict(hyper_layers(model))
-    with no_autocast(list(model.parameters())):
-        weights = generate_layers(model)
-    prefixes = tuple(f"{name}.generator." if name else "generator." for name in layers)
-    state = {f"{name}.weight" if name else "weight": w for name, w in weights.items()}
-    state |= {name: t for name, t in model.state_dict().items() if not name.startswith(prefixes)}
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-    }
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and
-    `generated`, the weights the generators make, which are no parameters."""
-    trained = {id(p): p.numel() for p in trained_parameters(model)}
-    counts = {"total": sum(trained.values()), "generator": 0, "embedding": 0, "generated": 0}
-    for _, g in named_generators(model):
-        embeddings = {id(f) for f in (getattr(g, "z", None),) if isinstance(f, nn.Parameter)}
-        for p in g.parameters():
-            counts["embedding" if id(p) in embeddings else "generator"] += trained.get(id(p), 0)
-        counts["generated"] += sum(math.prod(shape) for shape in g.shapes)
-    counts["other"] = counts["total"] - counts["generator"] - counts["embedding"]
-    return counts
+    weights = {name: own[0] for name, own in zip(layers, made, strict=True)}
+    return weights | {n: m.weight for n, m in model.named_modules() if isinstance(m, (Conv2d, Linear))}

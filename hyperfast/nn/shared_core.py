@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, LinearGenerator, check_shapes, generate_together
+from hyperfast.nn.generator import (
+    AffineMap,
+    Generator,
+    LinearGenerator,
+    check_shapes,
+    generate_together,
+)
 from hyperfast.ops._library import check_backend, no_autocast
 
 
@@ -105,6 +111,10 @@ class SharedCoreGenerator(Generator):
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.split(1)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        core = AffineMap(1, self.core_weight, self.core_bias)
+        return tuple((core, *head.affine_maps()[0]) for head in self.heads)
 
     def keep_(self, *weights: Tensor) -> None:
         """Starts from a trained weight for each of `shapes`: the bias of its head takes it
