@@ -109,8 +109,8 @@ def strides(name: str, tensor: Tensor) -> dict[str, int]:
 
 
 def split(steps: int, blocks: int, programs: int) -> tuple[int, int]:
-    """(parts, steps of each) into which the `steps` of each of `blocks` blocks are cut, so that there are about
-    `programs` of them."""
+    """(parts, steps of each) into which the `steps` of each of `blocks` blocks are cut, about `programs` in
+    all."""
     chunk = triton.cdiv(steps, max(1, min(steps, programs // blocks)))
     return triton.cdiv(steps, chunk), chunk
 

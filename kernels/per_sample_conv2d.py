@@ -1,29 +1,30 @@
 """per_sample_conv2d: a layer in which every sample has generated weights of its own.
 
-y_b = conv(x_b, w_b) + layer_bias, w_b = weight z_b + bias: T = H' W' rows and N weights a sample, M = B T rows,
-weight [N, K] with N = O I, I = C / groups R S. Two forms; `expands` takes the one that costs less.
+y_b = conv(x_b, w_b) + layer_bias, w_b = weight z_b + bias, for T = H' W' rows and N weights a sample, M = B T
+rows in all, weight [N, K], N = O I, I = C / groups R S. Two forms; `expands` takes the one that costs less.
 
 Expand, for few rows a sample: y[m, o] = sum_ik (x[m, i] z[b, k]) weight[o, i, k] + sum_i x[m, i] bias[o, i]
-is one matrix product with the generator as it lies, [O, I K]. Its operand x outer z is made in registers from tiles
-of x and z, never in memory, and no w exists at all. Backward: a block makes a tile of d(x outer z) = dy
-weight and reduces it at once, over k with z to dx and over i with x to its part of dz; dweight = dy^T
-(x outer z), dbias = dy^T x. Floor: the generator read once forward, twice backward (read, and its gradient
-written), 4 N K bytes each in float32; 2 M N K operations forward, 4 M N K backward. Bytes decide up to about
-M = 40 in float32 on ordinary registers of an H100, 150 in half precision on tensor cores.
+is one matrix product with the generator as it lies, [O, I K]. Its operand x outer z is made in registers from
+tiles of x and z, never in memory, and no w exists. Backward: a block makes a tile of d(x outer z) = dy weight
+and sums it at once, over k with z to dx and over i with x to its share of dz; dweight = dy^T (x outer z),
+dbias = dy^T x. Floor: the generator read once forward, read once and its gradient written backward, N K
+elements each time; 2 M N K operations forward, 4 M N K backward. On an H100 the bytes decide up to about M =
+40 in float32 on ordinary registers, 300 in half precision on tensor cores.
 
 Per sample, for many: w_b of a chunk of samples is made by one product z weight^T, channels last, and each
-sample's layer is an implicit matrix product with its own. w is written, B N elements, no more than
-CHUNK_BYTES at a time. To form a tile of w beside the product that uses it, as hyper_conv2d does, moves less
-memory but more of it through L2: K N elements for each block of rows of each sample, against N for w
-itself. A layer 64 -> 64, 3 x 3, of 16 x 16 pixels, 128 samples, K = 16, bfloat16, would read 302 MB that
-way with blocks of 128 rows; w is 9 MB written and 19 MB read, and x and y, the floor, 17 MB in 2.4 billion
-multiplications. Backward: dx from w made again, dw_b of a chunk of samples, then dweight = dw^T z, dz = dw
-weight and dbias in one pass over dw.
+sample's layer is an implicit matrix product with its own w. Of w exist B N elements, at most CHUNK_BYTES at a
+time. To make a tile of w beside the product that uses it, as hyper_conv2d does, needs no memory but moves
+more through L2: K times the tile for each block of rows of each sample. A layer 64 -> 64, 3 x 3, of 16 x
+16 pixels, 128 samples, K = 16, in bfloat16, would read 302 MB that way in blocks of 128 rows; w is 9 MB
+written and 19 MB read. Floor there: x and y, 8 MB, the generator, 1 MB, and 2 M N = 2.4e9 operations.
+Backward: dx from w made again; dw_b of a chunk of samples, then dweight = dw^T z, dz = dw weight and dbias in
+one pass over dw.
 
-Products are on tensor cores: half precision, float64, TF32 where torch.backends.cuda.matmul.fp32_precision
-says so; float32 otherwise goes through ordinary registers. Where there are few blocks sums are cut into
-parts, added up in their order; no result depends on timing. `expands`, CHUNK_BYTES, tiles and parts follow
-from the above and from what compiles without spills; they await measurement on a GPU.
+Products are on tensor cores: half precision, float64, and TF32 where
+torch.backends.cuda.matmul.fp32_precision says so; float32 otherwise goes through ordinary registers. Few
+blocks of an expanded product are cut into parts, added up in their order: no result depends on timing.
+`expands`, CHUNK_BYTES, tiles and parts follow from the above and from what compiles without spills; they
+await measurement on a GPU.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ from hyperfast.kernels.launch import Launch
 GENERATION = 16  # a generated weight costs as much as so many multiplications on tensor cores, for each k
 PROGRAMS = 2 * 132  # blocks that 132 multiprocessors run at a time
 CHUNK_BYTES = 1 << 26  # of the weights of a chunk of samples
-ROWS = 64  # of a block of one sample
 MOST_SAMPLES = 65_535  # of a chunk: the second dimension of a grid
 
 
@@ -143,8 +143,8 @@ def per_sample_conv2d_expand_bwd_x_kernel(
     K: tl.constexpr, COMPUTE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # grid: (row blocks x column blocks x groups, the rows fastest; parts of `chunk` outputs). dx_ptr or dz_ptr
-    # may be None; dz_ptr [parts, groups, column blocks, T, B, K] takes each block's share
+    # grid: (row blocks x column blocks x groups, the rows fastest; parts of `chunk` outputs). dx_ptr or
+    # dz_ptr may be None; dz_ptr [parts, groups, column blocks, T, B, K] takes each block's share
     pid = tl.program_id(0)
     row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_I)
     group = pid // row_blocks // column_blocks
@@ -210,8 +210,8 @@ def per_sample_conv2d_expand_bwd_w_kernel(
     K: tl.constexpr, COMPUTE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # grid: (k blocks x column blocks x output blocks x groups, those of k fastest; parts of `chunk` rows). dweight_ptr or
-    # dbias_ptr may be None; without dweight_ptr there is one block of k
+    # grid: (k blocks x column blocks x output blocks x groups, those of k fastest; parts of `chunk` rows).
+    # dweight_ptr or dbias_ptr may be None; without dweight_ptr there is one block of k
     pid = tl.program_id(0)
     k_blocks = 1 if dweight_ptr is None else tl.cdiv(K, BLOCK_K)
     column_blocks, output_blocks = tl.cdiv(C, BLOCK_I), tl.cdiv(O, BLOCK_O)
@@ -460,7 +460,7 @@ def per_sample_conv2d_bwd_z_kernel(
     if dweight_ptr is not None:
         if dweight_before_ptr is not None:
             dweight += tl.load(dweight_before_ptr + of_weight, mask=in_weight, other=0.0).to(COMPUTE)
-            tl.debug_barrier()  # where it lies in dweight itself: no thread stores what another has yet to load
+            tl.debug_barrier()  # it may be dweight itself: no thread stores what another has yet to load
         tl.store(dweight_ptr + of_weight, dweight.to(dweight_ptr.dtype.element_ty), mask=in_weight)
     if dbias_ptr is not None:
         if first_k == 0:
@@ -489,14 +489,18 @@ def _expand_tiles(layer: Layer, columns: int, most_k: int) -> dict[str, int]:
 
 
 def _backward_tiles(layer: Layer, **reduced: int) -> dict[str, int]:
-    """At least 16 inputs, for the products with the bias; reduced: the size that is summed over, by the name of
-    its block, in steps of 32, or 16 on ordinary registers."""
+    """At least 16 inputs, for the products with the bias. reduced: what is summed over, by the name of its
+    block, goes in steps of 32, or of 16 on ordinary registers."""
     steps = {name: _block(size, 16 if layer.wide else 32) for name, size in reduced.items()}
     return _expand_tiles(layer, 512 // layer.x_dtype.itemsize, 32 // layer.x_dtype.itemsize) | steps
 
 
 def _tiles(layer: Layer, rows: int) -> dict[str, int]:
-    return {"BLOCK_M": _block(rows, ROWS), "BLOCK_O": _block(layer.O, 64), "BLOCK_I": _block(layer.I, 32)}
+    return {
+        "BLOCK_M": _block(rows, 64 if layer.wide else 128),
+        "BLOCK_O": _block(layer.O, 64),
+        "BLOCK_I": _block(layer.I, 32),
+    }
 
 
 def _generator_tiles(layer: Layer) -> dict[str, object]:
@@ -647,7 +651,7 @@ def _generate(layer: Layer, z: Tensor, bias: Tensor | None, w: Tensor) -> Launch
 
 def _dx_launches(layer: Layer, dy: Tensor, z: Tensor, bias: Tensor | None, dx: Tensor) -> Iterator[Launch]:
     w, P = None, dx.shape[2] * dx.shape[3]
-    block_p, block_c = _block(P, ROWS), _block(layer.C, 32 if layer.wide else 64)
+    block_p, block_c = _block(P, 64 if layer.wide else 128), _block(layer.C, 32 if layer.wide else 64)
     block_o = _block(layer.O, 16 if layer.wide else 32)
     grid = triton.cdiv(P, block_p) * triton.cdiv(layer.C, block_c) * layer.groups
     for chosen in _chunks(layer, len(dx)):
@@ -726,8 +730,8 @@ def _example(B: int, I: int, O: int, side: int, geometry: tuple[int, ...], K: in
 
 
 def examples() -> list[tuple[str, Launch]]:
-    """(name, launch) of a linear layer 512 -> 512 of 64 samples and a convolution 64 -> 64 of 128, to see what
-    they compile to; the last of a case's sums."""
+    """(name, launch) of a linear layer 512 -> 512 of 64 samples and a convolution 64 -> 64 of 128, to see
+    what they compile to; the last of a case's sums."""
     linear, convolution = (64, 512, 512, 1, LINEAR), (128, 64, 64, 16, PADDED)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     named = {}

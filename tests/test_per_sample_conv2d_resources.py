@@ -1,5 +1,5 @@
-"""What the kernels of `per_sample_conv2d` compile to, with or without a GPU: nothing spilled, tensor cores where
-they are meant to be, the generator read 16 bytes at a time."""
+"""What the kernels of `per_sample_conv2d` compile to, with or without a GPU: nothing spilled, tensor cores
+where they are meant to be, the generator read 16 bytes at a time."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_product_with_the_generator(dtype):
-    """The form for few rows: its operand stays in registers or on chip, the generator comes 16 bytes a thread."""
+    """The form for few rows: the generator comes 16 bytes at a time, ahead of its use."""
     launch = every_launch(*SHAPES["linear"], 16, dtype)["per_sample_conv2d_expand_fwd"]
     ptx = compiled(launch, 90)
     assert on_tensor_cores(ptx, OPERANDS.get(dtype, "")) == (dtype == torch.bfloat16)
