@@ -76,6 +76,23 @@ def test_nothing_is_spilled(shape, dtype, K, capability):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("geometry", [LINEAR, PADDED], ids=["linear", "convolution"])
+def test_sizes_of_one_and_nothing_but_one_gradient(geometry):
+    """Triton makes constants of sizes of 1, and leaves out what is None."""
+    for B, I, O, K in ((1, 1, 1, 1), (2, 3, 5, 20)):
+        unit = I * geometry[0] * geometry[1]
+        shapes = (B, I, 1, 1), (B, K), (O * unit, K), (O * unit,)
+        x, z, weight, dbias = (empty(*shape, dtype=torch.float32) for shape in shapes)
+        y = empty(B, O, 1, 1, dtype=torch.float32)
+        made = [*per_sample_conv2d.launches(x, z, weight, None, None, y, geometry)]
+        for i in range(4):
+            gradients = [t if i == j else None for j, t in enumerate((x, z, weight, dbias))]
+            made += per_sample_conv2d.backward_launches(y, x, z, weight, None, *gradients, geometry)
+        for launch in made:
+            compiled(launch, 90)
+
+
+@pytest.mark.slow
 def test_groups_and_half_precision():
     for launch in every_launch(16, 32, 32, 4, PADDED, 16, torch.float16, groups=32).values():
         assert on_tensor_cores(compiled(launch, 90), OPERANDS[torch.float16])

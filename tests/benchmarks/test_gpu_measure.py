@@ -207,7 +207,7 @@ def test_batch_norm(context):
 
 def test_small_runs_for_the_sanitizer(capsys):
     ran = smoke.run_all(CPU, (NATIVE,))
-    assert len(ran) == len(PASSES) + len(smoke.LAYERS) + 2
+    assert len(ran) == len(PASSES) + len(smoke.LAYERS) + len(smoke.PER_SAMPLE) + 2
     assert capsys.readouterr().out.count("\n") == len(ran)
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 
