@@ -86,3 +86,9 @@ def test_batch_norm_on_interpreted_kernels():
 def test_layers_on_interpreted_kernels():
     chosen = "middle or belong or only_one or factored_forms or autocast or leading or no_rows or no_images"
     run_interpreted("tests/ops/test_hyper_layers.py", "-k", chosen)
+
+
+@pytest.mark.timeout(600)
+def test_weights_for_each_sample_on_interpreted_kernels():
+    chosen = "middle or no_samples or no_images or not_needed or touch or autocast or test_linear and float32"
+    run_interpreted("tests/ops/test_per_sample.py", "-k", f"not chunks and ({chosen})")
