@@ -141,7 +141,9 @@ def initialise_two_layer_(
         nn.init.normal_(w2)
         embeddings_(z)
         w2.div_((z.view(-1, w2.shape[0]) @ w2).square().mean().mul(w1.shape[0]).sqrt())
-        z.mul_(_layer_norms(fans, counts, z).unsqueeze(-1))
+        for own, fan in zip(z.view(-1, w2.shape[0]).split(counts), fans, strict=True):
+            units = (own @ w2).view(-1, w1.shape[0]) @ w1
+            own.mul_(math.sqrt(2 / fan) / units.square().mean().sqrt())
     for bias in (b1, b2):
         nn.init.zeros_(bias)
 
@@ -172,8 +174,8 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
     """Initialises a shared core, h = weight z + bias, weight [D, K], bias [D], z [L, K], in place; bias
     starts at 0.
 
-    report: normal with std 0.01. kaiming: He's, z std 0.01. hyperfan, he_bias: embeddings of norm 1 give h of
-    norm 1, on which heads start as a linear generator does on z.
+    report: normal with std 0.01. kaiming: He's, z std 0.01. hyperfan, he_bias: embeddings of norm about 1,
+    scaled so that each gives an h of norm 1, on which its head starts as a linear generator does on z.
     """
     name = check(name)
     nn.init.zeros_(bias)
@@ -183,3 +185,4 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
     else:
         nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[0]))
         embeddings_(z)
+        z.div_((z @ weight.t()).norm(dim=-1, keepdim=True))
