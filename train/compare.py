@@ -1,14 +1,15 @@
 """Models side by side: `python -m train.compare --models full,standard_deep --epochs 1 --out runs/compare`.
 
-Every model is an ordinary run of `python -m train.cifar100` in OUT/MODEL, in a process of its own, so that
-times and peak memory are those of the model alone and a model that fails leaves the others. All other
-options go to it. compare.md, its tables and pictures, is written anew after every model; `--runs` adds runs
-that were finished before, or compares those alone.
+Every model is an ordinary run of `python -m train.cifar100`, or of another --command, in OUT/MODEL, in a
+process of its own, so that times and peak memory are those of the model alone and a model that fails leaves
+the others. All other options go to it. compare.md, its tables and pictures, is written anew after every
+model; `--runs` adds runs that were finished before, or compares those alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import signal
 import subprocess
@@ -18,19 +19,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from train import cifar100, comparison
+from train import comparison
 from train.checkpoint import CheckpointError
+from train.command import Command, Parser
 from train.loop import Interrupted, RunError
-from train.models import MODELS
 from train.summary import FILE, Run, load_run
 
-TRAIN = [sys.executable, "-m", "train.cifar100"]
+COMMANDS = ("cifar100", "cifar10")
+
+
+def training_command(name: str) -> Command:
+    """The command `python -m train.NAME`."""
+    return importlib.import_module(f"train.{name}").COMMAND
+
+
+def program(training: Command) -> list[str]:
+    """What starts it in a process of its own."""
+    return [sys.executable, "-m", f"train.{training.name}"]
 
 
 @dataclass
 class Plan:
     """A model to train: its run's folder, and the arguments of the training command but `--resume`."""
 
+    training: Command
     model: str
     folder: Path
     arguments: list[str]
@@ -41,7 +53,7 @@ class Plan:
 
     @property
     def command(self) -> str:
-        return cifar100.command_line([*self.arguments, *self.resume])
+        return self.training.line([*self.arguments, *self.resume])
 
     @property
     def resume(self) -> list[str]:
@@ -53,51 +65,52 @@ class Plan:
             return None
         run = load_run(self.folder)
         command = run.summary["command"].removesuffix(" --resume")
-        return run if command == cifar100.command_line(self.arguments) else None
+        return run if command == self.training.line(self.arguments) else None
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; what it does not know is for the training command."""
-    p = cifar100.Parser(
+    p = Parser(
         "python -m train.compare",
         description="Train several models and compare them.",
-        epilog="All other options go to python -m train.cifar100.",
+        epilog="All other options go to python -m train.cifar100, or to what --command names.",
         allow_abbrev=False,  # --model is not --models
     )
-    p.add_argument(
-        "--models", type=_models, help=f"names with commas between them; all: {','.join(MODELS)} "
-        "(all; none with --runs)"
-    )  # fmt: skip
+    p.add_argument("--command", choices=COMMANDS, default=COMMANDS[0], help="trains them (%(default)s)")
+    p.add_argument("--models", help="names with commas between them (all of the command; none with --runs)")
     p.add_argument("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished runs to add")
     p.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (%(default)s)")
     p.add_argument("--resume", action="store_true", help="continue: finished models are not trained again")
     return p
 
 
-def _models(text: str) -> list[str]:
+def _models(text: str, choices: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in MODELS:
-            raise argparse.ArgumentTypeError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+        if name not in choices:
+            raise RunError(f"--models: unknown model {name!r}; choose from {', '.join(choices)}")
         if names.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name} is named twice")
+            raise RunError(f"--models: {name} is named twice")
     return names
 
 
 def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
     """The runs to make. Raises RunError for options that belong to one run, and for runs that exist."""
-    models = args.models if args.models is not None else [] if args.runs else list(MODELS)
+    training = training_command(args.command)
+    models = [] if args.runs else list(training.models)
+    if args.models is not None:
+        models = _models(args.models, training.models)
     if options and not models:
         raise RunError(f"{shlex.join(options)}: options of the training, but no --models to train")
-    own = cifar100.parser()
+    own = training.parser()
     own.set_defaults(model=None)
     if own.parse_args(options).model is not None:
         raise RunError("--model: every model is one of --models")
     plans = []
     for model in models:
         folder = args.out / model
-        plans.append(Plan(model, folder, ["--model", model, "--out", str(folder), *options]))
-        cifar100.parse(plans[-1].arguments)  # leaves with one line if an option does not fit the model
+        plans.append(Plan(training, model, folder, ["--model", model, "--out", str(folder), *options]))
+        training.parse(plans[-1].arguments)  # leaves with one line if an option does not fit the model
     exist = [str(p.folder) for p in plans if p.started]
     if exist and not args.resume:
         raise RunError(f"{', '.join(exist)}: already there; continue with --resume, or choose another --out")
@@ -117,7 +130,7 @@ def train(p: Plan) -> tuple[int, int | None]:
         if process is not None:
             process.send_signal(number)
 
-    command = [*TRAIN, *p.arguments, *p.resume]
+    command = [*program(p.training), *p.arguments, *p.resume]
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         process = subprocess.Popen(command, process_group=0)

@@ -13,14 +13,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from hyperfast.analysis import table
+from hyperfast.analysis.embeddings import STATISTICS
+from hyperfast.analysis.pictures import STYLE
 from train.checkpoint import write_atomically
-from train.report import STYLE, marks, percent, save_figure, size_cells, table
+from train.report import marks, percent, save_figure, size_cells
 from train.summary import MB, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE = "compare.md"
+PARTS = ("train", "test")  # whose curves are drawn
+ZOOM = 80  # percent
 Labelled = dict[str, Run]  # in the order of the tables
 # told apart without colour: marker, dash and shade differ
 LOOKS = [
@@ -94,7 +99,7 @@ def _accuracy(named: Labelled, out: Path) -> str:
     header = ["model", "epochs", "best", "validation accuracy", "test accuracy", "published", "difference"]
     text = [
         "## Accuracy\n",
-        "Test accuracy at the best validation epoch; published: the best of the report's epochs.\n",
+        "Test accuracy at the best validation epoch; published: as the report of each run says.\n",
         table(header, rows),
         *(f"\n{note}: {', '.join(names)}." for note, names in notes.items() if names),
         "\n![accuracy by epoch](accuracy.png)\n",
@@ -158,7 +163,7 @@ def _embeddings(named: Labelled) -> str:
     for name, run in named.items():
         last, ranges = run.history[-1], _published_ranges(run)
         for layer, counts in run.summary["parameters"]["layers"].items():
-            z = {key: last[f"z/{layer}/{key}"] for key in ("min", "max", "mean", "std", "norm")}
+            z = {key: last[f"z/{layer}/{key}"] for key in STATISTICS}
             ours = [
                 f"[{z['min']:.4f}, {z['max']:.4f}]",
                 *(f"{z[key]:.4f}" for key in ("mean", "std", "norm")),
@@ -200,7 +205,7 @@ def accuracy_curves(named: Labelled) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.1), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
-        for axis, part, label in zip(axes, ("train", "test"), ("training", "test"), strict=True):
+        for axis, part, label in zip(axes, PARTS, ("training", "test"), strict=True):
             for i, (name, run) in enumerate(named.items()):
                 beside = 0.1 * (i - (len(named) - 1) / 2) if longest == 1 else 0  # not on top of each other
                 epochs = [row["epoch"] + beside for row in run.history]
@@ -212,9 +217,15 @@ def accuracy_curves(named: Labelled) -> Figure:
             axis.set(xlabel="epoch", ylabel=f"{label} accuracy (%)")
             axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
             axis.set_xlim(*((0, 2) if longest == 1 else (None, None)))
-        axes[0].set_ylim(bottom=0)
+        shown = [row[f"{part}_accuracy"] for run in named.values() for row in run.history for part in PARTS]
+        axes[0].set_ylim(bottom=_bottom(shown))
         _legend(figure, *axes[0].get_legend_handles_labels())
     return figure
+
+
+def _bottom(accuracies: list[float]) -> float | None:
+    """Where an axis of accuracies starts: at 0, but close to the lowest where all would lie in its top."""
+    return 0 if min(accuracies) < ZOOM else None
 
 
 def accuracy_against_size(named: Labelled) -> Figure:
@@ -241,7 +252,9 @@ def accuracy_against_size(named: Labelled) -> Figure:
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_formatter(NullFormatter())
-        axes[0].set_ylim(bottom=0)
+        shown = [run.summary["best"]["test_accuracy"] for run in named.values()]
+        shown += [run.summary["published"]["accuracy"] for run in named.values() if run.summary["published"]]
+        axes[0].set_ylim(bottom=_bottom(shown))
         axes[0].set_ylabel("test accuracy (%)")
         handles = [Line2D([], [], **look(i) | {"linestyle": "none"}) for i in range(len(named))]
         names = list(named)

@@ -13,13 +13,14 @@ time, since that takes a hundred short kernels however many images there are.
 
 from __future__ import annotations
 
+import bisect
 import csv
 import hashlib
 import io
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from hyperfast.analysis import z_report
 from hyperfast.nn import named_weights
 from train import checkpoint
 from train.data import batches
@@ -469,18 +471,24 @@ def one_cycle(steps: int, lr: float, min_lr: float, warm_up: float) -> Callable[
     return rate
 
 
+def exponential_by_step(lr: float, decay: float, min_lr: float) -> Callable[[int, int], float]:
+    """lr of a step: times `decay` after each, down to `min_lr`."""
+    return lambda epoch, step: max(min_lr, lr * decay**step)
+
+
+def piecewise(rates: Sequence[float], until: Sequence[float]) -> Callable[[int, int], float]:
+    """lr of a step: `rates[i]` before step `until[i]`, the last one (of one more) from there on. `until` need
+    not be whole: they may be shares of all steps."""
+    if len(rates) != len(until) + 1:
+        raise ValueError(f"rates must be one more than the {len(until)} of until, got {len(rates)}")
+    return lambda epoch, step: rates[bisect.bisect_right(until, step)]
+
+
 def z_statistics(model: nn.Module) -> Row:
-    """Smallest, largest, mean, std (population) and norm of the embeddings of every generated weight:
-    {"z/conv1/min": ...}."""
-    row: Row = {}
-    for name, generator, index in named_weights(model):
-        z = generator.embeddings()[index].detach().double()
-        figures = (z.min(), z.max(), z.mean(), z.std(correction=0), z.norm())
-        row |= {
-            f"z/{name}/{k}": float(v)
-            for k, v in zip(("min", "max", "mean", "std", "norm"), figures, strict=True)
-        }
-    return row
+    """Smallest, largest, mean, std and norm of the embeddings of every generated layer: {"z/conv1/min":
+    ...}."""
+    by_layer = z_report(model).statistics()
+    return {f"z/{name}/{key}": value for name, own in by_layer.items() for key, value in own.items()}
 
 
 def write_csv(path: Path, history: list[Row]) -> None:

@@ -14,6 +14,7 @@ from hyperfast.nn.layers import (
     generate_layers,
     hyper_layers,
 )
+from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
 from hyperfast.nn.weights import named_generators, named_weights, parameter_counts, plain_state_dict
@@ -29,6 +30,7 @@ __all__ = [
     "HyperModule",
     "Linear",
     "LinearGenerator",
+    "PerSampleWeight",
     "SharedCoreGenerator",
     "TwoLayerGenerator",
     "generate_layers",

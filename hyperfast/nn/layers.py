@@ -13,6 +13,7 @@ from torch.nn.modules.utils import _pair
 
 from hyperfast import ops
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.nn.weights import Host
 from hyperfast.ops._library import autocast_dtype, needs_function
 from hyperfast.ops.hyper_layers import geometry_of, merged_wins
@@ -22,7 +23,8 @@ class HyperLayer(Host):
     """A layer with a generated weight and an ordinary bias.
 
     `forward(x)` generates the weight itself; `forward(x, weight)` takes one made elsewhere
-    (`generate_layers`: all layers of a network in one launch).
+    (`generate_layers`: all layers of a network in one launch); `forward(x, z=z)` generates it from another
+    embedding, or from z [B, K] a weight for each of the B samples of x, without a loop.
     """
 
     generator: Generator
@@ -62,6 +64,20 @@ class HyperLayer(Host):
     def generated_weight(self) -> Tensor:
         return self.generator()[0]
 
+    def _is_watched(self) -> bool:
+        """Whether someone hooks into the calls of the generator."""
+        return bool(self.generator._forward_hooks or self.generator._forward_pre_hooks)
+
+    def operands_of(self, z: Tensor, weight: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        """(z, weight, bias) of the generator, for `ops.hyper_linear` and `ops.hyper_conv2d`, or None where it
+        is not plainly linear. ValueError where the layer is given a weight too."""
+        if weight is not None:
+            raise ValueError("give weight or z, not both")
+        g = self.generator
+        if type(g) is not LinearGenerator or g.backend != "auto" or g.l2 or self._is_watched():
+            return None
+        return g._check_z(z), g.weight, g.bias
+
     def operands(self, x: Tensor, rows: int, convolution: bool = False) -> tuple[Tensor | None, ...] | None:
         """(z, weight, bias) of the generator, to be merged with this layer's product of `rows` rows, or None
         where the weight is to be generated first: `ops.hyper_layers.merged_wins` says so, the next weights
@@ -70,8 +86,7 @@ class HyperLayer(Host):
         if type(g) is not LinearGenerator or g.backend != "auto" or g.next_weight is not None:
             return None
         if (
-            g._forward_hooks
-            or g._forward_pre_hooks
+            self._is_watched()
             or x.dtype not in (g.weight.dtype, autocast_dtype(g.weight))
             or x.device != g.weight.device
         ):
@@ -104,7 +119,11 @@ class HyperLinear(HyperLayer):
         super().__init__((out_features, in_features), bias, z_dim, init, generator, backend, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, *, z: Tensor | None = None) -> Tensor:
+        if z is not None:
+            if (operands := self.operands_of(z, weight)) is not None:
+                return ops.hyper_linear(x, *operands, self.bias)
+            (weight,) = self.generator(z)
         if weight is None and isinstance(x, Tensor) and x.dim() and x.shape[-1] == self.in_features:
             if (operands := self.operands(x, x.numel() // self.in_features)) is not None:
                 factored = self.generator.factored
@@ -162,8 +181,14 @@ class HyperConv2d(HyperLayer):
         self.stride, self.dilation, self.groups = _pair(stride), _pair(dilation), groups
         self.padding = padding if isinstance(padding, str) else _pair(padding)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, *, z: Tensor | None = None) -> Tensor:
         options = self.stride, self.padding, self.dilation, self.groups
+        if z is not None:
+            if (operands := self.operands_of(z, weight)) is not None:
+                return ops.hyper_conv2d(x, *operands, self.bias, self.kernel_size, *options)
+            (weight,) = self.generator(z)
+        if isinstance(weight, PerSampleWeight):
+            return F.conv2d(x, weight, self.bias, *options)
         if weight is None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.in_channels:
             rows = geometry_of(x, self.kernel_size, *options).rows(x)
             if (operands := self.operands(x, rows, convolution=True)) is not None:

@@ -10,8 +10,8 @@ import torch
 
 import hyperfast
 from tests.train.tiny import Net
-from train import checkpoint, cifar100
-from train.data import CifarData, DataError
+from train import checkpoint, cifar100, command
+from train.data import DataError, ImageSet
 from train.models import MODELS, build_model
 
 
@@ -30,7 +30,7 @@ def tiny_model(name, fused=False, init=None, **_):
 def small_data(monkeypatch):
     monkeypatch.delenv("HYPERFAST_DATA", raising=False)
     monkeypatch.setattr(
-        cifar100, "load_cifar", lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+        cifar100, "load_images", lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
     )
     monkeypatch.setattr(cifar100, "VALIDATION", 20)
 
@@ -68,7 +68,7 @@ def test_defaults_are_the_recipe(name):
     wanted |= {"fused": True, "seed": 42, "precision": "fp32", "resume": False, "max_steps": None}
     assert {key: getattr(args, key) for key in wanted} == wanted
     assert args.init == hyperfast.nn.init.DEFAULT and args.out == Path(f"runs/cifar100_{name}")
-    assert cifar100.BETAS == (0.9, 0.999) and cifar100.VALIDATION == 5000
+    assert command.BETAS == (0.9, 0.999) and cifar100.VALIDATION == 5000
     assert cifar100.parse([]).model == "full"
 
 
@@ -81,6 +81,8 @@ def test_options_override_the_recipe():
     ]
     args = cifar100.parse(["--model", "fixed", *arguments])
     assert {key: getattr(args, key) for key in options} == options
+    args = cifar100.parse(["--batch_size=3", "--min_lr", "0", "--out=a_b"])  # as in the reports
+    assert (args.batch_size, args.min_lr, args.out) == (3, 0, Path("a_b"))
 
 
 def test_schedules():
@@ -138,7 +140,7 @@ def test_precision_of_a_gpu():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for precision in ("tf32", "fp32", "tf32", "bf16"):
-            cifar100.set_precision(precision)
+            command.set_precision(precision)
             tf32 = precision == "tf32"
             assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
             assert torch.backends.cudnn.allow_tf32 == tf32
@@ -257,6 +259,8 @@ def test_the_seed_decides_the_run(small, tmp_path):
         (["--warm-up", "1.5"], "argument --warm-up: must be at most 1, got 1.5"),
         (["--target-accuracy", "0"], "argument --target-accuracy: must be above 0, got 0"),
         (["--target-accuracy", "101"], "argument --target-accuracy: must be at most 100, got 101"),
+        (["--min-lr", "1"], "--min-lr 1.0 is larger than --lr 0.001"),
+        (["--no-fused", "--state-dtype", "bf16"], "--state-dtype bf16 needs --fused"),
         (["--typo"], "unrecognized arguments: --typo"),
     ],
 )
@@ -279,14 +283,12 @@ def test_out_is_checked_before_the_data_is_read(small, tmp_path, capsys, monkeyp
     def never(name, root):
         raise AssertionError("data was read")
 
-    monkeypatch.setattr(cifar100, "load_cifar", never)
+    monkeypatch.setattr(cifar100, "load_images", never)
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "a") == 2
     assert "cannot be written" in one_line(capsys)
     assert run(tmp_path / "a", "--resume") == 2
     assert "--resume: no run in" in one_line(capsys)
-    assert run(tmp_path / "a", "--min-lr", "1") == 2
-    assert "--min-lr 1.0 is larger than --lr 0.001" in one_line(capsys)
     for device in ("cuda:99", "nonsense"):
         assert run(tmp_path / "a", "--device", device) == 2
         assert f"--device {device}" in one_line(capsys)
@@ -312,7 +314,7 @@ def test_other_data_is_another_recipe(small, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     x, y = images(60, 0)
     monkeypatch.setattr(
-        cifar100, "load_cifar", lambda name, root: CifarData(x, y.flip(0), *images(20, 1), [])
+        cifar100, "load_images", lambda name, root: ImageSet(x, y.flip(0), *images(20, 1), [])
     )
     assert run(tmp_path / "a", "--resume") == 2
     assert "label_checksum was" in one_line(capsys)
@@ -325,7 +327,7 @@ def test_faults_of_data_and_batch_size(small, tmp_path, capsys, monkeypatch):
     def missing(name, root):
         raise DataError("no data here")
 
-    monkeypatch.setattr(cifar100, "load_cifar", missing)
+    monkeypatch.setattr(cifar100, "load_images", missing)
     assert run(tmp_path / "a") == 2
     assert one_line(capsys) == "error: no data here\n"
 
@@ -361,8 +363,8 @@ def test_a_signal_tells_how_to_go_on(small, tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "a") == 128 + signal.SIGTERM
     error = capsys.readouterr().err
     assert "stopped by SIGTERM" in error
-    command = f"python -m train.cifar100 --out {tmp_path / 'a'} --epochs 2 --batch-size 8 --resume"
-    assert error.rstrip().endswith(command)
+    again = f"python -m train.cifar100 --out {tmp_path / 'a'} --epochs 2 --batch-size 8 --resume"
+    assert error.rstrip().endswith(again)
     monkeypatch.setattr(cifar100, "make_optimizer", real)
     assert run(tmp_path / "a", "--resume") == 0
 
@@ -466,12 +468,12 @@ def test_a_switch_keeps_outputs_and_moments(small_data, tmp_path, fused):
 
 
 def test_best_of_an_earlier_stage_is_loaded_and_reported(small_data, tmp_path, monkeypatch):
-    real = cifar100.Trainer.evaluate
+    real = command.Trainer.evaluate
 
     def evaluate(self, part):
         return real(self, part)[0], [10.0, 30.0, 20.0, 20.0][len(self.history)]
 
-    monkeypatch.setattr(cifar100.Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(command.Trainer, "evaluate", evaluate)
     args = cifar100.parse(["--out", str(tmp_path / "a"), "--batch-size", "8", *SMALL, *GROW])
     trainer = cifar100.run(args, "command")
     best = checkpoint.load(tmp_path / "a" / "best.pt")
@@ -591,8 +593,8 @@ def test_init_from_errors(small_data, tmp_path, capsys):
 REAL = """
 import sys, torch
 from train import cifar100
-from tests.train.test_cifar100 import CifarData, images
-cifar100.load_cifar = lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+from tests.train.test_cifar100 import ImageSet, images
+cifar100.load_images = lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
 cifar100.VALIDATION = 20
 sys.exit(cifar100.main(sys.argv[1:]))
 """

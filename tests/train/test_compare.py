@@ -20,10 +20,10 @@ import hyperfast
 from tests.train.test_cifar100 import images
 from tests.train.test_report import legend_fits
 from tests.train.tiny import Net
-from train import checkpoint, cifar100, compare, comparison, report, summary
+from train import checkpoint, cifar100, command, compare, comparison, report, summary
 from train.checkpoint import CheckpointError
 from train.compare import Plan
-from train.data import CifarData
+from train.data import ImageSet
 from train.report import save_figure
 from train.summary import MB, load_run
 
@@ -46,7 +46,7 @@ def build(name, fused=False, **options):
 def trained(monkeypatch):
     """Models that were trained, in order: by the real command with tiny models and data, in this process."""
     monkeypatch.setattr(
-        cifar100, "load_cifar", lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+        cifar100, "load_images", lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
     )
     monkeypatch.setattr(cifar100, "VALIDATION", 20)
     monkeypatch.setattr(cifar100, "build_model", build)
@@ -137,7 +137,7 @@ def test_a_failure_does_not_lose_the_others_and_resume_goes_on(trained, tmp_path
             raise RunFailure("no such kernel")
         return build(name, **options)
 
-    class RunFailure(cifar100.RunError):
+    class RunFailure(command.RunError):
         pass
 
     monkeypatch.setattr(cifar100, "build_model", broken)
@@ -287,7 +287,7 @@ def test_a_run_that_goes_on_has_no_summary(finished, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cifar100.Trainer, "fit", interrupted)
+    monkeypatch.setattr(command.Trainer, "fit", interrupted)
     status = cifar100.main(["--out", str(finished), "--epochs", "1", "--batch-size", "8", "--resume"])
     assert status == 130
     with pytest.raises(CheckpointError, match="summary.json: no such file"):
@@ -335,12 +335,12 @@ sys.exit(10 * len(received))
 
 
 def plan(tmp_path):
-    return Plan("full", tmp_path, ["--model", "full"])
+    return Plan(cifar100.COMMAND, "full", tmp_path, ["--model", "full"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_training_once(number, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(compare, "TRAIN", [sys.executable, "-c", CHILD])
+    monkeypatch.setattr(compare, "program", lambda training: [sys.executable, "-c", CHILD])
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupt():
@@ -358,7 +358,8 @@ def test_a_signal_reaches_the_training_once(number, tmp_path, monkeypatch, capfd
 
 def test_the_exit_status_comes_back(tmp_path, monkeypatch):
     for code, status in (("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9), ("pass", 0)):
-        monkeypatch.setattr(compare, "TRAIN", [sys.executable, "-c", f"import os, sys; {code}"])
+        child = [sys.executable, "-c", f"import os, sys; {code}"]
+        monkeypatch.setattr(compare, "program", lambda training, child=child: child)
         assert compare.train(plan(tmp_path)) == (status, None)
 
 
@@ -400,8 +401,8 @@ def test_a_killed_training_is_a_failure(trained, tmp_path, capsys, monkeypatch):
 REAL = """
 import sys
 from train import cifar100
-from tests.train.test_compare import CifarData, build, images
-cifar100.load_cifar = lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+from tests.train.test_compare import ImageSet, build, images
+cifar100.load_images = lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
 cifar100.VALIDATION, cifar100.build_model = 20, build
 sys.exit(cifar100.main(sys.argv[1:]))
 """
@@ -409,14 +410,14 @@ sys.exit(cifar100.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_in_processes_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "TRAIN", [sys.executable, "-c", REAL])
+    monkeypatch.setattr(compare, "program", lambda training: [sys.executable, "-c", REAL])
     assert run(tmp_path / "c") == 0
     assert all((tmp_path / "c" / name / "report.md").exists() for name in MODELS.split(","))
 
 
 @pytest.mark.slow
 def test_the_module_is_a_command():
-    done = subprocess.run([*compare.TRAIN[:2], "train.compare", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "train.compare", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "All other options go to python -m train.cifar100" in done.stdout
 
 
@@ -461,6 +462,17 @@ def test_pictures(named, tmp_path, epochs):
     conv, fc = figures["z"].axes
     (bar,) = conv.patches
     assert (bar.get_y(), bar.get_height()) == (-2.0, 3.0) and not fc.patches
+
+
+def test_high_accuracies_are_shown_close(named):
+    """0 to 100 % where something is low; otherwise the differences of good models must be seen."""
+    assert comparison.accuracy_curves(named).axes[0].get_ylim()[0] == 0
+    assert comparison.accuracy_against_size(named).axes[0].get_ylim()[0] == 0
+    for r in named.values():
+        r.history = [row | {"train_accuracy": 98.5, "test_accuracy": 99.0} for row in r.history]
+        r.summary |= {"best": r.history[0], "published": None}
+    assert comparison.accuracy_curves(named).axes[0].get_ylim()[0] > 90
+    assert comparison.accuracy_against_size(named).axes[0].get_ylim()[0] > 90
 
 
 def test_looks_differ_without_colour():

@@ -16,7 +16,7 @@ from tests.train import tiny
 from tests.train.tiny import Net, data, make
 from train import checkpoint, loop, summary
 from train.checkpoint import CheckpointError
-from train.loop import Interrupted, RunError, cosine, one_cycle
+from train.loop import Interrupted, RunError, cosine, exponential_by_step, one_cycle, piecewise
 
 
 def assert_same(a, b):
@@ -459,3 +459,12 @@ def test_training_asks_for_huge_pages_unless_told_otherwise(own):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == (own or "1")
+
+
+def test_schedules_by_step():
+    rate = exponential_by_step(0.5, 0.1, 0.004)
+    assert [rate(9, step) for step in range(4)] == pytest.approx([0.5, 0.05, 0.005, 0.004])
+    rate = piecewise((3, 2, 1), (2, 4.5))
+    assert [rate(9, step) for step in range(7)] == [3, 3, 2, 2, 2, 1, 1]
+    with pytest.raises(ValueError, match="one more than the 2 of until, got 2"):
+        piecewise((3, 2), (1, 2))

@@ -1,0 +1,393 @@
+"""What the training commands share: options, checks, optimizer, the run from the command line to report.md.
+
+A command (`train/cifar100.py`) has a module of its own with its models, recipes, published figures and data,
+and a `Command` that puts them together. Options may be spelled with underscores too: `--batch_size`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import hyperfast
+from hyperfast.nn.init import DEFAULT, INITIALISATIONS
+from train import report, summary
+from train.allocator import keep_freed_memory
+from train.checkpoint import CheckpointError, write_atomically
+from train.data import DataError, split
+from train.loop import Config, ImageData, Interrupted, RunError, Stages, Trainer, open_run
+
+BETAS = (0.9, 0.999)
+STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"}
+OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}  # both in hyperfast.optim and in torch.optim
+Built = tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor | float]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; a command adds its own options. Each field is an option, None where the command
+    line decides. clip: gradient norm. patience: epochs without a better validation accuracy, 0: any number.
+    """
+
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    patience: int = 15
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line; an underscore in an option's name is a dash."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashed(text) for text in arguments], namespace)
+
+
+def _dashed(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def number(kind: type, low: float, above: bool = False, high: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` from `low` (`above`: larger than it) to `high`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (low < value if above else low <= value) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low}, got {text}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, got {text}")
+        return value
+
+    return parse
+
+
+COUNT, RATE, POSITIVE = number(int, 1), number(float, 0), number(float, 0, above=True)
+
+
+def add_run_options(p: Parser, data: str, models: Iterable[str], default: str, out: str) -> None:
+    """The options of a run, but its recipe. data: the data set's name; out: of the run's folder."""
+    add = p.add_argument
+    boolean = argparse.BooleanOptionalAction
+    add(
+        "--fused", action=boolean, default=True, help="factored gradients and fused kernels, or plain PyTorch"
+    )
+    add("--model", choices=list(models), default=default)
+    add("--init", choices=list(INITIALISATIONS), default=DEFAULT, help="how generators start (%(default)s)")
+    add("--generated-l2", type=RATE, default=0.0, metavar="C", help="C / 2 |w|^2 of every generated weight w")
+    add("--data", type=Path, help=f"folder with {data}, torchvision's or the hub's Parquet layout; "
+        "otherwise HYPERFAST_DATA, otherwise it is downloaded")  # fmt: skip
+    add("--out", type=Path, help=f"folder of the run ({out})")
+    add("--resume", action="store_true", help="continue the run in --out")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="fp32 (the default): float32, "
+        "without TF32; tf32: matrix products and convolutions in TF32, on a GPU; bf16: autocast")  # fmt: skip
+    add("--cuda-graph", action=boolean, help="the whole step as one CUDA graph (on a GPU: yes)")
+    add("--threads", type=COUNT, help="CPU threads (torch's choice)")
+    add("--seed", type=number(int, 0), default=42)
+    add("--max-steps", type=COUNT, help="stop the run after so many steps")
+    accuracy = number(float, 0, above=True, high=100)
+    add("--target-accuracy", type=accuracy, metavar="PERCENT", help="stop after the first epoch whose test "
+        "accuracy reaches this, and say how long the training took")  # fmt: skip
+    add("--eval-batches", type=COUNT, help="evaluate on so many batches only")
+    add("--save-every", type=COUNT, default=1, help="epochs between two last.pt (%(default)s)")
+    add(
+        "--save-frozen",
+        action="store_true",
+        help="write the plain network of the best epoch, frozen.safetensors",
+    )
+
+
+def add_state_option(p: Parser) -> None:
+    """For commands with factored generators; the others have state_dtype fp32."""
+    p.add_argument(
+        "--state-dtype",
+        choices=list(STATE_DTYPES),
+        default="fp32",
+        help="how the moments of generators are stored; needs --fused (%(default)s)",
+    )
+
+
+def add_recipe_options(
+    p: Parser, recipes: Collection[str], help: str, schedules: Collection[str]
+) -> Callable[..., argparse.Action]:
+    """The options of `Recipe`, None where the recipe decides; returns what adds more of them.
+
+    help: what the `recipes` are.
+    """
+    add = p.add_argument_group("recipe (each model has its own, see below)").add_argument
+    add("--recipe", choices=list(recipes), default="report", help=help)
+    add("--optimizer", choices=list(OPTIMIZERS))
+    add("--schedule", choices=list(schedules), help="of the learning rate")
+    add("--epochs", type=COUNT)
+    add("--batch-size", type=COUNT)
+    add("--lr", type=POSITIVE)
+    add("--weight-decay", type=RATE)
+    add("--clip", type=POSITIVE, help="gradient norm")
+    add("--patience", type=number(int, 0), help="epochs without a better validation accuracy, 0: any number")
+    return add
+
+
+def describe_recipes(recipes: Mapping[str, Mapping[str, Recipe]]) -> str:
+    """All recipes by name and model, in one paragraph."""
+
+    def each() -> Iterator[str]:
+        for kind, by_model in recipes.items():
+            for recipe in dict.fromkeys(by_model.values()):
+                values = ", ".join(
+                    f"{name.replace('_', '-')} {value}" for name, value in vars(recipe).items()
+                )
+                models = ", ".join(name for name, own in by_model.items() if own == recipe)
+                yield f"{kind} for {models}: {values}."
+
+    return " ".join(each())
+
+
+def fill_in(
+    args: argparse.Namespace, options: Parser, recipes: Mapping[str, Mapping[str, Recipe]], out: str
+) -> None:
+    """Sets what was not given: the recipe's values, the run's folder `out`_MODEL, cuda_graph. Exits with one
+    line for a model without such a recipe and for options that do not go together."""
+    by_model = recipes[args.recipe]
+    if args.model not in by_model:
+        options.error(f"--recipe {args.recipe} is for {', '.join(by_model)}, not for {args.model}")
+    for name, value in vars(by_model[args.model]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs") / f"{out}_{args.model}"
+    if args.state_dtype != "fp32" and not args.fused:
+        options.error(f"--state-dtype {args.state_dtype} needs --fused")
+    on_gpu = args.device.partition(":")[0] == "cuda"
+    if not on_gpu and args.cuda_graph:
+        options.error(f"--cuda-graph needs --device cuda, got {args.device}")
+    if not on_gpu and args.precision == "tf32":
+        options.error(f"--precision tf32 needs --device cuda, got {args.device}")
+    if args.cuda_graph is None:
+        args.cuda_graph = on_gpu
+
+
+# -- device --------------------------------------------------------------------------------------
+
+
+def check_device(name: str) -> None:
+    """Makes a GPU the current one. Raises RunError for a device that does not exist here."""
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def set_precision(precision: str) -> None:
+    """How a GPU multiplies float32: in TF32 only where `precision` is "tf32". torch's own default has TF32 in
+    convolutions. cuDNN tries its algorithms once for each shape: shapes are fixed."""
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
+
+
+def set_up_device(args: argparse.Namespace) -> None:
+    """Device, precision and threads as the options say. Raises RunError."""
+    check_device(args.device)
+    if torch.device(args.device).type == "cuda":
+        set_precision(args.precision)
+    keep_freed_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+# -- parts of a run ------------------------------------------------------------------------------
+
+
+def image_data(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    validation: int,
+    seed: int,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    normalize: Callable[[Tensor], Tensor],
+) -> tuple[ImageData, int]:
+    """The three parts, `validation` images of `train` (images, labels) apart, and a check sum of the labels:
+    it tells other data or another order."""
+    images, labels = train
+    parts = [(images[index], labels[index]) for index in split(len(labels), validation, seed)]
+    checksum = zlib.crc32(torch.cat((labels, test[1])).to(torch.uint8).numpy())
+    return ImageData(*parts, test, augment, normalize), checksum
+
+
+def make_optimizer(
+    model: nn.Module, args: argparse.Namespace, groups: list[dict] | None = None
+) -> tuple[torch.optim.Optimizer, Callable[[], Tensor | float]]:
+    """Optimizer with clipping, fused or plain, and what makes a step and returns the norm.
+
+    groups: of all parameters, where their options differ. In a CUDA graph both leave the norm on the device.
+    The fused one then skips a step without a finite norm instead of raising; the plain one takes it, as it
+    does without a graph.
+    """
+    options: dict[str, Any] = {"lr": args.lr, "betas": BETAS, "weight_decay": args.weight_decay}
+    trained = groups or list(model.parameters())
+    if args.fused:
+        capturable = {"capturable": True, "nonfinite": "skip"} if args.cuda_graph else {}
+        options |= {"max_grad_norm": args.clip, "state_dtype": STATE_DTYPES[args.state_dtype]}
+        fused = getattr(hyperfast.optim, OPTIMIZERS[args.optimizer])(trained, **options, **capturable)
+
+        def fused_step() -> Tensor | float:
+            fused.step()
+            return fused.grad_norm
+
+        return fused, fused_step
+    capturable = {"capturable": True, "fused": True} if args.cuda_graph else {}
+    plain = getattr(torch.optim, OPTIMIZERS[args.optimizer])(trained, **options, **capturable)
+
+    def plain_step() -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        plain.step()
+        return norm
+
+    return plain, plain_step
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    data: ImageData,
+    built: Built,
+    schedule: Callable[[int, int], float],
+    recipe: dict[str, Any],
+    stages: Stages | None = None,
+) -> Trainer:
+    """The loop of `built`, from `torch.manual_seed(args.seed)` on. recipe: what must be equal on resume
+    beside the options that must be in every run."""
+    same = {name: getattr(args, name) for name in ("model", "init", "precision", "state_dtype")}
+    recipe = same | recipe | {name: getattr(args, name) for name in ("seed", "eval_batches", "generated_l2")}
+    free = ("fused", "device", "cuda_graph", "patience", "max_steps", "target_accuracy", "save_every")
+    circumstances = {name: getattr(args, name) for name in free}
+    circumstances |= {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    config = Config(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        patience=args.patience or None,
+        precision=args.precision,
+        device=args.device,
+        cuda_graph=args.cuda_graph,
+        target_accuracy=args.target_accuracy,
+        max_steps=args.max_steps,
+        eval_batches=args.eval_batches,
+        save_every=args.save_every,
+    )
+    model, optimizer, step = built
+    return Trainer(model, data, optimizer, step, schedule, config, args.out, recipe, circumstances, stages)
+
+
+def recipe_values(args: argparse.Namespace, kind: type[Recipe]) -> dict[str, Any]:
+    """The options of a recipe of this `kind` that a resumed run must have had; patience may differ."""
+    names = kind.__dataclass_fields__
+    return {name: getattr(args, name) for name in names if name != "patience"}
+
+
+def save_frozen(model: nn.Module, path: Path) -> None:
+    """The plain network as safetensors: generated weights under their layers' names, float32."""
+    content = safetensors.torch.save(hyperfast.nn.plain_state_dict(model), {"format": "pt"})
+    write_atomically(path, lambda file: file.write(content))
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """`python -m train.NAME`. title: of its data set, in reports.
+
+    parser() makes the options, parse(arguments) gives them complete. make_trainer(args) reads the data and
+    builds the loop; it may raise CheckpointError, DataError, RunError. published(args): what was reported of
+    this very model, if anything. extra(trainer, args): sections of report.md, Markdown, of a run that has
+    ended; pictures go into trainer.out.
+    """
+
+    name: str
+    title: str
+    models: tuple[str, ...]
+    parser: Callable[[], Parser]
+    parse: Callable[[Sequence[str]], argparse.Namespace]
+    make_trainer: Callable[[argparse.Namespace], Trainer]
+    published: Callable[[argparse.Namespace], report.Published | None]
+    extra: Callable[[Trainer, argparse.Namespace], str] = lambda trainer, args: ""
+
+    def line(self, arguments: Sequence[str]) -> str:
+        """The command that has these arguments, as it stands in reports."""
+        return f"python -m train.{self.name} {shlex.join(arguments)}".strip()
+
+    def run(self, args: argparse.Namespace, command: str) -> Trainer:
+        """Train and report; returns the trainer with its records and the best epoch's weights.
+
+        args: from `parse`. Raises RunError, CheckpointError, DataError, Interrupted.
+        """
+        set_up_device(args)
+        open_run(args.out, args.resume)
+        trainer = self.make_trainer(args)
+        if args.resume:
+            for difference in trainer.resume():
+                print(f"note: {difference}")
+            print(f"resumed {args.out} after epoch {len(trainer.history)}")
+        summary.discard(args.out)
+        reason = trainer.fit()
+        trainer.load_best()
+        frozen = args.out / "frozen.safetensors" if args.save_frozen else None
+        if frozen:
+            save_frozen(trainer.model, frozen)
+        title = f"{self.title}, {args.model}"
+        extra = self.extra(trainer, args)
+        path = report.write(trainer, title, reason, command, self.published(args), frozen, extra)
+        epoch, accuracy = trainer.best["epoch"], trainer.best["test_accuracy"]
+        if reached := trainer.target_row():
+            reason += f", {reached['training_seconds']:.1f} s of training"
+        print(f"{reason}; test accuracy {accuracy:.2f} % at the best validation epoch, {epoch}; {path}")
+        return trainer
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Exit status: 0, 2 after an error (one line on stderr), 128 + signal after an interruption."""
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        args = self.parse(arguments)
+        command = self.line(arguments)
+        try:
+            self.run(args, command)
+        except (RunError, CheckpointError, DataError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Interrupted as stop:
+            again = command if args.resume else f"{command} --resume"
+            print(
+                f"\nstopped by {stop}; {args.out} holds the last epoch's end. Continue with: {again}",
+                file=sys.stderr,
+            )
+            return 128 + stop.number
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 130
+        return 0
