@@ -48,8 +48,11 @@ class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
         running = (self.running_mean, self.running_var) if update or not self.training else (None, None)
         training = self.training or running[0] is None
         options = (training, momentum or 0.0, self.eps, self.pool)
+        backend = (
+            "reference" if torch.compiler.is_exporting() else self.backend
+        )  # an export needs no hyperfast
         return batch_norm_relu_max_pool(
-            x, *running, self.weight, self.bias, *options, num_batches_tracked=count, backend=self.backend
+            x, *running, self.weight, self.bias, *options, num_batches_tracked=count, backend=backend
         )
 
     def extra_repr(self) -> str:

@@ -99,11 +99,11 @@ class HyperModule(Host):
                 for name in names:
                     yield join(self.network, name), generator, index
 
-    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+    def frozen(self, weights: Callable[[Generator], Sequence[nn.Parameter]], memo: dict) -> nn.Module:
         plain = copy.deepcopy(self.module, memo)
         for generator, own in zip(self.generators.values(), self.targets, strict=True):
             for weight, names in zip(weights(generator), own, strict=True):
-                _put(plain, dict.fromkeys(names, nn.Parameter(weight)))
+                _put(plain, dict.fromkeys(names, weight))
         return plain
 
     @contextmanager
