@@ -25,7 +25,7 @@ from train.command import Command, Parser
 from train.loop import Interrupted, RunError
 from train.summary import FILE, Run, load_run
 
-COMMANDS = ("cifar100", "cifar10")
+COMMANDS = ("cifar100", "cifar10", "conditional")
 
 
 def training_command(name: str) -> Command:
