@@ -4,6 +4,7 @@ whole        a training step of `full`: forward, backward, clipping at norm 1, A
 whole_bf16   the same under bfloat16 autocast
 part         what the generators cost in it: generate, backward from given dw, clipping, AdamW
 pooled       its five batch norm -> ReLU -> max pool (the fifth without), forward and backward, channels_last
+wrn          a training step of the hyper WRN-40-1: forward, backward, Adam; batch 32, float32
 
 eager                as users write it: PlainHyperNet, default AdamW
 channels_last        the same in channels_last with fused AdamW
@@ -13,6 +14,8 @@ factored_reference   hyperfast.reference, factored, under torch.compile: the com
 hyperfast            factored gradients and fused kernels, channels_last, the tuned allocator
 hyperfast_compiled   the same under torch.compile (whole only)
 ..._untuned          with the allocator as it is
+loop                 wrn: a kernel for each embedding by itself, as the public code does, default Adam
+plain                wrn: the plain twin, all else as hyperfast
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hyperfast
-from benchmarks.plain import SHAPES, PlainHyperNet
+from benchmarks.plain import SHAPES, PlainHyperNet, PlainHyperWideResNet
 from train.models import build_model
 from train.models.full import CHANNELS
+from train.models.wrn import build_wrn
 
 RECIPE = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
 BATCH = 64
@@ -43,12 +47,14 @@ WHOLE = (
 )
 WHOLE_BF16 = ("eager", "channels_last", "compiled", "channels_last_tuned", "compiled_tuned", "hyperfast")
 POOLED = ("eager", "compiled", "hyperfast_untuned", "eager_tuned", "compiled_tuned", "hyperfast")
+WRN = ("loop", "loop_channels_last_tuned", "batched_tuned", "plain", "hyperfast")
+WRN_BATCH = 32
 PART = ("eager", "channels_last", "channels_last_tuned", "compiled_tuned", "factored_reference", "hyperfast")
 
 
 def tuned_allocator(way: str) -> bool:
     """Whether `way` runs with an allocator that keeps freed memory and asks for huge pages."""
-    return way.endswith("_tuned") or way in ("hyperfast", "hyperfast_compiled", "factored_reference")
+    return way.endswith("_tuned") or way in ("hyperfast", "hyperfast_compiled", "factored_reference", "plain")
 
 
 def _plain() -> PlainHyperNet:
@@ -235,5 +241,37 @@ def pooled(way: str) -> Callable[[], Tensor]:
             _, dweight, _ = torch.autograd.grad(made.pop(), [x, *parameters[i]], dy)
             total += dweight.sum()
         return total
+
+    return step
+
+
+def wrn(way: str) -> Callable[[], Tensor]:
+    """A function that does one training step of the hyper WRN-40-1, or its plain twin, and returns the
+    loss."""
+    torch.manual_seed(0)
+    loop = PlainHyperWideResNet()
+    if way.startswith("loop"):
+        model: nn.Module = loop
+    else:
+        name = "wrn_40_1" if way == "plain" else "hyper_wrn_40_1"
+        model = build_wrn(name, fused=way != "batched_tuned")
+        if way != "plain":
+            model.load_state_dict(loop.state_dict())
+    torch.manual_seed(1)
+    x, y = torch.randn(WRN_BATCH, 3, 32, 32), torch.randint(10, (WRN_BATCH,))
+    options = {"lr": 2e-3, "weight_decay": 5e-4}
+    if way != "loop":
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    if way in ("plain", "hyperfast"):
+        optimizer = hyperfast.optim.Adam(model, **options, max_grad_norm=100.0)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), **options, fused=None if way == "loop" else True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
     return step

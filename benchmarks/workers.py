@@ -118,6 +118,7 @@ def main(kind: str, way: str) -> None:
         "whole_bf16": ways.whole_bf16,
         "part": ways.part,
         "pooled": ways.pooled,
+        "wrn": ways.wrn,
     }
     step = kinds[kind](way)
     for line in sys.stdin:

@@ -99,8 +99,10 @@ class Generator(nn.Module):
             return self.z
         own = self.z.shape
         if z.shape != own and (z.dim() != len(own) + 1 or z.shape[1:] != own):
-            batched = f"or [B{''.join(f', {n}' for n in own)}] for B samples"
-            raise ValueError(f"z must be {list(own)}, {batched}, got shape {list(z.shape)}")
+            batched = f"[B{''.join(f', {n}' for n in own)}] for B samples"
+            raise ValueError(
+                f"z must be {list(own)}, got shape {list(z.shape)}, which is not {batched} either"
+            )
         if self.factored:
             raise ValueError(
                 f"a {type(self).__name__} in factored mode generates from its own z only: the gradient of "

@@ -150,9 +150,10 @@ def _per_sample(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bo
             f"factored must be False for z {list(z.shape)}: the gradient of weight has rank {len(z)}"
         )
     tensors = x, z, weight, bias, layer_bias
+    needs_grad = needs_function(*tensors)
     if path == "separate":
         return _in_autocast(lambda *t: per_sample.expression(*t, geometry), *tensors)
-    if needs_function(*tensors):
+    if needs_grad:
         return _in_autocast(lambda *t: per_sample.PerSampleConv2dFunction.apply(*t, geometry), *tensors)
     return _in_autocast(lambda *t: per_sample.forward_op(*t, geometry.flat()), *tensors)
 

@@ -246,7 +246,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="give weight or z, not both"):
             layer(x, torch.randn(4, 6), z=z)
         with pytest.raises(
-            ValueError, match=r"z must be \[3\], or \[B, 3\] for B samples, got shape \[3, 2\]"
+            ValueError, match=r"z must be \[3\], got shape \[3, 2\], which is not \[B, 3\] for B"
         ):
             layer(x, z=z[:, :2])
         with pytest.raises(ValueError, match=r"z \[2, 3\], x \[3, 6\]"):
