@@ -25,7 +25,7 @@ from train.command import Command, Parser
 from train.loop import Interrupted, RunError
 from train.summary import FILE, Run, load_run
 
-COMMANDS = ("cifar100", "cifar10", "mnist")
+COMMANDS = ("cifar100", "cifar10", "conditional", "mnist")
 
 
 def training_command(name: str) -> Command:

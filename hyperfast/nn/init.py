@@ -174,9 +174,9 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
     """Initialises a shared core, h = weight z + bias, weight [D, K], bias [D], z [L, K], in place; bias
     starts at 0.
 
-    report: normal with std 0.01. kaiming: He's, z std 0.01. Otherwise embeddings of norm about 1: he_bias gives
-    h of std 0.01, hyperfan scales each so that its h has norm 1; heads then start as a linear generator does
-    on its z.
+    report: normal with std 0.01. kaiming: He's, z std 0.01. Otherwise embeddings of norm about 1: he_bias
+    gives h of std 0.01, hyperfan scales each so that its h has norm 1; heads then start as a linear generator
+    does on its z.
     """
     name = check(name)
     nn.init.zeros_(bias)
