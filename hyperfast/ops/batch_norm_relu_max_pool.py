@@ -48,7 +48,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _contiguous(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> Iterator[Tensor | None]:
     """[C] each, in `dtype` if given; optional arguments come lazily negated if they are."""
-    return (None if t is None else t.to(dtype or t.dtype).contiguous().resolve_neg() for t in tensors)
+    for t in tensors:
+        as_is = t is None or t.is_contiguous() and t.dtype == (dtype or t.dtype) and not t.is_neg()
+        yield t if as_is else t.to(dtype or t.dtype).contiguous().resolve_neg()
 
 
 def _sizes(x: Tensor, pool: int) -> tuple[int, ...]:
@@ -99,8 +101,8 @@ def _forward_cpu(
     threads = torch.get_num_threads()
     _cpu.batch_norm(_sizes(x, pool), *addresses, eps, y.data_ptr(), _address(index), dtype_name(x), threads)
     if running_mean is not None:
-        for running, made in zip((running_mean, running_var), batch.unbind(), strict=True):
-            running.lerp_(made.to(running.dtype), momentum)
+        made = batch if running_mean.dtype == compute else batch.to(running_mean.dtype)
+        torch._foreach_lerp_([running_mean, running_var], [made[0], made[1]], momentum)
     if num_batches is not None:
         num_batches.add_(1)
 
@@ -184,7 +186,7 @@ class BatchNormReLUMaxPool(torch.autograd.Function):
                 dy, x, index, weight, statistics, *options
             )
         dparameters = (
-            None if dtype is None else d.to(dtype)
+            d if d.dtype == dtype else None if dtype is None else d.to(dtype)
             for d, dtype in zip((dweight, dbias), ctx.dtypes, strict=True)
         )
         dx, dresidual = (dx if with_dx else None), (dresidual if with_dresidual else None)
