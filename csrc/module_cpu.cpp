@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/generate_units.h"
 #include "cpu/hyper_linear.h"
 #include "cpu/kernels.h"
 
@@ -183,6 +184,112 @@ void hyper_linear_backward(const std::array<int64_t, 8>& tensors, const std::arr
   kernels().hyper_linear_backward(call, type, scratch.get(), threads);
 }
 
+// (P, D, C, O, I, T)
+UnitSizes unit_sizes(const std::array<int64_t, 6>& sizes, bool channels_last,
+                     const std::vector<UnitLayer>& layers, int threads) {
+  const auto& [P, D, C, O, I, T] = sizes;
+  for (const int64_t size : sizes)
+    if (size < 1) throw py::value_error("sizes must be at least 1");
+  const UnitSizes made{P, D, C, O, I, T, channels_last};
+  int64_t units = 0;
+  for (const auto& layer : layers) {
+    if (layer.units < 0 || layer.across < 1 || layer.units % layer.across)
+      throw py::value_error("a layer has whole rows of units");
+    units += layer.units;
+  }
+  if (made.unit() % C || P * C != units * made.unit())
+    throw py::value_error("P rows of C must be the layers' units");
+  if (threads < 1) throw py::value_error("threads must be at least 1");
+  return made;
+}
+
+// Layers hold dtype, or bfloat16 beside float32.
+DType stored_of(const std::string& stored, DType dtype) {
+  const DType type = dtype_of(stored);
+  if (type != dtype && (type != DType::bfloat16 || dtype != DType::float32))
+    throw py::value_error("layers hold the dtype of a, or bfloat16 beside float32, got " + stored);
+  return type;
+}
+
+void generate_units(const Table<3>& table, const std::array<int64_t, 3>& tensors,
+                    const std::array<int64_t, 6>& sizes, bool channels_last, const std::string& dtype,
+                    const std::string& stored, int threads) {
+  const DType type = dtype_of(dtype), layer_type = stored_of(stored, type);
+  std::vector<UnitLayer> layers;
+  for (const auto& [w, units, across] : table) {
+    check_aligned(w, element_size(layer_type));
+    layers.push_back({nullptr, pointer(w), units, across});
+  }
+  const auto& [a, weight, bias] = tensors;
+  check_aligned({a, weight, bias}, element_size(type));
+  const GenerateUnits call{layers.data(), int64_t(layers.size()),
+                           pointer(a),    pointer(weight),
+                           pointer(bias), unit_sizes(sizes, channels_last, layers, threads)};
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(units_scratch(call.sizes, type, false));
+  kernels().generate_units(call, type, layer_type, scratch.get(), threads);
+}
+
+void generate_units_backward(const Table<4>& table, double l2, const std::array<int64_t, 5>& tensors,
+                             const std::array<int64_t, 6>& sizes, bool channels_last,
+                             const std::string& dtype, const std::string& stored, int threads) {
+  const DType type = dtype_of(dtype), layer_type = stored_of(stored, type);
+  std::vector<UnitLayer> layers;
+  for (const auto& [dw, w, units, across] : table) {
+    check_aligned({dw, w}, element_size(layer_type));
+    if (l2 != 0 && !w) throw py::value_error("l2 needs the layers' w");
+    layers.push_back({pointer(dw), pointer(w), units, across});
+  }
+  const auto& [a, weight, da, dweight, dbias] = tensors;
+  check_aligned({a, weight, da, dweight, dbias}, element_size(type));
+  const GenerateUnitsBackward call{layers.data(),
+                                   int64_t(layers.size()),
+                                   pointer(a),
+                                   pointer(weight),
+                                   pointer(da),
+                                   pointer(dweight),
+                                   pointer(dbias),
+                                   l2,
+                                   unit_sizes(sizes, channels_last, layers, threads)};
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(units_scratch(call.sizes, type, true));
+  kernels().generate_units_backward(call, type, layer_type, scratch.get(), threads);
+}
+
+OuterProductSizes outer_sizes_of(const std::array<int64_t, 4>& sizes, int threads) {
+  const auto& [B, T, I, K] = sizes;
+  for (const int64_t size : {B, T, I})
+    if (size < 1) throw py::value_error("sizes must be at least 1");
+  check_sizes(I, K, threads);
+  return {B, T, I, K};
+}
+
+void outer_product(const std::array<int64_t, 3>& tensors, const std::array<int64_t, 4>& sizes,
+                   const std::string& dtype, int threads) {
+  const auto& [x, z, products] = tensors;
+  const OuterProduct call{pointer(x), pointer(z), pointer(products), outer_sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  check_aligned({x, z, products}, element_size(type));
+  py::gil_scoped_release release;
+  kernels().outer_product(call, type, threads);
+}
+
+void outer_product_backward(const std::array<int64_t, 5>& tensors, bool add,
+                            const std::array<int64_t, 4>& sizes, const std::string& dtype, int threads) {
+  const auto& [dproducts, x, z, dx, dz] = tensors;
+  const OuterProductBackward call{pointer(dproducts),
+                                  pointer(x),
+                                  pointer(z),
+                                  pointer(dx),
+                                  pointer(dz),
+                                  add,
+                                  outer_sizes_of(sizes, threads)};
+  const DType type = dtype_of(dtype);
+  check_aligned({dproducts, x, z, dx, dz}, element_size(type));
+  py::gil_scoped_release release;
+  kernels().outer_product_backward(call, type, threads);
+}
+
 using Pair = std::array<int64_t, 2>;
 
 template <auto kernel>
@@ -303,6 +410,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("hyper_linear_backward", &hyper_linear_backward, py::arg("tensors"), py::arg("sizes"),
         py::arg("dtype"), py::arg("threads"),
         "tensors: (weight, bias or 0, z, x, dy, dx or 0, dz or 0, dw or 0); sizes: (G, M, O, I, K).");
+  m.def(
+      "generate_units", &generate_units, py::arg("layers"), py::arg("tensors"), py::arg("sizes"),
+      py::arg("channels_last"), py::arg("dtype"), py::arg("stored"), py::arg("threads"),
+      "layers: (w, units, units side by side) each; tensors: (a, weight, bias or 0); sizes: (P, D, C, O, I, "
+      "T); stored: dtype of the layers.");
+  m.def("generate_units_backward", &generate_units_backward, py::arg("layers"), py::arg("l2"),
+        py::arg("tensors"), py::arg("sizes"), py::arg("channels_last"), py::arg("dtype"), py::arg("stored"),
+        py::arg("threads"),
+        "layers: (dw or 0, w or 0, units, units side by side) each; tensors: (a, weight, da or 0, dweight or "
+        "0, dbias or 0); the rest as in generate_units.");
+  m.def("outer_product", &outer_product, py::arg("tensors"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("threads"), "tensors: (x, z, products); sizes: (B, T, I, K).");
+  m.def("outer_product_backward", &outer_product_backward, py::arg("tensors"), py::arg("add"),
+        py::arg("sizes"), py::arg("dtype"), py::arg("threads"),
+        "tensors: (dproducts, x, z, dx or 0, dz or 0); add: whether to dx; sizes: (B, T, I, K).");
   const auto def_columns = [&](const char* name, auto function, const char* doc) {
     m.def(name, function, py::arg("image"), py::arg("shape"), py::arg("strides"), py::arg("columns"),
           py::arg("kernel_size"), py::arg("out"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),

@@ -63,12 +63,59 @@ def generate_backward(weights: Sequence[Tensor], dws: Sequence[Tensor]) -> tuple
     return dzs, torch.stack([dw.double().square().sum() for dw in dws])
 
 
+def generate_units(
+    a: Tensor, weight: Tensor, bias: Tensor | None, shapes: Sequence[Sequence[int]], unit: Sequence[int]
+) -> list[Tensor]:
+    """u = a weight + bias, laid out as the kernels of layers: a [P, D], weight [D, C], bias [C] or None.
+
+    Read in order, u [P, C] is E units of shape `unit` = (O, I, *kernel). A layer of `shapes`, (m O, n I,
+    *kernel), is tiled by the next m n of them: w[o O : (o + 1) O, i I : (i + 1) I] = units[o n + i].
+    """
+    u = a @ weight if bias is None else torch.addmm(bias, a, weight)
+    O, I, *kernel = unit
+    tiles = [(shape[0] // O, shape[1] // I) for shape in shapes]
+    parts = u.reshape(-1, *unit).split([m * n for m, n in tiles])
+    return [
+        part.view(m, n, *unit).transpose(1, 2).reshape(m * O, n * I, *kernel)
+        for part, (m, n) in zip(parts, tiles, strict=True)
+    ]
+
+
+def generate_units_backward(
+    dws: Sequence[Tensor | None],
+    ws: Sequence[Tensor],
+    l2: float,
+    a: Tensor,
+    weight: Tensor,
+    shapes: Sequence[Sequence[int]],
+    unit: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """da = du weight^T [P, D], dweight = a^T du [D, C] and dbias [C], the sum of the rows of du, with du [P,
+    C] what dw + l2 w of all layers are when read unit by unit.
+
+    A dw may be None: zeros. ws: the layers' w; empty where l2 is 0.
+    """
+    O, I, *kernel = unit
+    rows = []
+    for i, (dw, shape) in enumerate(zip(dws, shapes, strict=True)):
+        g = a.new_zeros(shape) if dw is None else dw.to(a.dtype)
+        g = g + l2 * ws[i].to(a.dtype) if l2 else g
+        rows.append(g.reshape(shape[0] // O, O, shape[1] // I, I, *kernel).transpose(1, 2).reshape(-1))
+    du = torch.cat(rows).view(-1, weight.shape[1])
+    return du @ weight.t(), a.t() @ du, du.sum(0)
+
+
 def hyper_linear(
     x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None, layer_bias: Tensor | None = None
 ) -> Tensor:
     """A linear layer on generated weights: x [..., I], z [K], weight [O I, K], bias [O I] or None, layer_bias
-    [O] or None -> [..., O]."""
-    return F.linear(x, F.linear(z, weight, bias).view(-1, x.shape[-1]), layer_bias)
+    [O] or None -> [..., O]. z [B, K] with x [B, ..., I]: y_b = x_b w_b^T + layer_bias, w_b = weight z_b +
+    bias."""
+    w = F.linear(z, weight, bias)
+    if z.dim() == 1:
+        return F.linear(x, w.view(-1, x.shape[-1]), layer_bias)
+    y = torch.einsum("b...i,boi->b...o", x, w.unflatten(1, (-1, x.shape[-1])))
+    return y if layer_bias is None else y + layer_bias
 
 
 def hyper_conv2d(
@@ -84,9 +131,15 @@ def hyper_conv2d(
     groups: int = 1,
 ) -> Tensor:
     """A convolution with a generated kernel: x [B, I, H, W], z [K], weight [O I/groups R S, K], bias [O
-    I/groups R S] or None, layer_bias [O] or None, kernel_size (R, S) -> [B, O, H', W']."""
+    I/groups R S] or None, layer_bias [O] or None, kernel_size (R, S) -> [B, O, H', W']. z [B, K]: sample b
+    has the kernel weight z_b + bias, and its channels are groups of one convolution."""
     w = F.linear(z, weight, bias).view(-1, x.shape[1] // groups, *kernel_size)
-    return F.conv2d(x, w, layer_bias, stride, padding, dilation, groups)
+    if z.dim() == 1:
+        return F.conv2d(x, w, layer_bias, stride, padding, dilation, groups)
+    images = x.reshape(1, -1, *x.shape[2:])
+    y = F.conv2d(images, w, None, stride, padding, dilation, len(x) * groups)
+    y = y.view(len(x), -1, *y.shape[2:])
+    return y if layer_bias is None else y + layer_bias.view(-1, 1, 1)
 
 
 def adamw_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, c: AdamWCoefficients) -> None:

@@ -258,14 +258,15 @@ def sample_erasing(
 
 
 class Augment:
-    """The recipe at the top of this file for batches of RGB images.
+    """The recipe at the top of this file for batches of images.
 
-    mean, std: 3 values each, of pixels in [0, 1]. crop_padding in pixels, degrees of rotation, flip and
+    mean, std: a value for each of the C channels, of pixels in [0, 1]; colours are jittered on RGB images
+    alone. crop_padding in pixels, degrees of rotation, flip and
     erasing probabilities, brightness, contrast, saturation and hue as torchvision's ColorJitter. Raises
     ValueError for values out of range.
 
-    Calling it with images uint8 [B, 3, H, W] and a torch.Generator (None: torch's default one) gives
-    normalised float32 [B, 3, H, W] on the images' device, images unchanged; what is drawn depends on the
+    Calling it with images uint8 [B, C, H, W] and a torch.Generator (None: torch's default one) gives
+    normalised float32 [B, C, H, W] on the images' device, images unchanged; what is drawn depends on the
     generator's state alone. Raises TypeError for images that are not a uint8 tensor, ValueError for another
     shape.
     """
@@ -283,8 +284,10 @@ class Augment:
         hue: float = 0.1,
         erasing: float = 0.1,
     ) -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std must have 3 values, std positive, got {mean} and {std}")
+        if not mean or len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(
+                f"mean and std must have a value for each channel, std positive, got {mean} and {std}"
+            )
         if not isinstance(crop_padding, int) or crop_padding < 0:
             raise ValueError(f"crop_padding must be an integer >= 0, got {crop_padding}")
         limits = {"flip": (flip, 1), "erasing": (erasing, 1), "degrees": (degrees, 180), "hue": (hue, 0.5)}
@@ -296,12 +299,14 @@ class Augment:
         self.mean, self.std = tuple(mean), tuple(std)
         self.crop_padding, self.flip, self.degrees, self.erasing = crop_padding, flip, degrees, erasing
         self.jitter = (brightness, contrast, saturation, hue)
+        if any(self.jitter) and len(mean) != 3:
+            raise ValueError(f"brightness, contrast, saturation and hue need 3 channels, got {len(mean)}")
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             raise TypeError(f"images must be a uint8 tensor, got {_describe(images)}")
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [B, 3, H, W], got {_describe(images)}")
+        if images.ndim != 4 or images.shape[1] != len(self.mean):
+            raise ValueError(f"images must be [B, {len(self.mean)}, H, W], got {_describe(images)}")
         n, _, height, width = images.shape
         top, left = sample_crop(n, self.crop_padding, generator)
         flip = sample_flip(n, self.flip, generator)

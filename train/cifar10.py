@@ -33,7 +33,7 @@ from train.command import (
     number,
     recipe_values,
 )
-from train.data import load_cifar
+from train.data import load_images
 from train.loop import ImageData, Trainer, one_cycle, piecewise
 from train.models.wrn import MODELS, build_wrn, rename_published_
 
@@ -140,7 +140,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     """The three parts of CIFAR-10, and a check sum of the labels."""
-    data = load_cifar("cifar10", args.data)
+    data = load_images("cifar10", args.data)
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     augment = Augment(MEAN, STD, **CROP_FLIP)
     return image_data(train, test, VALIDATION, args.seed, augment, partial(normalize, mean=MEAN, std=STD))

@@ -31,7 +31,7 @@ from train.command import (
     number,
     recipe_values,
 )
-from train.data import load_cifar
+from train.data import load_images
 from train.layer_options import describe, parse_layers, parse_sizes, parse_stages
 from train.loop import ImageData, Stages, Trainer, cosine, exponential, one_cycle
 from train.models import MODELS, build_model
@@ -147,7 +147,7 @@ def _name_layers(args: argparse.Namespace) -> None:
 
 def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     """The three parts of CIFAR-100, and a check sum of the labels."""
-    data = load_cifar("cifar100", args.data)
+    data = load_images("cifar100", args.data)
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     augment = Augment(MEAN, STD, **AUGMENTS[args.augment])
     return image_data(train, test, VALIDATION, args.seed, augment, partial(normalize, mean=MEAN, std=STD))

@@ -13,8 +13,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from hyperfast.analysis import table
+from hyperfast.analysis.embeddings import STATISTICS
+from hyperfast.analysis.pictures import STYLE
 from train.checkpoint import write_atomically
-from train.report import STYLE, marks, percent, save_figure, size_cells, table
+from train.report import marks, percent, save_figure, size_cells
 from train.summary import MB, Run
 
 if TYPE_CHECKING:
@@ -160,7 +163,7 @@ def _embeddings(named: Labelled) -> str:
     for name, run in named.items():
         last, ranges = run.history[-1], _published_ranges(run)
         for layer, counts in run.summary["parameters"]["layers"].items():
-            z = {key: last[f"z/{layer}/{key}"] for key in ("min", "max", "mean", "std", "norm")}
+            z = {key: last[f"z/{layer}/{key}"] for key in STATISTICS}
             ours = [
                 f"[{z['min']:.4f}, {z['max']:.4f}]",
                 *(f"{z[key]:.4f}" for key in ("mean", "std", "norm")),

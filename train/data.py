@@ -1,19 +1,23 @@
 """Image data sets, decoded once to uint8 tensors in memory.
 
-Two layouts are read: torchvision's (`cifar-100-python/` or its tar.gz, checked against the official md5
-sums) and the Hugging Face hub's Parquet (`train-*.parquet`, `test-*.parquet`). Without a folder,
+Two layouts are read: torchvision's (`cifar-100-python/` or its tar.gz, `MNIST/raw/`; checked against the
+official md5 sums) and the Hugging Face hub's Parquet (`train-*.parquet`, `test-*.parquet`). Without a folder,
 torchvision downloads.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
 import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +40,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a data set must look like. label: column in Parquet; hub_folder: its folder in the hub layout."""
+    """What a data set must look like. label: column in Parquet; hub_folder: its folder in the hub layout;
+    unpacked: md5 sums of idx files by name."""
 
     name: str
-    torchvision_class: type[datasets.CIFAR10]
+    torchvision_class: type[datasets.CIFAR10] | type[datasets.MNIST]
     label: str
     num_classes: int
     train_rows: int
@@ -47,16 +52,42 @@ class DatasetSpec:
     hub_folder: str
     image_columns: tuple[str, ...] = ("img", "image")
     image_shape: tuple[int, int, int] = (3, 32, 32)
+    unpacked: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Of torchvision's layout."""
+        return "MNIST/raw" if self.is_idx else self.torchvision_class.base_folder
+
+    @property
+    def archive(self) -> str | None:
+        """That folder as one file, where there is such a one."""
+        return None if self.is_idx else self.torchvision_class.filename
+
+    @property
+    def is_idx(self) -> bool:
+        """Whether torchvision keeps idx files, packed or not; otherwise pickles."""
+        return issubclass(self.torchvision_class, datasets.MNIST)
 
 
+# torchvision gives the sums of the packed files alone
+IDX_SUMS = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 CIFAR10 = DatasetSpec("cifar10", datasets.CIFAR10, "label", 10, 50_000, 10_000, "plain_text")
 CIFAR100 = DatasetSpec("cifar100", datasets.CIFAR100, "fine_label", 100, 50_000, 10_000, "cifar100")
-CIFAR = {spec.name: spec for spec in (CIFAR10, CIFAR100)}
+MNIST = DatasetSpec(
+    "mnist", datasets.MNIST, "label", 10, 60_000, 10_000, "mnist", image_shape=(1, 28, 28), unpacked=IDX_SUMS
+)
+DATASETS = {spec.name: spec for spec in (CIFAR10, CIFAR100, MNIST)}
 
 
 @dataclass
-class CifarData:
-    """Images uint8 [N, 3, 32, 32], labels int64 [N], class names by label."""
+class ImageSet:
+    """Images uint8 [N, C, H, W], labels int64 [N], class names by label."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -65,18 +96,19 @@ class CifarData:
     classes: list[str]
 
 
-def load_cifar(name: str, root: str | Path | None = None) -> CifarData:
-    """Load "cifar10" or "cifar100" from the folder root, else from HYPERFAST_DATA, else by downloading.
+def load_images(name: str, root: str | Path | None = None) -> ImageSet:
+    """Load "cifar10", "cifar100" or "mnist" from the folder root, else from HYPERFAST_DATA, else by
+    downloading.
 
     Raises ValueError for an unknown name, DataError for every fault of the data.
     """
-    if name not in CIFAR:
-        raise ValueError(f"unknown data set {name!r}; there are {', '.join(CIFAR)}")
-    return load(CIFAR[name], root)
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    return load(DATASETS[name], root)
 
 
-def load(spec: DatasetSpec, root: str | Path | None = None) -> CifarData:
-    """Load the data set that spec describes as `load_cifar` does. Only without a folder is it downloaded."""
+def load(spec: DatasetSpec, root: str | Path | None = None) -> ImageSet:
+    """Load the data set that spec describes as `load_images` does. Only without a folder is it downloaded."""
     root = root or os.environ.get("HYPERFAST_DATA")
     if not root:
         return _load_cached(spec)
@@ -123,8 +155,8 @@ def batches(
 
 
 def _wanted(spec: DatasetSpec) -> str:
-    kind = spec.torchvision_class
-    return f"{kind.base_folder}/ or {kind.filename} (torchvision layout), train-*.parquet (hub layout)"
+    places = [f"{spec.folder}/", *([spec.archive] if spec.archive else [])]
+    return f"{' or '.join(places)} (torchvision layout), train-*.parquet (hub layout)"
 
 
 def _folders(spec: DatasetSpec, root: Path) -> list[Path]:
@@ -132,18 +164,18 @@ def _folders(spec: DatasetSpec, root: Path) -> list[Path]:
     return [root, *(root / name for name in names)]
 
 
-def _find(spec: DatasetSpec, root: Path) -> CifarData | None:
+def _find(spec: DatasetSpec, root: Path) -> ImageSet | None:
     for folder in _folders(spec, root):
-        if (folder / spec.torchvision_class.base_folder).is_dir():
+        if (folder / spec.folder).is_dir():
             return _read_torchvision(spec, folder)
         if any(folder.glob("train-*.parquet")) or any(folder.glob("test-*.parquet")):
             return _read_parquet(spec, folder)
-        if (folder / spec.torchvision_class.filename).is_file():
-            return _read_archive(spec, folder / spec.torchvision_class.filename)
+        if spec.archive and (folder / spec.archive).is_file():
+            return _read_archive(spec, folder / spec.archive)
     return None
 
 
-def _load_cached(spec: DatasetSpec) -> CifarData:
+def _load_cached(spec: DatasetSpec) -> ImageSet:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperfast"
     try:
         spec.torchvision_class(str(cache), train=True, download=True)
@@ -158,14 +190,18 @@ def _load_cached(spec: DatasetSpec) -> CifarData:
 # ---- torchvision layout ----
 
 
-def _read_torchvision(spec: DatasetSpec, root: Path) -> CifarData:
+def _read_torchvision(spec: DatasetSpec, root: Path) -> ImageSet:
+    return (_read_idx if spec.is_idx else _read_pickles)(spec, root)
+
+
+def _read_pickles(spec: DatasetSpec, root: Path) -> ImageSet:
     kind = spec.torchvision_class
-    folder = root / kind.base_folder
+    folder = root / spec.folder
     for name, md5 in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing")
         if not check_integrity(str(folder / name), md5):
-            raise DataError(f"{folder / name} is truncated or changed: its md5 sum is not the official {md5}")
+            raise DataError(_changed(folder / name, md5))
     try:
         parts = [kind(str(root), train=train) for train in (True, False)]
     except Exception as error:  # pickle raises nearly anything
@@ -177,19 +213,64 @@ def _read_torchvision(spec: DatasetSpec, root: Path) -> CifarData:
         _check_rows(len(images), rows, folder)
         _check_labels(labels, spec, folder)
         tensors.append((images, labels))
-    return CifarData(*tensors[0], *tensors[1], _check_classes(parts[0].classes, spec, folder))
+    return ImageSet(*tensors[0], *tensors[1], _check_classes(parts[0].classes, spec, folder))
 
 
-def _read_archive(spec: DatasetSpec, archive: Path) -> CifarData:
+def _read_archive(spec: DatasetSpec, archive: Path) -> ImageSet:
     md5 = spec.torchvision_class.tgz_md5
     if not check_integrity(str(archive), md5):
-        raise DataError(f"{archive} is truncated or changed: its md5 sum is not the official {md5}")
+        raise DataError(_changed(archive, md5))
     with tempfile.TemporaryDirectory() as folder:
         try:
             extract_archive(str(archive), folder)
         except Exception as error:
             raise DataError(f"cannot extract {archive} to {folder}: {error}") from error
         return _read_torchvision(spec, Path(folder))
+
+
+def _read_idx(spec: DatasetSpec, root: Path) -> ImageSet:
+    folder = root / spec.folder
+    tensors = []
+    for part, rows in (("train", spec.train_rows), ("t10k", spec.test_rows)):
+        images_path, images = _idx(spec, folder / f"{part}-images-idx3-ubyte")
+        labels_path, labels = _idx(spec, folder / f"{part}-labels-idx1-ubyte")
+        for path, array, shape in (
+            (images_path, images, (rows, *spec.image_shape[1:])),
+            (labels_path, labels, (rows,)),
+        ):
+            if array.shape != shape:
+                raise DataError(f"{path}: an array {list(array.shape)}, expected {list(shape)}")
+        labels = torch.from_numpy(labels.astype(np.int64))
+        _check_labels(labels, spec, labels_path)
+        tensors.append((torch.from_numpy(images.copy()).unsqueeze(1), labels))
+    return ImageSet(*tensors[0], *tensors[1], [str(i) for i in range(spec.num_classes)])
+
+
+def _idx(spec: DatasetSpec, path: Path) -> tuple[Path, np.ndarray]:
+    """The uint8 array in an idx file, or in the file packed as path.gz; and which of them it was."""
+    packed = path.with_name(f"{path.name}.gz")
+    sums = dict(spec.torchvision_class.resources) | spec.unpacked
+    path = path if path.is_file() else packed
+    if not path.is_file():
+        raise DataError(f"{packed.with_suffix('')} is missing, packed ({packed.name}) or not")
+    try:
+        content = path.read_bytes()
+        if hashlib.md5(content).hexdigest() != sums[path.name]:
+            raise DataError(_changed(path, sums[path.name]))
+        content = gzip.decompress(content) if path == packed else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return path, _idx_array(content, path)
+
+
+def _idx_array(content: bytes, path: Path) -> np.ndarray:
+    """Big-endian: two zero bytes, type 8 (uint8), number of dimensions, their sizes, the numbers."""
+    start = 4 + 4 * content[3] if len(content) >= 4 else 0
+    if start and len(content) >= start and content[:3] == b"\0\0\x08":
+        sizes = np.frombuffer(content[4:start], ">u4").tolist()
+        if len(content) - start == math.prod(sizes):
+            return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
+    raise DataError(f"{path} is not an idx file of bytes, or not all of it")
 
 
 # ---- hub layout ----
@@ -202,7 +283,7 @@ class _Shard(NamedTuple):
     classes: list[str]
 
 
-def _read_parquet(spec: DatasetSpec, folder: Path) -> CifarData:
+def _read_parquet(spec: DatasetSpec, folder: Path) -> ImageSet:
     parts = [_shards(folder, "train", spec, spec.train_rows), _shards(folder, "test", spec, spec.test_rows)]
     first, *others = [shard for shards in parts for shard in shards]
     for other in others:
@@ -218,7 +299,7 @@ def _read_parquet(spec: DatasetSpec, folder: Path) -> CifarData:
             _read_shard(spec, shard, images[start:stop], labels[start:stop])
             start = stop
         tensors.append((images, labels))
-    return CifarData(*tensors[0], *tensors[1], first.classes)
+    return ImageSet(*tensors[0], *tensors[1], first.classes)
 
 
 def _shards(folder: Path, part: str, spec: DatasetSpec, rows: int) -> list[_Shard]:
@@ -305,6 +386,10 @@ def _decode(cell: dict[str, bytes] | None, out: np.ndarray, where: str) -> None:
 
 
 # ---- checks ----
+
+
+def _changed(path: Path, md5: str) -> str:
+    return f"{path} is truncated or changed: its md5 sum is not the official {md5}"
 
 
 def _check_rows(rows: int, wanted: int, where: str | Path) -> None:

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hyperfast.nn import named_generators
+from hyperfast.analysis import z_report
+from hyperfast.nn import named_weights
 from train import checkpoint
 from train.data import batches
 from train.graph import CaptureError, CudaGraph, GraphedStep
@@ -219,8 +220,8 @@ class Trainer:
         if self._build(epoch):
             start_from_(self.model, model.state_dict(), f"epoch {epoch}")
             carry_moments(model, optimizer, self.model, self.optimizer)
-            before = dict(named_generators(model))
-            names = [name for name, _ in named_generators(self.model) if name not in before]
+            before = {name for name, *_ in named_weights(model)}
+            names = [name for name, *_ in named_weights(self.model) if name not in before]
             print(f"epoch {epoch + 1}: generated from here on: {', '.join(names)}", flush=True)
 
     def _build(self, epoch: int) -> bool:
@@ -484,16 +485,10 @@ def piecewise(rates: Sequence[float], until: Sequence[float]) -> Callable[[int, 
 
 
 def z_statistics(model: nn.Module) -> Row:
-    """Smallest, largest, mean, std (population) and norm of every embedding: {"z/conv1/min": ...}."""
-    row: Row = {}
-    for name, generator in named_generators(model):
-        z = generator.z.detach().double()
-        figures = (z.min(), z.max(), z.mean(), z.std(correction=0), z.norm())
-        row |= {
-            f"z/{name}/{k}": float(v)
-            for k, v in zip(("min", "max", "mean", "std", "norm"), figures, strict=True)
-        }
-    return row
+    """Smallest, largest, mean, std and norm of the embeddings of every generated layer: {"z/conv1/min":
+    ...}."""
+    by_layer = z_report(model).statistics()
+    return {f"z/{name}/{key}": value for name, own in by_layer.items() for key, value in own.items()}
 
 
 def write_csv(path: Path, history: list[Row]) -> None:

@@ -11,23 +11,21 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hyperfast.analysis import CostReport, ZReport, filter_sheet, generator_costs, table, z_bars, z_report
+from hyperfast.analysis.embeddings import STATISTICS
+from hyperfast.analysis.pictures import STYLE
+from hyperfast.nn import plain_state_dict
 from train import summary
 from train.checkpoint import write_atomically
 from train.summary import MB, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor, nn
 
     from train.loop import Row, Trainer
 
-STYLE = {
-    "font.size": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "savefig.dpi": 200,
-    "lines.markersize": 4,
-}
+KERNELS, FILTERS = 3, 144  # drawn: of a network, and of each of them
 # told apart without colour: dash, marker and shade differ
 PARTS = {
     "train": {"color": "#0b3c5d", "linestyle": "-", "marker": "o"},
@@ -71,12 +69,17 @@ def write(
         _files(figures),
         "## Curves\n\n![accuracy and loss](curves.png)\n\nTraining figures are those of the steps: "
         "augmented images, dropout, weights still moving.\n",
-        _parameters(figures["parameters"]),
+        _parameters(figures["parameters"], generator_costs(trainer.model)),
     ]
     layers = list(figures["parameters"]["layers"])
     if layers:
+        z = z_report(trainer.model)
         save_figure(z_evolution([trainer.initial_z, *history], layers), out / "z.png")
-        parts.append(_embeddings(history[-1], layers, published))
+        save_figure(z_bars(z), out / "z_bars.png")
+        parts.append(_embeddings(history[-1], z, trainer.best["epoch"], published))
+    if kernels := _first_kernels(trainer.model):
+        save_figure(filter_sheet(kernels, FILTERS), out / "filters.png")
+        parts.append(f"## Filters\n\nAfter epoch {trainer.best['epoch']}.\n\n![filters](filters.png)\n")
     if extra:
         parts.append(extra)
     parts += [_time(figures["time"]), _recipe(figures), _machine(figures["machine"])]
@@ -139,37 +142,51 @@ def _files(figures: Summary) -> str:
     return f"## Files\n\n{text}\n\n1 MB is 2^20 bytes.\n"
 
 
-def _parameters(counts: dict[str, Any]) -> str:
+def _parameters(counts: dict[str, Any], costs: CostReport) -> str:
     layers, plain = counts["layers"], counts["generated"] + counts["other"]
-    text = "## Parameters\n\n"
-    if layers:
-        rows = [
-            [name, *(f"{row[key]:,}" for key in ("generated", "generator", "embedding")),
-             f"{row['generator'] / row['generated']:.2f}"]
-            for name, row in (layers | {"all layers": counts}).items()
-        ]  # fmt: skip
-        text += (
-            table(["layer", "generated weights", "generator", "z", "generator / generated"], rows) + "\n\n"
-        )
     rows = [[name, f"{counts[key]:,}"] for name, key in (("generator", "generator"), ("z", "embedding"))]
     rows += [["other (biases, batch norm, ordinary weights)", f"{counts['other']:,}"]]
     rows += [["**total**", f"**{counts['total']:,}**"], ["main network after generation", f"{plain:,}"]]
     rows += [["expansion (total / main network)", f"{counts['total'] / plain:.2f}"]]
-    return text + table(["parameters", "number"], rows if layers else rows[2:4]) + "\n"
+    text = f"## Parameters\n\n{table(['parameters', 'number'], rows if layers else rows[2:4])}\n"
+    if layers:
+        text += (
+            f"\n{costs.to_markdown()}\n\nParameters with z; ratio: for each generated weight. Flops of the "
+            "matrix products and bytes of the least that has to be moved, in the generators alone, of a "
+            "training step with AdamW; 1 MB is 2^20 bytes.\n"
+        )
+    return text
 
 
-def _embeddings(last: Row, layers: list[str], published: Published | None) -> str:
+def _embeddings(last: Row, best: ZReport, best_epoch: int, published: Published | None) -> str:
+    """Figures of the last epoch's z, and how alike those of the best epoch are."""
     ranges = published.z_ranges if published else {}
-    names = ("min", "max", "mean", "std", "norm")
     rows = []
-    for layer in layers:
-        row = [layer, *(f"{last[f'z/{layer}/{name}']:.4f}" for name in names)]
+    for layer in (own.name for own in best.layers):
+        row = [layer, *(f"{last[f'z/{layer}/{name}']:.4f}" for name in STATISTICS)]
         if ranges:
             row.append(f"[{ranges[layer][0]:.2f}, {ranges[layer][1]:.2f}]" if layer in ranges else "")
         rows.append(row)
-    header = ["layer", *names] + (["published range"] if ranges else [])
+    header = ["layer", *STATISTICS] + (["published range"] if ranges else [])
     text = table(header, rows)
-    return f"## Embeddings z after epoch {last['epoch']}\n\n{text}\n\n![evolution of z](z.png)\n"
+    return (
+        f"## Embeddings z\n\nAfter epoch {last['epoch']}:\n\n{text}\n\n![evolution of z](z.png)\n\n"
+        f"After epoch {best_epoch}, the best, with cosines between embeddings:\n\n{best.to_markdown()}\n\n"
+        "![entries of z](z_bars.png)\n"
+    )
+
+
+def _first_kernels(model: nn.Module) -> dict[str, Tensor]:
+    """The first kernels larger than a pixel, generated or not, in the network's order."""
+    order = [name.removeprefix("module.") for name, _ in model.named_modules()]  # of a HyperModule
+    weights = plain_state_dict(model)
+    kernels = {
+        name.removesuffix(".weight"): w
+        for name, w in weights.items()
+        if w.dim() == 4 and math.prod(w.shape[2:]) > 1
+    }
+    first = sorted(kernels, key=lambda name: order.index(name) if name in order else len(order))
+    return {name: kernels[name] for name in first[:KERNELS]}
 
 
 def _time(time: dict[str, float]) -> str:
@@ -280,14 +297,6 @@ def marks(points: int, i: int, curves: int) -> tuple[int, int]:
 
 
 # -- small things --------------------------------------------------------------------------------
-
-
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
 
 
 def size_cells(megabytes: float, accuracy: float) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import platform
 import resource
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hyperfast
-from hyperfast.nn import named_generators, parameter_counts, plain_state_dict
+from hyperfast.analysis import generator_costs
+from hyperfast.nn import named_weights, parameter_counts, plain_state_dict
 from train.checkpoint import CheckpointError, write_atomically
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def collect(
         "target": _target(trainer),
         "recipe": trainer.recipe,
         "circumstances": trainer.circumstances,
-        "parameters": parameter_counts(trainer.model) | {"layers": _layers(trainer.model)},
+        "parameters": _parameters(trainer.model),
         "bytes": _sizes(trainer, frozen),
         "plain_file": frozen.name if frozen else None,
         "time": _time(trainer.history) | _gpu_memory(trainer.device),
@@ -127,25 +127,25 @@ def _row(line: dict[str, str]) -> Row:
     return {name: int(text) if text.isdigit() else float(text) for name, text in line.items() if text}
 
 
-def _layers(model: nn.Module) -> dict[str, dict[str, int]]:
-    """For each generated layer: weights made, parameters of its generator without z, entries of z."""
-    layers = {}
-    for name, generator in named_generators(model):
-        z = generator.z.numel()
-        own = sum(p.numel() for p in generator.parameters()) - z
-        layers[name] = {
-            "generated": sum(math.prod(shape) for shape in generator.shapes),
-            "generator": own,
-            "embedding": z,
-        }
-    return layers
+def _parameters(model: nn.Module) -> dict[str, Any]:
+    """`parameter_counts`, and for each generated layer the weights made, the parameters that make it alone,
+    and the entries of its z; shared: parameters that make several layers."""
+    costs = generator_costs(model)
+    layers = {
+        cost.name: {"generated": cost.generated, "generator": cost.generator, "embedding": cost.embedding}
+        for cost in costs.layers
+    }
+    return parameter_counts(model) | {
+        "shared": sum(cost.parameters for cost in costs.shared),
+        "layers": layers,
+    }
 
 
 def _sizes(trainer: Trainer, frozen: Path | None) -> dict[str, int]:
     sizes = {name: (trainer.out / f"{name}.pt").stat().st_size for name in ("best", "last")}
     if frozen:
         sizes["plain"] = frozen.stat().st_size
-    elif any(named_generators(trainer.model)):
+    elif any(named_weights(trainer.model)):
         sizes["plain"] = sum(t.nbytes for t in plain_state_dict(trainer.model).values())
     return sizes
 

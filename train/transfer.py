@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hyperfast.nn import LinearGenerator, TwoLayerGenerator, named_generators
+from hyperfast.nn import LinearGenerator, TwoLayerGenerator, hyper_layers
 from train.checkpoint import CheckpointError, load_model, one_line
 
 
@@ -22,7 +22,7 @@ def start_from_(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
     CheckpointError for another network and for a generator that cannot start from a weight.
     """
     own, state = model.state_dict(), dict(state)
-    hyper = {f"{layer}.generator.": generator for layer, generator in named_generators(model)}
+    hyper = {f"{name}.generator.": layer.generator for name, layer in hyper_layers(model)}
     for prefix in [name.removesuffix("z") for name in state if name.endswith(".generator.z")]:
         parts = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
         if prefix in hyper and _shapes(hyper[prefix].state_dict()) == _shapes(parts):

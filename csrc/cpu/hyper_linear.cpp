@@ -7,6 +7,7 @@
 // multiplying gained nothing; asking for the rows of x that come next gained 5 %.
 #include "hyper_linear.h"
 
+#include "multiply.h"
 #include "rows.h"
 
 namespace hyperfast {
@@ -96,45 +97,6 @@ void forward_strip(const HyperLinear& p, const ForwardUnits& units, int64_t unit
 
 // ---- backward: a unit is a strip of columns of some outputs, walked in tiles of kStripOutputs
 // --------------
-
-// c[p, j] (+)= sum_q a(p, q) b[q, j] for P rows of J vectors held in registers
-template <int P, int J, class C, int W>
-inline void outer_rows(Simd<C, W>, C* c, int64_t ldc, const C* a, int64_t ap, int64_t aq, const C* b,
-                       int64_t ldb, int64_t Q, bool add) {
-  using S = Simd<C, W>;
-  typename S::V acc[P][J] = {};
-  if (add)
-    for (int p = 0; p < P; ++p)
-      for (int j = 0; j < J; ++j) acc[p][j] = S::load(c + p * ldc + j * W);
-  for (int64_t q = 0; q < Q; ++q) {
-    typename S::V bs[J];
-    for (int j = 0; j < J; ++j) bs[j] = S::load(b + q * ldb + j * W);
-    for (int p = 0; p < P; ++p)
-      for (int j = 0; j < J; ++j) acc[p][j] += a[p * ap + q * aq] * bs[j];
-  }
-  for (int p = 0; p < P; ++p)
-    for (int j = 0; j < J; ++j) S::store(c + p * ldc + j * W, acc[p][j]);
-}
-
-// The same for any numbers of rows and columns, these a multiple of kColumnPad. a(p, q) = a[p ap + q aq].
-template <class C>
-void multiply_add(C* c, int64_t ldc, int64_t rows, int64_t columns, const C* a, int64_t ap, int64_t aq,
-                  const C* b, int64_t ldb, int64_t Q, bool add) {
-  with_width<C>(kMaxK, [&](auto simd) {
-    constexpr int W = decltype(simd)::width, P = sizeof(C) * W == 64 ? 8 : 4;
-    const auto strip = [&](auto vectors, int64_t j) {
-      constexpr int J = decltype(vectors)::value;
-      int64_t p = 0;
-      for (; p + P <= rows; p += P)
-        outer_rows<P, J>(simd, c + p * ldc + j, ldc, a + p * ap, ap, aq, b + j, ldb, Q, add);
-      for (; p < rows; ++p)
-        outer_rows<1, J>(simd, c + p * ldc + j, ldc, a + p * ap, ap, aq, b + j, ldb, Q, add);
-    };
-    int64_t j = 0;
-    for (; j + 2 * W <= columns; j += 2 * W) strip(std::integral_constant<int, 2>(), j);
-    for (; j < columns; j += W) strip(std::integral_constant<int, 1>(), j);
-  });
-}
 
 // dx: where the unit adds up [M, padded I] of its group, or null; dz: its sums [K], or null
 template <class T>

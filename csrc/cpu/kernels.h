@@ -94,6 +94,55 @@ struct HyperLinearBackward {
   HyperLinearSizes sizes;
 };
 
+// Kernels of many layers from one matrix product (hyperfast/reference.py, generate_units): u = a weight +
+// bias [P, C], read in order, is E units [O, I, T]; T: elements of a kernel, R S of a 2-D one. A layer is
+// tiled by the next `units` of them, `across` side by side in its input channels.
+struct UnitLayer {
+  const void* dw;  // backward; null: zeros
+  void* w;         // [m O, n I, T], or [m O, T, n I] in channels_last; backward: read where l2 is not 0
+  int64_t units, across;
+};
+struct UnitSizes {
+  int64_t P, D, C, O, I, T;
+  bool channels_last;
+  int64_t unit() const { return O * I * T; }
+  int64_t units() const { return P * C / unit(); }
+};
+struct GenerateUnits {
+  const UnitLayer* layers;
+  int64_t count;
+  const void *a, *weight, *bias;  // [P, D], [D, C], [C] or null
+  UnitSizes sizes;
+};
+// du = dw + l2 w of all layers, unit by unit [P, C]; da = du weight^T, dweight = a^T du, dbias = sum over the
+// rows of du. Each of the three is made where its pointer is not null.
+struct GenerateUnitsBackward {
+  const UnitLayer* layers;
+  int64_t count;
+  const void *a, *weight;  // [P, D], [D, C]
+  void *da, *dweight, *dbias;
+  double l2;
+  UnitSizes sizes;
+};
+
+// products[b, t, i, k] = x[b, t, i] z[b, k]
+struct OuterProductSizes {
+  int64_t B, T, I, K;
+};
+struct OuterProduct {
+  const void *x, *z;  // [B, T, I], [B, K]
+  void* products;     // [B, T, I, K]
+  OuterProductSizes sizes;
+};
+// dx[b, t, i] = sum_k dproducts[b, t, i, k] z[b, k], dz[b, k] = sum_ti dproducts[b, t, i, k] x[b, t, i]. Each
+// is made where its pointer is not null.
+struct OuterProductBackward {
+  const void *dproducts, *x, *z;
+  void *dx, *dz;  // like x and z
+  bool add;       // dx is added to
+  OuterProductSizes sizes;
+};
+
 // Between images and the columns of a convolution: columns[g, m, (c, r, s)] = image[b, g C / G + c, y, x]
 // with m = (b, h', w'), y = h' stride + r dilation - padding, x likewise, zero outside the image.
 struct Im2col {
@@ -172,6 +221,12 @@ struct Kernels {
   // scratch: forward_scratch and backward_scratch bytes (hyper_linear.h)
   void (*hyper_linear)(const HyperLinear&, DType, void* scratch, int threads);
   void (*hyper_linear_backward)(const HyperLinearBackward&, DType, void* scratch, int threads);
+  // stored: of the layers, dtype or bfloat16 beside float32. scratch: bytes as in generate_units.h
+  void (*generate_units)(const GenerateUnits&, DType, DType stored, void* scratch, int threads);
+  void (*generate_units_backward)(const GenerateUnitsBackward&, DType, DType stored, void* scratch,
+                                  int threads);
+  void (*outer_product)(const OuterProduct&, DType, int threads);
+  void (*outer_product_backward)(const OuterProductBackward&, DType, int threads);
   void (*im2col)(const Im2col&, DType, int threads);
   void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
   // scratch: images.scratch() doubles
@@ -186,6 +241,10 @@ struct Kernels {
   void update_generate(const UpdateGenerateSegment*, int64_t, DType, Rule, Storage, double, int); \
   void hyper_linear(const HyperLinear&, DType, void*, int);                                       \
   void hyper_linear_backward(const HyperLinearBackward&, DType, void*, int);                      \
+  void generate_units(const GenerateUnits&, DType, DType, void*, int);                            \
+  void generate_units_backward(const GenerateUnitsBackward&, DType, DType, void*, int);           \
+  void outer_product(const OuterProduct&, DType, int);                                            \
+  void outer_product_backward(const OuterProductBackward&, DType, int);                           \
   void im2col(const Im2col&, DType, int);                                                         \
   void col2im(const Im2col&, DType, int);                                                         \
   void batch_norm(const BatchNormSegment&, DType, double*, int);                                  \

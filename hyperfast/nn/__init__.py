@@ -10,14 +10,14 @@ from hyperfast.nn.layers import (
     HyperConv2d,
     HyperLayer,
     HyperLinear,
+    Linear,
     generate_layers,
     hyper_layers,
-    named_generators,
-    parameter_counts,
-    plain_state_dict,
 )
+from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
+from hyperfast.nn.weights import named_generators, named_weights, parameter_counts, plain_state_dict
 
 __all__ = [
     "BatchNormReLUMaxPool2d",
@@ -28,7 +28,9 @@ __all__ = [
     "HyperLayer",
     "HyperLinear",
     "HyperModule",
+    "Linear",
     "LinearGenerator",
+    "PerSampleWeight",
     "SharedCoreGenerator",
     "TwoLayerGenerator",
     "generate_layers",
@@ -37,6 +39,7 @@ __all__ = [
     "hyper_layers",
     "init",
     "named_generators",
+    "named_weights",
     "parameter_counts",
     "plain_state_dict",
 ]

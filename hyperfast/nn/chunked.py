@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, check_shapes
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate import penalize_l2
 
@@ -58,14 +58,20 @@ class ChunkedGenerator(Generator):
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
         """The weights, views of one tensor. z: other embeddings than the generator's own, of the same
-        shape."""
-        chunks = torch.addmm(self.bias, self._check_z(z), self.weight.t())
+        shape, or of each sample, [B, E, K]."""
+        z = self._check_z(z)
+        if z.dim() > 2:
+            return weights_of_samples(self, z)
+        chunks = torch.addmm(self.bias, z, self.weight.t())
         made = zip(chunks.split(self.counts), self.shapes, strict=True)
         weights = (own.flatten()[: math.prod(shape)].view(shape) for own, shape in made)
         return tuple(penalize_l2(w, self.l2) for w in weights)
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.split(self.counts)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        return tuple((AffineMap(count, self.weight, self.bias),) for count in self.counts)
 
     def extra_repr(self) -> str:
         sizes = f"z_dim={self.z_dim}, chunk_size={self.chunk_size}"

@@ -9,15 +9,27 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
+from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.ops._library import check_backend
+from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
+
+
+class AffineMap(NamedTuple):
+    """One step of generation: `rows` vectors times `weight` (a matrix, either way round), plus `bias`."""
+
+    rows: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
 
 class Generator(nn.Module):
@@ -41,11 +53,16 @@ class Generator(nn.Module):
     @abstractmethod
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
         """The weights, one tensor for each of `shapes`; from `z`, of the shape of its own embeddings, instead
-        of those if given."""
+        of those if given. z with a batch dimension before that shape: a `PerSampleWeight` for each."""
 
     @abstractmethod
     def embeddings(self) -> tuple[Tensor, ...]:
         """For each of `shapes` the embeddings it is made from, views [E_l, K] of `z`."""
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        """For each of `shapes` what makes it, one after the other; empty where a kind does not say. The costs
+        of `hyperfast.analysis` are those of these products."""
+        return ((),) * len(self.shapes)
 
     def factors(self) -> list[Factors]:
         """The factors of every factored gradient: triples (weight, bias, z) with the z last used."""
@@ -80,8 +97,12 @@ class Generator(nn.Module):
         """z, or the own embeddings for None; ValueError for another shape, and in factored mode."""
         if z is None:
             return self.z
-        if z.shape != self.z.shape:
-            raise ValueError(f"z must be {list(self.z.shape)}, got shape {list(z.shape)}")
+        own = self.z.shape
+        if z.shape != own and (z.dim() != len(own) + 1 or z.shape[1:] != own):
+            batched = f"[B{''.join(f', {n}' for n in own)}] for B samples"
+            raise ValueError(
+                f"z must be {list(own)}, got shape {list(z.shape)}, which is not {batched} either"
+            )
         if self.factored:
             raise ValueError(
                 f"a {type(self).__name__} in factored mode generates from its own z only: the gradient of "
@@ -89,6 +110,11 @@ class Generator(nn.Module):
                 "hyperfast.factored_(module, False) for dense gradients"
             )
         return z
+
+
+def weights_of_samples(generator: Generator, z: Tensor) -> tuple[PerSampleWeight, ...]:
+    """What any generator makes of z [B, *shape of its embeddings]: all weights of all samples."""
+    return tuple(PerSampleWeight.ready(w) for w in torch.vmap(generator.forward)(z))
 
 
 def check_shapes(shapes: Sequence[int] | Sequence[Sequence[int]], **sizes: int) -> tuple[torch.Size, ...]:
@@ -150,14 +176,24 @@ class LinearGenerator(Generator):
         initialisations.initialise_(self.weight, self.bias, self.z, self.fan, self.init)
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weight, [*shape]. z [K]: another embedding than the generator's own; refused in factored
-        mode."""
+        """The weight, [*shape]. z [K]: another embedding than the generator's own, [B, K]: one for each
+        sample (`PerSampleWeight`); refused in factored mode."""
         if z is None:
             return generate_together([self])[0]
-        self._check_z(z)
+        if self._check_z(z).dim() == 2:
+            return (self.weight_of_samples(z),)
         options = {"l2": [self.l2], "backend": self.backend}
         (w,) = ops.generate([self.weight], [self.bias], [z], **options)
         return (w.view(self.shapes[0]),)
+
+    def weight_of_samples(self, z: Tensor) -> PerSampleWeight:
+        """What z [B, K] makes. With L2 all of it is made at once: the gradient of each weight needs it."""
+        shape, operands = self.shapes[0], (self.weight, self.bias)
+        if not self.l2:
+            path = "separate" if self.backend == "reference" else "auto"
+            return PerSampleWeight.generated(shape, *operands, z, path)
+        w = penalize_l2(F.linear(z, *operands), self.l2)
+        return PerSampleWeight.ready(w.view(len(z), *shape))
 
     @torch.no_grad()
     def keep_(self, weight: Tensor) -> None:
@@ -178,6 +214,9 @@ class LinearGenerator(Generator):
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return (self.z.view(1, -1),)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        return ((AffineMap(1, self.weight, self.bias),),)
 
     @property
     def gradient_bias(self) -> nn.Parameter | None:

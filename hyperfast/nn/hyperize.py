@@ -1,18 +1,28 @@
-"""Turning any network into a hypernetwork: its weights become the outputs of generators."""
+"""`hyperize`: any network becomes a hypernetwork, its weights become the outputs of generators.
+
+`hyperfast.freeze` is the way back.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from hyperfast.nn.chunked import ChunkedGenerator
-from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
+from hyperfast.nn.generator import Generator, LinearGenerator, generate_together, generators
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
+from hyperfast.nn.weights import Host, join
+from hyperfast.ops._library import _DTYPES, is_transformed
 
 GENERATORS: dict[str, type[Generator]] = {
     "linear": LinearGenerator,
@@ -22,15 +32,19 @@ GENERATORS: dict[str, type[Generator]] = {
 }
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class HyperModule(nn.Module):
-    """A network whose weights named in `targets` come from `generators`, all made as forward begins.
+class HyperModule(Host):
+    """A network some of whose parameters are made by generators, all at once, as forward begins.
 
-    module: the network; the generated parameters are None in it. generators: by a name of their own.
-    targets: for each generator, in order, for each weight it makes, the parameters of `module` that it is
-    (several where layers share it). `hyperize` makes one.
+    module: the network; the generated parameters are None in it. generators: by names without dots. targets:
+    for each generator, in order, for each weight it makes, the parameters of `module` that it is (several
+    where layers share it). `hyperize` makes one. Like `torch.func.functional_call` forward puts the weights
+    into `module` while it runs, so one HyperModule serves one thread at a time; freeze it to serve several.
     """
+
+    network = "module"
 
     def __init__(
         self,
@@ -42,9 +56,11 @@ class HyperModule(nn.Module):
         self.module = module
         self.generators = nn.ModuleDict(generators)
         self.targets = tuple(map(tuple, targets))
+        self._left = False  # whether a backward that failed left weights in `module`
+        self.register_state_dict_pre_hook(_remove_left)
 
     def generate(self) -> dict[str, Tensor]:
-        """The generated weights by the names of the parameters they stand for."""
+        """The generated weights by the names of the parameters of `module` they stand for."""
         made = generate_together(self.generators.values())
         return {
             name: weight
@@ -53,8 +69,89 @@ class HyperModule(nn.Module):
             for name in names
         }
 
+    @contextmanager
+    def generated(self) -> Iterator[nn.Module]:
+        """Within it `module`, which it gives, has its weights, made once: for methods other than forward."""
+        with self._holding(self.generate()):
+            yield self.module
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.module, self.generate(), args, kwargs)
+        weights = self.generate()
+        with self._holding(weights):
+            out = self.module(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed():
+            self._hold_in_backward(weights, out)
+        return out
+
+    def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
+        for generator, own in zip(self.generators.values(), self.targets, strict=True):
+            for index, names in enumerate(own):
+                for name in names:
+                    yield join(self.network, name), generator, index
+
+    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+        plain = copy.deepcopy(self.module, memo)
+        for generator, own in zip(self.generators.values(), self.targets, strict=True):
+            for weight, names in zip(weights(generator), own, strict=True):
+                _put(plain, dict.fromkeys(names, nn.Parameter(weight)))
+        return plain
+
+    @contextmanager
+    def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        _remove_left(self)
+        before = _put(self.module, weights)
+        try:
+            yield
+        finally:
+            _put(self.module, before)
+
+    def _hold_in_backward(self, weights: Mapping[str, Tensor], out: Any) -> None:
+        """Activation checkpoints run parts of the network again during the backward."""
+
+        def put(_: Tensor) -> None:
+            if any(w is not None for w in _get(self.module, weights).values()):
+                return  # another output came first, or the backward runs within `generated`
+            self._left = True
+            Variable._execution_engine.queue_callback(lambda: _remove_left(self))
+            _put(self.module, weights)
+
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                tensor.register_hook(put)
+
+    def __getstate__(self) -> dict[str, Any]:
+        _remove_left(self)
+        return super().__getstate__()
+
+    def extra_repr(self) -> str:
+        return f"{sum(map(len, self.targets))} generated weights"
+
+
+def _remove_left(module: HyperModule, *_: Any) -> None:
+    if module._left:
+        module._left = False
+        _put(module.module, {n: None for own in module.targets for names in own for n in names})
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, last = name.rpartition(".")
+    return module.get_submodule(parent), last
+
+
+def _get(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor | None]:
+    return {name: owner._parameters[last] for name in names for owner, last in [_owner(module, name)]}
+
+
+def _put(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Puts tensors where parameters of `module` stand; returns what was there."""
+    before = {}
+    for name, tensor in tensors.items():
+        owner, last = _owner(module, name)
+        before[name] = owner._parameters[last]
+        owner._parameters[last] = tensor
+        if isinstance(owner, nn.RNNBase):  # computes with a list of its own
+            owner._flat_weights = [owner._parameters[n] for n in owner._flat_weights_names]
+    return before
 
 
 def hyperize(
@@ -67,60 +164,186 @@ def hyperize(
     backend: str = "auto",
     **options: Any,
 ) -> HyperModule:
-    """Turns `module` into a hypernetwork; `freeze` turns it back.
+    """Turns `module` into a hypernetwork; `hyperfast.freeze` turns it back.
 
-    generator: "linear" or "two_layer", one for each weight; "shared" or "chunked", one for all of them; a
-    class of generators, or a generator of just the shapes of the targets, in order. z_dim: size of the
-    embeddings, one for all or by target. targets: names of layers, whose `weight` is meant, or of parameters
-    of any kind; default: the weights of every linear layer and convolution. A weight under several names
-    stays one. init: "keep" starts each generator from the present weight, so that outputs stay as they are;
-    otherwise a name in `hyperfast.nn.init.INITIALISATIONS`. options: of the generators, as hidden_dim.
-    `module` becomes a part of the result and is no longer usable by itself.
+    generator: "linear" or "two_layer", one for each weight ("two_layer" with a `unit`: one for all); "shared"
+    or "chunked", one for all of them; a class of generators; or a generator that makes just the targets, in
+    order, which has its z_dim, backend and options already. z_dim: size of the embeddings, one for all or,
+    where each weight has a generator, by target. targets: names of layers, whose `weight` is meant, or of
+    parameters of any kind; default: the weights of every linear layer, convolution and attention. A weight
+    that layers share stays one, and a target named twice counts once. init: "keep" starts each generator from
+    the present weight, so that outputs stay as they are; otherwise a name in
+    `hyperfast.nn.init.INITIALISATIONS` for generators made here. options: of the generators, as hidden_dim.
 
-    Raises ValueError, `module` unchanged, for a target that does not exist, one without a size in z_dim,
-    unknown names, and "keep" with a generator that cannot start from a given weight.
+    `module` becomes a part of the result and is no longer usable by itself; other parameters and all buffers
+    stay where they are. Frozen weights get generators that train. `module` may be a `HyperModule`, whose
+    other weights get generators then, and may have layers with generated weights, which stay as they are.
+
+    Raises ValueError or TypeError, `module` unchanged, for a target that does not exist, belongs to a
+    generator, is parametrised, not initialised yet or no floating-point number; weights of several dtypes or
+    devices for one generator; a generator of other shapes; "keep" with a generator that cannot start from a
+    given weight; and what the generators refuse.
     """
-    found = _find(module, targets)
-    names = [own[0] for own in found]
-    weights = [module.get_parameter(name) for name in names]
-    if not found:
-        raise ValueError("module has no linear layer or convolution: name the parameters in targets")
-    options = options | {"init": None if init == "keep" else init, "backend": backend}
-    fans = [_fans(module, name) for name in names]
+    network, before, own = module, {}, []
+    if isinstance(module, HyperModule):
+        network, before, own = module.module, dict(module.generators.items()), list(module.targets)
+    found = _find(network, targets)
+    weights = {names[0]: network.get_parameter(names[0]) for names in found}
+    for name, weight in weights.items():
+        _check_weight(name, weight)
     if isinstance(generator, Generator):
-        made = {"all": generator}
-        if generator.shapes != tuple(w.shape for w in weights):
-            raise ValueError(
-                f"generator makes {generator.shapes}, the targets are {[w.shape for w in weights]}"
-            )
+        if options:
+            raise TypeError(f"a generator that is made already takes no {', '.join(options)}")
+        made = {_free_name(before): generator}
     else:
-        kind = GENERATORS.get(generator) if isinstance(generator, str) else generator
-        if kind is None:
-            raise ValueError(f"generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
-        if kind.per_layer:
-            made = {}
-            for name, w, (fan_in, fan_out) in zip(names, weights, fans, strict=True):
-                own = options | {"fan_in": fan_in, "fan_out": fan_out, "dtype": w.dtype, "device": w.device}
-                made[name.replace(".", "/")] = kind(w.shape, _size(z_dim, name), **own)
-        else:
-            fan_in, fan_out = zip(*fans, strict=True)
-            own = options | {"fan_in": fan_in, "fan_out": fan_out}
-            own |= {"dtype": weights[0].dtype, "device": weights[0].device}
-            made = {"all": kind([w.shape for w in weights], z_dim, **own)}
+        options |= {"init": None if init == "keep" else init, "backend": backend}
+        made = _make(generator, network, weights, z_dim, options, _free_name(before))
+    _check_made(made, weights)
     if init == "keep":
-        left = list(weights)
-        for g in made.values():
-            g.keep_(*(left.pop(0) for _ in g.shapes))
-    own = iter(found)
-    result = HyperModule(module, made, [[next(own) for _ in g.shapes] for g in made.values()])
+        _keep_(made.values(), weights.values())
+    left = iter(found)
+    own += [[next(left) for _ in g.shapes] for g in made.values()]
+    result = HyperModule(network, before | made, own)
     for name in (name for names in found for name in names):
-        parent, _, last = name.rpartition(".")
-        module.get_submodule(parent).register_parameter(last, None)
-    return result.train(module.training)
+        owner, last = _owner(network, name)
+        owner.register_parameter(last, None)
+        _put(network, {name: None})
+    result.training = module.training  # submodules keep their own modes
+    result.generators.train(module.training)
+    return result
+
+
+def _free_name(taken: Iterable[str]) -> str:
+    """Of a generator of several weights."""
+    return next(name for name in ["all", *(f"all{i}" for i in range(2, 1000))] if name not in taken)
+
+
+def _find(module: nn.Module, targets: Iterable[str] | None) -> list[tuple[str, ...]]:
+    """The parameters to generate, each with all its names."""
+    if isinstance(targets, str):
+        raise TypeError(f"targets must be a list of names, got the string {targets!r}")
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    targets = _default_targets(module) if targets is None else list(targets)
+    if not targets:
+        raise ValueError("no layer to generate: name layers or parameters in targets")
+    wanted: dict[int, None] = {}
+    for target in targets:
+        name = target if target in parameters else join(target, "weight")
+        if name not in parameters:
+            raise ValueError(_why_no_parameter(module, target, parameters))
+        wanted[id(parameters[name])] = None
+    found = [tuple(n for n, p in parameters.items() if id(p) == key) for key in wanted]
+    for names in found:
+        _check_owners(module, names)
+    return found
+
+
+def _default_targets(module: nn.Module) -> list[str]:
+    """The weights of linear layers, convolutions and attentions that are not generated yet."""
+    kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+    found = []
+    for prefix, m in module.named_modules(remove_duplicate=False):
+        own = ["weight"] if isinstance(m, kinds) else []
+        own += ATTENTION_WEIGHTS if isinstance(m, nn.MultiheadAttention) else []
+        found += [join(prefix, name) for name in own if getattr(m, name) is not None]
+    return found
+
+
+def _why_no_parameter(module: nn.Module, target: str, parameters: Iterable[str]) -> str:
+    for name in (target, join(target, "weight")):
+        try:
+            owner, last = _owner(module, name)
+        except AttributeError:
+            continue
+        if last in owner._parameters:
+            return f"{target!r} is generated already, or None"
+        if isinstance(getattr(owner, last, None), Tensor) and last not in owner._buffers:
+            return (
+                f"{target!r} is computed from other parameters (weight_norm, a parametrisation, pruning): "
+                "make it a parameter first, as torch.nn.utils.parametrize.remove_parametrizations does"
+            )
+    return f"no layer or parameter named {target!r}; there are {', '.join(parameters) or 'none'}"
+
+
+def _check_owners(module: nn.Module, names: Iterable[str]) -> None:
+    """ValueError for parameters of generators."""
+    makers = [name for name, _ in generators(module)]
+    for name in names:
+        for maker in makers:
+            if not maker or name.startswith(maker + "."):
+                raise ValueError(f"{name!r} belongs to a generator: generate something else")
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if is_lazy(weight):
+        raise ValueError(f"{name} has no shape yet: run the network once before hyperize")
+    if weight.dtype not in _DTYPES or weight.layout != torch.strided:
+        kind = weight.dtype if weight.layout == torch.strided else weight.layout
+        raise TypeError(f"{name} must be dense and one of {', '.join(_DTYPES.values())}, got {kind}")
+
+
+def _make(
+    generator: str | type[Generator],
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    z_dim: int | Mapping[str, int],
+    options: Mapping[str, Any],
+    name_of_one: str,
+) -> dict[str, Generator]:
+    """New generators by name: one for each weight, or one for all."""
+    kind = GENERATORS.get(generator) if isinstance(generator, str) else generator
+    if not (isinstance(kind, type) and issubclass(kind, Generator)):
+        raise ValueError(
+            f"generator must be one of {', '.join(GENERATORS)}, a class of generators or a generator, "
+            f"got {generator!r}"
+        )
+    fans = [_fans(module, name) for name in weights]
+    if kind.per_layer and options.get("unit") is None:
+        made = {}
+        for (name, w), (fan_in, fan_out) in zip(weights.items(), fans, strict=True):
+            own = options | {"fan_in": fan_in, "fan_out": fan_out, "dtype": w.dtype, "device": w.device}
+            size = _size(z_dim, name)
+            try:
+                made[name.replace(".", "/")] = kind(w.shape, size, **own)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return made
+    if not isinstance(z_dim, int):
+        raise TypeError(f"z_dim must be one number where one generator makes all weights, got {z_dim}")
+    first = next(iter(weights.values()))
+    fan_in, fan_out = zip(*fans, strict=True)
+    own = options | {"fan_in": fan_in, "fan_out": fan_out, "dtype": first.dtype, "device": first.device}
+    return {name_of_one: kind([w.shape for w in weights.values()], z_dim, **own)}
+
+
+def _check_made(made: Mapping[str, Generator], weights: Mapping[str, Tensor]) -> None:
+    """Errors unless the generators make just these weights."""
+    made_of = [(g, shape) for g in made.values() for shape in g.shapes]
+    if len(made_of) != len(weights):
+        raise ValueError(f"generator makes {len(made_of)} weights, there are {len(weights)} targets")
+    for (name, w), (g, shape) in zip(weights.items(), made_of, strict=True):
+        if w.shape != shape:
+            raise ValueError(f"generator makes {tuple(shape)} for {name}, which is {tuple(w.shape)}")
+        if (w.dtype, w.device) != (g.z.dtype, g.z.device):
+            raise ValueError(
+                f"a generator makes weights of one dtype on one device, here {g.z.dtype} on {g.z.device}; "
+                f"{name} is {w.dtype} on {w.device}: convert it, or give it a generator of its own"
+            )
+
+
+def _keep_(made: Iterable[Generator], weights: Iterable[Tensor]) -> None:
+    left = iter(weights)
+    for generator in made:
+        try:
+            generator.keep_(*(next(left) for _ in generator.shapes))
+        except ValueError as error:
+            raise ValueError(
+                f'{error}: init="keep" needs "linear" or "shared"; init="hyperfan" starts anew'
+            ) from None
 
 
 def _size(z_dim: int | Mapping[str, int], name: str) -> int:
-    if isinstance(z_dim, int):
+    if not isinstance(z_dim, Mapping):
         return z_dim
     layer = name.rpartition(".")[0]
     if name not in z_dim and layer not in z_dim:
@@ -128,33 +351,12 @@ def _size(z_dim: int | Mapping[str, int], name: str) -> int:
     return z_dim.get(name, z_dim.get(layer))
 
 
-def _find(module: nn.Module, targets: Iterable[str] | None) -> list[tuple[str, ...]]:
-    """The parameters to generate, each with all its names."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    layers = dict(module.named_modules(remove_duplicate=False))
-    if targets is None:
-        kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-        targets = [f"{name}.weight".lstrip(".") for name, m in layers.items() if isinstance(m, kinds)]
-        targets += [
-            f"{name}.{own}".lstrip(".")
-            for name, m in layers.items()
-            if isinstance(m, nn.MultiheadAttention)
-            for own in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-            if getattr(m, own) is not None
-        ]
-    wanted: dict[int, None] = {}
-    for target in targets:
-        name = target if target in parameters else f"{target}.weight".lstrip(".")
-        if name not in parameters:
-            raise ValueError(f"no layer or parameter named {target!r}; there are {', '.join(parameters)}")
-        wanted[id(parameters[name])] = None
-    return [tuple(n for n, p in parameters.items() if id(p) == key) for key in wanted]
-
-
 def _fans(module: nn.Module, name: str) -> tuple[int | None, int | None]:
     """fan_in and fan_out of the layer that owns parameter `name`; None where the shape says it."""
-    layer = module.get_submodule(name.rpartition(".")[0])
-    if not isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
+    layer, last = _owner(module, name)
+    if last == "in_proj_weight" and isinstance(layer, nn.MultiheadAttention):
+        return None, layer.embed_dim  # three projections in one
+    if last != "weight" or not isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
         return None, None
     receptive, strides = math.prod(layer.kernel_size), math.prod(layer.stride)
     fan_in = layer.in_channels // layer.groups * receptive

@@ -172,8 +172,8 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
     """Initialises a shared core, h = weight z + bias, weight [D, K], bias [D], z [L, K], in place; bias
     starts at 0.
 
-    report: normal with std 0.01. kaiming: He's, z std 0.01. hyperfan, he_bias: embeddings of norm 1 give h of
-    norm 1, on which heads start as a linear generator does on z.
+    report: normal with std 0.01. kaiming: He's, z std 0.01. Otherwise embeddings have norm 1; hyperfan gives
+    h of norm 1, he_bias h of std 0.01: heads then start as a linear generator does on its z.
     """
     name = check(name)
     nn.init.zeros_(bias)
@@ -181,5 +181,5 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
         nn.init.normal_(weight, std=0.01 if name == "report" else math.sqrt(2 / weight.shape[1]))
         nn.init.normal_(z, std=0.01)
     else:
-        nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[0]))
+        nn.init.normal_(weight, std=0.01 if name == "he_bias" else 1 / math.sqrt(weight.shape[0]))
         embeddings_(z)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from hyperfast import ops
-from hyperfast.factored import trained_parameters
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together
-from hyperfast.ops._library import autocast_dtype, needs_function, no_autocast
+from hyperfast.nn.per_sample import PerSampleWeight
+from hyperfast.nn.weights import Host
+from hyperfast.ops._library import autocast_dtype, needs_function
 from hyperfast.ops.hyper_layers import geometry_of, merged_wins
 
 
-class HyperLayer(nn.Module):
+class HyperLayer(Host):
     """A layer with a generated weight and an ordinary bias.
 
     `forward(x)` generates the weight itself; `forward(x, weight)` takes one made elsewhere
-    (`generate_layers`: all layers of a network in one launch).
+    (`generate_layers`: all layers of a network in one launch); `forward(x, z=z)` generates it from another
+    embedding, or from z [B, K] a weight for each of the B samples of x, without a loop.
     """
 
     generator: Generator
@@ -43,8 +46,37 @@ class HyperLayer(nn.Module):
             "bias", nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
         )
 
+    def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
+        yield "weight", self.generator, 0
+
+    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+        plain = self._plain()
+        own = {k: v for k, v in self.__dict__.items() if k not in ("_parameters", "_modules", "generator")}
+        plain.__dict__.update(copy.deepcopy(own, memo))  # modes and hooks too
+        plain.weight = nn.Parameter(weights(self.generator)[0])
+        plain.bias = copy.deepcopy(self.bias, memo)
+        return plain
+
+    @abstractmethod
+    def _plain(self) -> nn.Module:
+        """The ordinary layer of this size."""
+
     def generated_weight(self) -> Tensor:
         return self.generator()[0]
+
+    def _is_watched(self) -> bool:
+        """Whether someone hooks into the calls of the generator."""
+        return bool(self.generator._forward_hooks or self.generator._forward_pre_hooks)
+
+    def operands_of(self, z: Tensor, weight: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        """(z, weight, bias) of the generator, for `ops.hyper_linear` and `ops.hyper_conv2d`, or None where it
+        is not plainly linear. ValueError where the layer is given a weight too."""
+        if weight is not None:
+            raise ValueError("give weight or z, not both")
+        g = self.generator
+        if type(g) is not LinearGenerator or g.backend != "auto" or g.l2 or self._is_watched():
+            return None
+        return g._check_z(z), g.weight, g.bias
 
     def operands(self, x: Tensor, rows: int, convolution: bool = False) -> tuple[Tensor | None, ...] | None:
         """(z, weight, bias) of the generator, to be merged with this layer's product of `rows` rows, or None
@@ -54,8 +86,7 @@ class HyperLayer(nn.Module):
         if type(g) is not LinearGenerator or g.backend != "auto" or g.next_weight is not None:
             return None
         if (
-            g._forward_hooks
-            or g._forward_pre_hooks
+            self._is_watched()
             or x.dtype not in (g.weight.dtype, autocast_dtype(g.weight))
             or x.device != g.weight.device
         ):
@@ -88,12 +119,20 @@ class HyperLinear(HyperLayer):
         super().__init__((out_features, in_features), bias, z_dim, init, generator, backend, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, *, z: Tensor | None = None) -> Tensor:
+        if z is not None:
+            if (operands := self.operands_of(z, weight)) is not None:
+                return ops.hyper_linear(x, *operands, self.bias)
+            (weight,) = self.generator(z)
         if weight is None and isinstance(x, Tensor) and x.dim() and x.shape[-1] == self.in_features:
             if (operands := self.operands(x, x.numel() // self.in_features)) is not None:
                 factored = self.generator.factored
                 return ops.hyper_linear(x, *operands, self.bias, factored=factored, path="merged")
         return F.linear(x, self.generated_weight() if weight is None else weight, self.bias)
+
+    def _plain(self) -> Linear:
+        sizes = self.in_features, self.out_features, self.bias is not None
+        return Linear(*sizes, device="meta")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -142,8 +181,14 @@ class HyperConv2d(HyperLayer):
         self.stride, self.dilation, self.groups = _pair(stride), _pair(dilation), groups
         self.padding = padding if isinstance(padding, str) else _pair(padding)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, *, z: Tensor | None = None) -> Tensor:
         options = self.stride, self.padding, self.dilation, self.groups
+        if z is not None:
+            if (operands := self.operands_of(z, weight)) is not None:
+                return ops.hyper_conv2d(x, *operands, self.bias, self.kernel_size, *options)
+            (weight,) = self.generator(z)
+        if isinstance(weight, PerSampleWeight):
+            return F.conv2d(x, weight, self.bias, *options)
         if weight is None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.in_channels:
             rows = geometry_of(x, self.kernel_size, *options).rows(x)
             if (operands := self.operands(x, rows, convolution=True)) is not None:
@@ -155,6 +200,12 @@ class HyperConv2d(HyperLayer):
         path = "torch" if self.generator.backend == "reference" else "auto"
         return ops.conv2d(x, weight, self.bias, *options, path=path)
 
+    def _plain(self) -> Conv2d:
+        sizes = self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding
+        plain = Conv2d(*sizes, self.dilation, self.groups, self.bias is not None, device="meta")
+        plain.path = "torch" if self.generator.backend == "reference" else "auto"
+        return plain
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -163,66 +214,38 @@ class HyperConv2d(HyperLayer):
         )
 
 
-class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` computed by `hyperfast.ops.conv2d`, for the ordinary layers of a main network."""
+class Linear(nn.Linear):
+    """`nn.Linear` whose forward takes a weight made elsewhere as well, as that of `HyperLinear` does:
+    `hyperfast.freeze` puts it in its place."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.padding_mode != "zeros":
-            return super().forward(x)
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight if weight is None else weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` computed by `hyperfast.ops.conv2d`, for the ordinary layers of a main network and in place
+    of `HyperConv2d` in frozen ones: forward takes a weight made elsewhere as well. path: see
+    `hyperfast.ops.conv2d`; an exported network has torch's convolution."""
+
+    path = "auto"
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        if self.padding_mode != "zeros" or torch.compiler.is_exporting():
+            return self._conv_forward(x, weight, self.bias)
         options = self.stride, self.padding, self.dilation, self.groups
-        return ops.conv2d(x, self.weight, self.bias, *options)
+        return ops.conv2d(x, weight, self.bias, *options, path=self.path)
 
 
 def hyper_layers(model: nn.Module) -> Iterator[tuple[str, HyperLayer]]:
-    """(name, layer) of every layer of `model` whose weight is generated."""
+    """(name, layer) of every layer of `model` whose weight is generated; a layer under several names once."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, HyperLayer))
 
 
-def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
-    """(name of its layer, generator) of every `HyperLayer` of `model`; a shared generator comes with its
-    first layer."""
-    seen: set[int] = set()
-    for name, layer in hyper_layers(model):
-        if id(layer.generator) not in seen:
-            seen.add(id(layer.generator))
-            yield name, layer.generator
-
-
 def generate_layers(model: nn.Module) -> dict[str, Tensor]:
-    """The generated weights of all layers of `model` by layer name, in one launch; empty for a plain
-    network."""
+    """The weights of the layers of `model` by layer name: generated ones, all in one launch, and those of
+    `hyperfast.nn.Conv2d` and `Linear`, which a frozen network has instead."""
     layers = dict(hyper_layers(model))
     made = generate_together(layer.generator for layer in layers.values())
-    return {name: weights[0] for name, weights in zip(layers, made, strict=True)}
-
-
-@torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain twin of `model`: every generator replaced by the weight it makes.
-
-    `conv1.generator.{weight,bias,z}` becomes `conv1.weight`; everything else keeps its name. Contiguous
-    copies that share no memory with `model`.
-    """
-    layers = dict(hyper_layers(model))
-    with no_autocast(list(model.parameters())):
-        weights = generate_layers(model)
-    prefixes = tuple(f"{name}.generator." if name else "generator." for name in layers)
-    state = {f"{name}.weight" if name else "weight": w for name, w in weights.items()}
-    state |= {name: t for name, t in model.state_dict().items() if not name.startswith(prefixes)}
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-    }
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and
-    `generated`, the weights the generators make, which are no parameters."""
-    trained = {id(p): p.numel() for p in trained_parameters(model)}
-    counts = {"total": sum(trained.values()), "generator": 0, "embedding": 0, "generated": 0}
-    for _, g in named_generators(model):
-        embeddings = {id(f) for f in (getattr(g, "z", None),) if isinstance(f, nn.Parameter)}
-        for p in g.parameters():
-            counts["embedding" if id(p) in embeddings else "generator"] += trained.get(id(p), 0)
-        counts["generated"] += sum(math.prod(shape) for shape in g.shapes)
-    counts["other"] = counts["total"] - counts["generator"] - counts["embedding"]
-    return counts
+    weights = {name: own[0] for name, own in zip(layers, made, strict=True)}
+    return weights | {n: m.weight for n, m in model.named_modules() if isinstance(m, (Conv2d, Linear))}

@@ -6,11 +6,18 @@ import operator
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, LinearGenerator, check_shapes, generate_together
+from hyperfast.nn.generator import (
+    AffineMap,
+    Generator,
+    LinearGenerator,
+    check_shapes,
+    generate_together,
+)
 from hyperfast.ops._library import check_backend, no_autocast
 
 
@@ -86,8 +93,13 @@ class SharedCoreGenerator(Generator):
         return self.heads[0].factored
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights. z [L, K]: other embeddings than the generator's own; refused in factored mode."""
+        """The weights. z [L, K]: other embeddings than the generator's own, [B, L, K]: those of each sample;
+        refused in factored mode."""
         z = self._check_z(z)
+        if z.dim() == 3:
+            with no_autocast([z]):
+                hidden = F.linear(z, self.core_weight, self.core_bias).unbind(1)
+            return tuple(head.weight_of_samples(h) for head, h in zip(self.heads, hidden, strict=True))
         with no_autocast([z]):
             hidden = torch.addmm(self.core_bias, z, self.core_weight.t()).unbind()
         for head, h in zip(self.heads, hidden, strict=True):
@@ -99,6 +111,10 @@ class SharedCoreGenerator(Generator):
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.split(1)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        core = AffineMap(1, self.core_weight, self.core_bias)
+        return tuple((core, *head.affine_maps()[0]) for head in self.heads)
 
     def keep_(self, *weights: Tensor) -> None:
         """Starts from a trained weight for each of `shapes`: the bias of its head takes it

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import Generator, check_shapes
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
 from hyperfast.ops._library import check_backend
-from hyperfast.ops.generate import penalize_l2
+from hyperfast.ops.generate_units import two_layer
 
 
 class TwoLayerGenerator(Generator):
@@ -75,25 +75,26 @@ class TwoLayerGenerator(Generator):
         initialisations.initialise_two_layer_(*parameters, self.fans, self.counts, self.init)
 
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The weights. z: other embeddings than the generator's own, of the same shape."""
+        """The weights. z: other embeddings than the generator's own, of the same shape, or of each sample:
+        [B, E, K], [B, K] where there is one unit."""
         z = self._check_z(z)
-        a = torch.addmm(self.b2, z.reshape(-1, self.z_dim), self.w2).view(-1, self.hidden_dim)
-        units = torch.addmm(self.b1, a, self.w1).view(-1, *self.unit)
-        made = (_tiled(own, shape) for own, shape in zip(units.split(self.counts), self.shapes, strict=True))
-        return tuple(penalize_l2(w, self.l2) for w in made)
+        if z.dim() > self.z.dim():
+            return weights_of_samples(self, z)
+        generator = z.reshape(-1, self.z_dim), self.w2, self.b2, self.w1, self.b1
+        return two_layer(*generator, self.shapes, self.unit, l2=self.l2, backend=self.backend)
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.view(-1, self.z_dim).split(self.counts)
+
+    def affine_maps(self) -> tuple[tuple[AffineMap, ...], ...]:
+        I = self.unit[1]
+        return tuple(
+            (AffineMap(count, self.w2, self.b2), AffineMap(count * I, self.w1, self.b1))
+            for count in self.counts
+        )
 
     def extra_repr(self) -> str:
         sizes = f"z_dim={self.z_dim}, hidden_dim={self.hidden_dim}"
         if len(self.shapes) == 1 and self.unit == self.shapes[0]:
             return f"{tuple(self.unit)}, {sizes}"
         return f"{len(self.shapes)} weights, unit={tuple(self.unit)}, E={sum(self.counts)}, {sizes}"
-
-
-def _tiled(units: Tensor, shape: torch.Size) -> Tensor:
-    """Units [E, O, I, *kernel] side by side, in rows of blocks: a weight of `shape`."""
-    _, O, I, *kernel = units.shape
-    blocks = units.view(shape[0] // O, shape[1] // I, O, I, *kernel)
-    return blocks.transpose(1, 2).reshape(shape)

@@ -200,6 +200,22 @@ def penalize_l2(w: Tensor, l2: float) -> Tensor:
     return PenalizeL2.apply(w, l2) if l2 and torch.is_grad_enabled() else w
 
 
+def _told_apart(*lists: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+    """The same values, no tensor twice: a compiled autograd Function returns half the gradient of a tensor
+    given twice (torch 2.11). Only parameters have an identity there; a view of anything else does not hurt."""
+    seen: set[int] = set()
+
+    def apart(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if isinstance(tensor, torch.nn.Parameter) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            return tensor
+        return tensor.view_as(tensor)
+
+    return [[apart(tensor) for tensor in tensors] for tensors in lists]
+
+
 def generate(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -233,15 +249,8 @@ def generate(
     if backend == "reference" and not factored:
         made = reference.generate(weights, biases, zs)
         return tuple(penalize_l2(w, c) for w, c in zip(made, l2, strict=True))
-    # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11): give a view
-    seen: set[int] = set()
-    for tensors in (weights, biases, zs):
-        for i, tensor in enumerate(tensors):
-            if tensor is None:
-                continue
-            if id(tensor) in seen:
-                tensors[i] = tensor.view_as(tensor)
-            seen.add(id(tensor))
+    if torch.compiler.is_compiling():
+        weights, biases, zs = _told_apart(weights, biases, zs)
     inputs = (*weights, *biases, *zs, *next_weights)
     with_function = needs_function(*weights, *biases, *zs)
     dtype = autocast_dtype(weights[0])

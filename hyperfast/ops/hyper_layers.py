@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
+from hyperfast.ops import per_sample
 from hyperfast.ops._library import (
     autocast_dtype,
     check_dense,
@@ -65,11 +66,21 @@ def hyper_linear(
     -> [..., O]. path: "merged" makes the weights a tile at a time, in cache, and reads the generator once in
     the forward and once in the backward; "separate" is `generate`, then `F.linear`; "auto" is the faster by
     `merged_wins`. factored: no gradient of weight is formed; it is dw outer z, and dw is the gradient of
-    bias. Under autocast x may have another floating dtype, and the result has autocast's. Raises ValueError
-    or TypeError for wrong shapes, dtypes or devices.
+    bias. Under autocast x may have another floating dtype, and the result has autocast's.
+
+    z [B, K] with x [B, ..., I]: every sample has weights of its own, w_b = weight z_b + bias, without a loop
+    over samples (`hyperfast.ops.per_sample`). "separate" makes all B N of them in plain PyTorch, "auto" is
+    "merged". factored is refused: the gradient of weight has rank B, dense it is smaller.
+
+    Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     _check_x(x, weight, lambda dim: dim >= 1, "[..., I]")
-    _check_generator(z, weight, bias, layer_bias, x.shape[-1], "I")
+    _check_generator(x, z, weight, bias, layer_bias, x.shape[-1], "I")
+    if z.dim() == 2:
+        rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+        images = rows.transpose(1, 2).unsqueeze(3)  # [B, I, T, 1]
+        y = _per_sample(images, z, weight, bias, layer_bias, LINEAR, factored, path)
+        return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], y.shape[1])
     needs_grad = needs_function(x, z, weight, bias, layer_bias)
     if not _merge(path, x.numel() // x.shape[-1], weight, needs_grad):
         (w,) = generate([weight], [bias], [z], factored=factored)
@@ -97,14 +108,16 @@ def hyper_conv2d(
     """A convolution with a generated kernel [O, I/groups, R, S], as `F.conv2d` computes it.
 
     x [B, I, H, W], z [K], weight [O I/groups R S, K], bias [O I/groups R S] or None, layer_bias [O] or None
-    -> [B, O, H', W'], in channels_last if x is. kernel_size: (R, S), which N alone does not tell. padding:
-    int, pair, "same" or "valid". factored, path, dtypes and errors as in `hyper_linear`; "separate" is
-    `generate`, then `conv2d`.
+    -> [B, O, H', W'], in channels_last if x is. z [B, K]: a kernel for each sample. kernel_size: (R, S),
+    which N alone does not tell. padding: int, pair, "same" or "valid". factored, path, dtypes and errors as
+    in `hyper_linear`; "separate" is `generate`, then `conv2d`.
     """
     _check_x(x, weight, lambda dim: dim == 4, "[B, I, H, W]")
     geometry = geometry_of(x, kernel_size, stride, padding, dilation, groups)
     unit = x.shape[1] // groups * math.prod(geometry.kernel_size)
-    _check_generator(z, weight, bias, layer_bias, unit, "I / groups R S", groups)
+    _check_generator(x, z, weight, bias, layer_bias, unit, "I / groups R S", groups)
+    if z.dim() == 2:
+        return _per_sample(x, z, weight, bias, layer_bias, geometry, factored, path)
     needs_grad = needs_function(x, z, weight, bias, layer_bias)
     if _merge(path, geometry.rows(x), weight, needs_grad, convolution=True):
         return _merged(x, z, weight, bias, layer_bias, geometry, factored, needs_grad)
@@ -113,23 +126,47 @@ def hyper_conv2d(
     return conv2d(x, w, layer_bias, stride, padding, dilation, groups)
 
 
-def _merge(path: str, *rule, **options) -> bool:
+def _check_path(path: str) -> None:
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+
+
+def _merge(path: str, *rule, **options) -> bool:
+    _check_path(path)
     return path == "merged" or path == "auto" and merged_wins(*rule, **options)
 
 
 def _merged(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, needs_grad: bool) -> Tensor:
+    tensors = x, z, weight, bias, layer_bias
+    if needs_grad:
+        return _in_autocast(lambda *t: HyperConv2dFunction.apply(*t, geometry, factored), *tensors)
+    return _in_autocast(lambda *t: forward_op(*t, geometry.flat()), *tensors)
+
+
+def _per_sample(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bool, path: str) -> Tensor:
+    _check_path(path)
+    if factored:
+        raise ValueError(
+            f"factored must be False for z {list(z.shape)}: the gradient of weight has rank {len(z)}"
+        )
+    tensors = x, z, weight, bias, layer_bias
+    needs_grad = needs_function(*tensors)
+    if path == "separate":
+        return _in_autocast(lambda *t: per_sample.expression(*t, geometry), *tensors)
+    if needs_grad:
+        return _in_autocast(lambda *t: per_sample.PerSampleConv2dFunction.apply(*t, geometry), *tensors)
+    return _in_autocast(lambda *t: per_sample.forward_op(*t, geometry.flat()), *tensors)
+
+
+def _in_autocast(function, x: Tensor, z: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
+    """function(x, z, weight, ...) with the dtypes that autocast asks for."""
     dtype = autocast_dtype(weight)
     if dtype is not None:  # the Triton kernels multiply in autocast's dtype, what they generate in float32
         x = x.to(dtype if generator_engine([weight]) == "triton" else weight.dtype)
-    tensors = x, z, weight, bias, layer_bias
-    if needs_grad:
-        if torch.compiler.is_compiling():  # as in `generate`: a tensor given twice
-            tensors = (None if t is None else t.view_as(t) for t in tensors)
-        y = HyperConv2dFunction.apply(*tensors, geometry, factored)
-    else:
-        y = forward_op(*tensors, geometry.flat())
+    tensors = x, z, weight, *rest
+    if torch.compiler.is_compiling():  # as in `generate`: a tensor given twice
+        tensors = (None if t is None else t.view_as(t) for t in tensors)
+    y = function(*tensors)
     return y if dtype is None else y.to(dtype)
 
 
@@ -147,10 +184,18 @@ def _check_x(x: Tensor, weight: Tensor, good_dim, shape: str) -> None:
         raise ValueError(f"x must be on {weight.device} like weight, got {x.device}")
 
 
-def _check_generator(z, weight, bias, layer_bias, unit: int, what: str, groups: int = 1) -> None:
-    """ValueError or TypeError unless weight makes outputs of `unit` weights each, in `groups` equal
-    groups."""
-    check_generators([weight], bias=([bias], "N?"), z=([z], "K"))
+def _check_generator(x, z, weight, bias, layer_bias, unit: int, what: str, groups: int = 1) -> None:
+    """ValueError or TypeError unless weight makes outputs of `unit` weights each, in `groups` equal groups,
+    from z [K], or [B, K] for the B samples of x."""
+    if isinstance(z, Tensor) and z.dim() == 2:
+        check_generators([weight], bias=([bias], "N?"))
+        check_dense("z", z)
+        if x.dim() < 2 or x.shape[0] != z.shape[0]:
+            got = f"got z {list(z.shape)}, x {list(x.shape)}"
+            raise ValueError(f"z [B, K] must have a row for each of the B samples of x, {got}")
+        check_like("z", z, weight, [z.shape[0], weight.shape[1]])
+    else:
+        check_generators([weight], bias=([bias], "N?"), z=([z], "K"))
     if unit < 1 or weight.shape[0] < 1 or weight.shape[0] % (unit * groups):
         of = f" and of groups {groups}" if groups > 1 else ""
         raise ValueError(

@@ -81,7 +81,7 @@ library.define(
 )
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
     """The layout of what a convolution of x returns."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
@@ -92,7 +92,7 @@ def _kernel(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, geometry:
     return w.view(geometry.outputs(x, weight), x.shape[1] // geometry.groups, *geometry.kernel_size)
 
 
-def _pad(x: Tensor, geometry: Geometry) -> Tensor:
+def pad(x: Tensor, geometry: Geometry) -> Tensor:
     top, bottom, left, right = geometry.padding
     return F.pad(x, (left, right, top, bottom)) if any(geometry.padding) else x
 
@@ -100,7 +100,7 @@ def _pad(x: Tensor, geometry: Geometry) -> Tensor:
 def expression(x, z, weight, bias, layer_bias, geometry: Geometry) -> Tensor:
     """The op in plain PyTorch."""
     w = _kernel(x, z, weight, bias, geometry)
-    x = _pad(x, geometry)
+    x = pad(x, geometry)
     layer_bias = None if layer_bias is None else layer_bias.to(x.dtype)
     return F.conv2d(x, w, layer_bias, geometry.stride, 0, geometry.dilation, geometry.groups)
 
@@ -112,7 +112,7 @@ def backward_expression(
     w = _kernel(x, z, weight, bias, geometry)
     top, _, left, _ = geometry.padding
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, _pad(x, geometry), w, None, geometry.stride, [0, 0], geometry.dilation, False, [0, 0],
+        dy, pad(x, geometry), w, None, geometry.stride, [0, 0], geometry.dilation, False, [0, 0],
         geometry.groups, [need_x, need_w, False],
     )  # fmt: skip
     if need_x:
@@ -124,7 +124,7 @@ def backward_expression(
 def _forward_reference(x, z, weight, bias, layer_bias, geometry):
     with no_autocast([x]):
         y = expression(x, z, weight, bias, layer_bias, Geometry.of(tuple(geometry)))
-    return y.contiguous(memory_format=_layout(x))
+    return y.contiguous(memory_format=layout_of(x))
 
 
 @torch.library.impl(library, "hyper_conv2d_backward", "CompositeExplicitAutograd")
@@ -134,7 +134,7 @@ def _backward_reference(dy, x, z, weight, bias, geometry, need_x, need_z, need_w
         dx, dw = backward_expression(dy, x, z, weight, bias, geometry, need_x, need_z or need_w)
         dz = weight.t() @ dw if need_z else None
     return (
-        dx.contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0),
+        dx.contiguous(memory_format=layout_of(x)) if need_x else x.new_empty(0),
         dz if need_z else weight.new_empty(0),
         dw.contiguous() if need_w else weight.new_empty(0),
     )
@@ -184,7 +184,7 @@ def _scatter(columns: Tensor, x: Tensor, plan: _Plan) -> Tensor:
     """The gradient of x from that of its columns, in the layout of x."""
     if plan.plain:
         return columns.view(x.shape).to(x.dtype)
-    image = torch.empty(x.shape, dtype=columns.dtype, memory_format=_layout(x))
+    image = torch.empty(x.shape, dtype=columns.dtype, memory_format=layout_of(x))
     _columns_kernel(_cpu.col2im, image, columns, plan)
     return image.to(x.dtype)
 
@@ -193,7 +193,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+def contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
 
@@ -201,8 +201,8 @@ def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
     dtype = dtype_name(weight)
     plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
-    weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
-    layer_bias = _contiguous(layer_bias, compute)
+    weight, bias, z = weight.contiguous(), contiguous(bias), z.contiguous()
+    layer_bias = contiguous(layer_bias, compute)
     groups, rows, outputs, *_ = plan.sizes
     y = torch.empty(rows, groups * outputs, dtype=compute)
     addresses = weight.data_ptr(), _address(bias), z.data_ptr(), columns.data_ptr(), _address(layer_bias)
@@ -210,7 +210,7 @@ def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
     if plan.out == (1, 1):
         return y.view(*y.shape, 1, 1).to(x.dtype)
     y = y.view(x.shape[0], *plan.out, -1).permute(0, 3, 1, 2)
-    return y.to(x.dtype).contiguous(memory_format=_layout(x))
+    return y.to(x.dtype).contiguous(memory_format=layout_of(x))
 
 
 def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
@@ -218,7 +218,7 @@ def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     plan, compute = _plan(x.shape, weight.shape, tuple(geometry)), _COMPUTE.get(dtype, x.dtype)
     columns = _gather(x, compute, plan)
     dcolumns = columns.new_empty(*plan.sizes[:2], plan.padded) if need_x else None
-    weight, bias, z = weight.contiguous(), _contiguous(bias), z.contiguous()
+    weight, bias, z = weight.contiguous(), contiguous(bias), z.contiguous()
     dy = dy.transpose(0, 1).to(compute).contiguous()  # [outputs, rows]
     dz, dw = weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
     wanted = dcolumns, dz if need_z else None, dw if need_w else None
@@ -229,16 +229,16 @@ def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
 
 def _forward_triton(x, z, weight, bias, layer_bias, geometry):
     geometry = Geometry.of(tuple(geometry))
-    y = torch.empty(geometry.shape(x, weight), dtype=x.dtype, device=x.device, memory_format=_layout(x))
-    generator = z.contiguous(), weight.contiguous(), _contiguous(bias)
-    triton_kernels("hyper_conv2d").run(x, *generator, _contiguous(layer_bias), y, geometry.numbers())
+    y = torch.empty(geometry.shape(x, weight), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+    generator = z.contiguous(), weight.contiguous(), contiguous(bias)
+    triton_kernels("hyper_conv2d").run(x, *generator, contiguous(layer_bias), y, geometry.numbers())
     return y
 
 
 def _backward_triton(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
-    dx = torch.empty_like(x, memory_format=_layout(x)) if need_x else None
+    dx = torch.empty_like(x, memory_format=layout_of(x)) if need_x else None
     dz, dw = z.new_empty(z.shape) if need_z else None, weight.new_empty(len(weight)) if need_w else None
-    generator = z.contiguous(), weight.contiguous(), _contiguous(bias)
+    generator = z.contiguous(), weight.contiguous(), contiguous(bias)
     numbers = Geometry.of(tuple(geometry)).numbers()
     triton_kernels("hyper_conv2d").run_backward(dy, x, *generator, dx, dz, dw, numbers)
     made = (dx, x), (dz, weight), (dw, weight)
@@ -247,7 +247,7 @@ def _backward_triton(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
 
 def _forward_cuda(x, z, weight, bias, layer_bias, geometry):
     sizes, dtype = (len(x), weight.shape[0] // x.shape[1], *x.shape[1:2], weight.shape[1]), dtype_name(weight)
-    x, z, weight, bias, layer_bias = map(_contiguous, (x, z, weight, bias, layer_bias))
+    x, z, weight, bias, layer_bias = map(contiguous, (x, z, weight, bias, layer_bias))
     y = x.new_empty(len(x), sizes[1], 1, 1)
     scratch = x.new_empty(_cuda.hyper_linear_scratch(sizes, dtype), dtype=torch.float32)
     addresses = [_address(t) for t in (weight, bias, z, x, layer_bias, y, scratch)]
@@ -299,12 +299,12 @@ _BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": _bac
 @torch.library.register_fake("hyperfast::hyper_conv2d", lib=library)
 def _forward_fake(x, z, weight, bias, layer_bias, geometry):
     shape = Geometry.of(tuple(geometry)).shape(x, weight)
-    return x.new_empty(shape).contiguous(memory_format=_layout(x))
+    return x.new_empty(shape).contiguous(memory_format=layout_of(x))
 
 
 @torch.library.register_fake("hyperfast::hyper_conv2d_backward", lib=library)
 def _backward_fake(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
-    dx = x.new_empty(x.shape).contiguous(memory_format=_layout(x)) if need_x else x.new_empty(0)
+    dx = x.new_empty(x.shape).contiguous(memory_format=layout_of(x)) if need_x else x.new_empty(0)
     return dx, weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
 
 

@@ -104,6 +104,21 @@ def draw_hyper_conv2d(draw: Draw, large: bool = False) -> Arguments:
     )
 
 
+def with_samples(draw_case: Callable[..., Arguments]) -> Callable[..., Arguments]:
+    """The same layer with an embedding for each sample of at least one."""
+
+    def draw_samples(draw: Draw, large: bool = False) -> Arguments:
+        arguments = draw_case(draw, large)
+        x, z = arguments["x"], arguments["z"]
+        if x.dim() == 1 or "kernel_size" in arguments and not len(x):
+            shape = (draw.choice((1, 2, 5)), *x.shape[x.dim() > 1 :])
+            x = arguments["x"] = draw.normal(*shape, dtype=x.dtype, scale=1.0)
+        z = draw.normal(len(x), len(z), dtype=z.dtype, scale=1.0)
+        return arguments | {"z": z, "factored": False}
+
+    return draw_samples
+
+
 def hyper_reference(arguments: Arguments) -> Tensor:
     given = {name: arguments[name] for name in TENSORS}
     if "kernel_size" not in arguments:
@@ -255,6 +270,18 @@ NETWORK_OPS: dict[str, OpCase] = {
         call_with_gradients(ops.hyper_conv2d, TENSORS),
         hyper_outputs,
         draw_large=lambda d: draw_hyper_conv2d(d, True),
+    ),
+    "per_sample_linear": OpCase(
+        with_samples(draw_hyper_linear),
+        call_with_gradients(ops.hyper_linear, TENSORS),
+        hyper_outputs,
+        draw_large=lambda d: with_samples(draw_hyper_linear)(d, True),
+    ),
+    "per_sample_conv2d": OpCase(
+        with_samples(draw_hyper_conv2d),
+        call_with_gradients(ops.hyper_conv2d, TENSORS),
+        hyper_outputs,
+        draw_large=lambda d: with_samples(draw_hyper_conv2d)(d, True),
     ),
     "batch_norm_relu_max_pool": OpCase(
         draw_batch_norm,

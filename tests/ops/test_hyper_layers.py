@@ -543,13 +543,16 @@ torch.manual_seed(0)
 bounds = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
 for dtype, bound in bounds.items():
     for K in (1, 2, 3, 4, 8, 9, 16, 17, 32, 64, 100):
-        for shape, outputs, size, options in (
-            ((5, 33), 19, None, {}),
-            ((2, 530), 9, None, {}),
-            ((2, 6, 5, 4), 10, (3, 2), dict(padding=1, groups=2)),
+        for shape, outputs, size, options, samples in (
+            ((5, 33), 19, None, {}, False),
+            ((2, 530), 9, None, {}, False),
+            ((2, 6, 5, 4), 10, (3, 2), dict(padding=1, groups=2), False),
+            ((5, 267), 9, None, {}, True),
+            ((2, 3, 33), 9, None, {}, True),
         ):
-            inputs = shape[1] // options.get("groups", 1) * (size[0] * size[1] if size else 1)
-            shapes = shape, (K,), (outputs * inputs, K), (outputs * inputs,), (outputs,)
+            inputs = shape[1] // options["groups"] * size[0] * size[1] if size else shape[-1]
+            z_shape = (shape[0], K) if samples else (K,)
+            shapes = shape, z_shape, (outputs * inputs, K), (outputs * inputs,), (outputs,)
             tensors = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
             doubles = [t.detach().double().requires_grad_() for t in tensors]
             name = "hyper_conv2d" if size else "hyper_linear"

@@ -348,6 +348,20 @@ class TestAugment:
             with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
                 transform(torch.zeros(shape, dtype=torch.uint8))
 
+    def test_grey_images(self):
+        x = random_images(4)[:, :1]
+        options = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "erasing"), 0)
+        shifted = Augment((0.1,), (0.3,), crop_padding=1, flip=0, degrees=0, **options)(x, seeded())
+        assert shifted.shape == x.shape and shifted.dtype == torch.float32
+        padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+        for image, made in zip(padded, (shifted * 0.3 + 0.1).mul(255).round().to(torch.uint8), strict=True):
+            crops = image.unfold(1, 32, 1).unfold(2, 32, 1).flatten(1, 2).movedim(1, 0)
+            assert (crops == made).flatten(1).all(1).any()
+        with pytest.raises(ValueError, match=r"\[B, 1, H, W\]"):
+            Augment((0.1,), (0.3,), **options)(random_images(2), seeded())
+        with pytest.raises(ValueError, match="hue need 3 channels, got 1"):
+            Augment((0.1,), (0.3,))
+
     @pytest.mark.parametrize(
         "options",
         [

@@ -10,7 +10,7 @@ import hyperfast
 from tests.train.test_cifar100 import one_line
 from tests.train.test_wrn import published
 from train import checkpoint, cifar10, compare, comparison, report, speed_test
-from train.data import CifarData
+from train.data import ImageSet
 from train.models.wrn import MODELS, build_wrn
 
 
@@ -42,8 +42,8 @@ def tiny_model(name, fused=True, init=None):
 @pytest.fixture
 def small_data(monkeypatch):
     monkeypatch.delenv("HYPERFAST_DATA", raising=False)
-    data = CifarData(*images(60, 0), *images(20, 1), [])
-    monkeypatch.setattr(cifar10, "load_cifar", lambda name, root: data)
+    data = ImageSet(*images(60, 0), *images(20, 1), [])
+    monkeypatch.setattr(cifar10, "load_images", lambda name, root: data)
     monkeypatch.setattr(cifar10, "VALIDATION", 20)
 
 

@@ -11,7 +11,7 @@ import torch
 import hyperfast
 from tests.train.tiny import Net
 from train import checkpoint, cifar100, command
-from train.data import CifarData, DataError
+from train.data import DataError, ImageSet
 from train.models import MODELS, build_model
 
 
@@ -30,7 +30,7 @@ def tiny_model(name, fused=False, init=None, **_):
 def small_data(monkeypatch):
     monkeypatch.delenv("HYPERFAST_DATA", raising=False)
     monkeypatch.setattr(
-        cifar100, "load_cifar", lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+        cifar100, "load_images", lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
     )
     monkeypatch.setattr(cifar100, "VALIDATION", 20)
 
@@ -283,7 +283,7 @@ def test_out_is_checked_before_the_data_is_read(small, tmp_path, capsys, monkeyp
     def never(name, root):
         raise AssertionError("data was read")
 
-    monkeypatch.setattr(cifar100, "load_cifar", never)
+    monkeypatch.setattr(cifar100, "load_images", never)
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "a") == 2
     assert "cannot be written" in one_line(capsys)
@@ -314,7 +314,7 @@ def test_other_data_is_another_recipe(small, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     x, y = images(60, 0)
     monkeypatch.setattr(
-        cifar100, "load_cifar", lambda name, root: CifarData(x, y.flip(0), *images(20, 1), [])
+        cifar100, "load_images", lambda name, root: ImageSet(x, y.flip(0), *images(20, 1), [])
     )
     assert run(tmp_path / "a", "--resume") == 2
     assert "label_checksum was" in one_line(capsys)
@@ -327,7 +327,7 @@ def test_faults_of_data_and_batch_size(small, tmp_path, capsys, monkeypatch):
     def missing(name, root):
         raise DataError("no data here")
 
-    monkeypatch.setattr(cifar100, "load_cifar", missing)
+    monkeypatch.setattr(cifar100, "load_images", missing)
     assert run(tmp_path / "a") == 2
     assert one_line(capsys) == "error: no data here\n"
 
@@ -593,8 +593,8 @@ def test_init_from_errors(small_data, tmp_path, capsys):
 REAL = """
 import sys, torch
 from train import cifar100
-from tests.train.test_cifar100 import CifarData, images
-cifar100.load_cifar = lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+from tests.train.test_cifar100 import ImageSet, images
+cifar100.load_images = lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
 cifar100.VALIDATION = 20
 sys.exit(cifar100.main(sys.argv[1:]))
 """

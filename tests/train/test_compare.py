@@ -23,7 +23,7 @@ from tests.train.tiny import Net
 from train import checkpoint, cifar100, command, compare, comparison, report, summary
 from train.checkpoint import CheckpointError
 from train.compare import Plan
-from train.data import CifarData
+from train.data import ImageSet
 from train.report import save_figure
 from train.summary import MB, load_run
 
@@ -46,7 +46,7 @@ def build(name, fused=False, **options):
 def trained(monkeypatch):
     """Models that were trained, in order: by the real command with tiny models and data, in this process."""
     monkeypatch.setattr(
-        cifar100, "load_cifar", lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+        cifar100, "load_images", lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
     )
     monkeypatch.setattr(cifar100, "VALIDATION", 20)
     monkeypatch.setattr(cifar100, "build_model", build)
@@ -401,8 +401,8 @@ def test_a_killed_training_is_a_failure(trained, tmp_path, capsys, monkeypatch):
 REAL = """
 import sys
 from train import cifar100
-from tests.train.test_compare import CifarData, build, images
-cifar100.load_cifar = lambda name, root: CifarData(*images(60, 0), *images(20, 1), [])
+from tests.train.test_compare import ImageSet, build, images
+cifar100.load_images = lambda name, root: ImageSet(*images(60, 0), *images(20, 1), [])
 cifar100.VALIDATION, cifar100.build_model = 20, build
 sys.exit(cifar100.main(sys.argv[1:]))
 """

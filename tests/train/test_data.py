@@ -1,10 +1,12 @@
 """train/data.py on small synthetic sets in both layouts, and on the real ones if HYPERFAST_DATA is set."""
 
+import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
+import struct
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -300,6 +302,163 @@ class TestTorchvisionLayout:
             data.load(tiny, tmp_path / "tv")
 
 
+SIZE = 9  # pixels
+
+
+def idx(array):
+    array = np.asarray(array, np.uint8)
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def grey(rows, seed):
+    images, labels = arrays(rows, seed)
+    return images[:, 0, :SIZE, :SIZE], labels
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """The spec of a synthetic MNIST, and write(name, content) into its folder, with the right md5 sums."""
+
+    class MNIST(datasets.MNIST):  # torchvision names the folder after the class
+        mirrors, resources = (f"file://{tmp_path}/nowhere/",), []
+
+    folder, sums = tmp_path / "tv" / "MNIST" / "raw", {}
+    folder.mkdir(parents=True)
+    spec = replace(
+        data.MNIST, torchvision_class=MNIST, unpacked=sums, num_classes=5, train_rows=TRAIN, test_rows=TEST,
+        image_shape=(1, SIZE, SIZE),
+    )  # fmt: skip
+
+    def write(name, content):
+        (folder / name).write_bytes(content)
+        md5 = hashlib.md5(content).hexdigest()
+        if name.endswith(".gz"):
+            MNIST.resources = [*(r for r in MNIST.resources if r[0] != name), (name, md5)]
+        else:
+            sums[name] = md5
+
+    for part, rows, seed in (("train", TRAIN, 0), ("t10k", TEST, 1)):
+        images, labels = grey(rows, seed)
+        write(f"{part}-images-idx3-ubyte", idx(images))
+        write(f"{part}-labels-idx1-ubyte", idx(labels))
+    return spec, folder, write
+
+
+def pack(folder, write, keep=False):
+    """Packs the files as torchvision's mirrors have them."""
+    for path in list(folder.iterdir()):
+        write(f"{path.name}.gz", gzip.compress(path.read_bytes()))
+        if not keep:
+            path.unlink()
+
+
+def check_digits(loaded):
+    for part, rows, seed in (("train", TRAIN, 0), ("test", TEST, 1)):
+        images, labels = grey(rows, seed)
+        got_images, got_labels = getattr(loaded, f"{part}_images"), getattr(loaded, f"{part}_labels")
+        assert got_images.dtype == torch.uint8 and got_labels.dtype == torch.int64
+        assert got_images.is_contiguous() and got_images.shape == (rows, 1, SIZE, SIZE)
+        assert torch.equal(got_images[:, 0], torch.from_numpy(images))
+        assert torch.equal(got_labels, torch.from_numpy(labels))
+    assert loaded.classes == ["0", "1", "2", "3", "4"]
+
+
+class TestIdxLayout:
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_reads_packed_and_unpacked_files(self, digits, packed):
+        spec, folder, write = digits
+        if packed:
+            pack(folder, write)
+        check_digits(data.load(spec, folder.parents[1]))
+
+    def test_each_file_may_be_packed_or_not(self, digits):
+        spec, folder, write = digits
+        pack(folder, write, keep=True)
+        (folder / "train-images-idx3-ubyte").unlink()
+        (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+        check_digits(data.load(spec, folder.parents[1]))
+
+    def fails(self, spec, folder, *words):
+        with pytest.raises(DataError) as caught:
+            data.load(spec, folder.parents[1])
+        for word in words:
+            assert word in str(caught.value), str(caught.value)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("part", ["train", "t10k"])
+    @pytest.mark.parametrize("kind", ["images-idx3", "labels-idx1"])
+    def test_missing_truncated_and_changed(self, digits, packed, part, kind):
+        spec, folder, write = digits
+        if packed:
+            pack(folder, write)
+        path = folder / f"{part}-{kind}-ubyte{'.gz' if packed else ''}"
+        content = path.read_bytes()
+        for other in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), b""):
+            path.write_bytes(other)
+            self.fails(spec, folder, f"{path} is truncated or changed")
+        path.unlink()
+        self.fails(spec, folder, f"{folder}/{part}-{kind}-ubyte is missing")
+
+    @pytest.mark.parametrize("content", [b"", b"\0\0", b"\0\0\x08\x03\0\0", b"\0\0\x09\x01\0\0\0\x00"])
+    def test_no_idx_file(self, digits, content):
+        spec, folder, write = digits
+        write("t10k-labels-idx1-ubyte", content)
+        self.fails(spec, folder, "t10k-labels-idx1-ubyte", "not an idx file")
+
+    def test_fewer_numbers_than_the_header_says(self, digits):
+        spec, folder, write = digits
+        write("train-images-idx3-ubyte", idx(grey(TRAIN, 0)[0])[:-1])
+        self.fails(spec, folder, "train-images-idx3-ubyte", "not all of it")
+
+    def test_packed_file_that_is_none(self, digits):
+        spec, folder, write = digits
+        pack(folder, write)
+        for content in (b"no gzip", gzip.compress(b"\0\0\x08\x01")[:-9]):
+            write("train-labels-idx1-ubyte.gz", content)
+            self.fails(spec, folder, "cannot read", "train-labels-idx1-ubyte.gz")
+
+    def test_wrong_contents(self, digits):
+        spec, folder, write = digits
+        write("t10k-labels-idx1-ubyte", idx([0, 4, 5, 0, 0, 0, 0]))
+        self.fails(spec, folder, "t10k-labels-idx1-ubyte", "row 2: label 5 is not in 0..4")
+        write("t10k-labels-idx1-ubyte", idx([0] * (TEST + 1)))
+        self.fails(spec, folder, "t10k-labels-idx1-ubyte", "[8]", "[7]")
+        write("train-images-idx3-ubyte", idx(grey(TRAIN, 0)[0][:, 1:]))
+        self.fails(spec, folder, "train-images-idx3-ubyte", f"[{TRAIN}, 8, 9]", f"[{TRAIN}, 9, 9]")
+
+    def test_download_into_the_cache_once(self, digits, tmp_path, server):
+        spec, folder, write = digits
+        pack(folder, write)
+        spec.torchvision_class.mirrors = (f"{server}/",)
+        folder.rename(tmp_path / "tar")
+        check_digits(data.load(spec))
+        (tmp_path / "tar").rename(tmp_path / "gone")
+        check_digits(data.load(spec))
+
+    def test_nothing_found(self, digits, tmp_path):
+        spec, _, _ = digits
+        with pytest.raises(DataError) as caught:
+            data.load(spec)
+        for word in ("--data", "HYPERFAST_DATA", "MNIST/raw/ (torchvision", "train-*.parquet"):
+            assert word in str(caught.value)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(DataError, match="no mnist data under .*empty: looked for MNIST/raw/"):
+            data.load(spec, tmp_path / "empty")
+
+    def test_hub_layout_of_grey_images(self, digits, tmp_path):
+        spec, _, _ = digits
+        for part, rows, seed in (("train", TRAIN, 0), ("test", TEST, 1)):
+            images, labels = grey(rows, seed)
+            cells = []
+            for i, image in enumerate(images):  # lossless WebP knows no grey: it comes back as RGB
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, ("PNG", "WEBP")[i % 2], lossless=True)
+                cells.append({"bytes": buffer.getvalue(), "path": None})
+            path = tmp_path / "hub" / "mnist" / f"{part}-00000-of-00001.parquet"
+            write_parquet(path, images, labels, None, "image", "label", cells)
+        check_digits(data.load(spec, tmp_path / "hub"))
+
+
 class TestFinding:
     def test_folder_without_data_is_an_error_and_downloads_nothing(self, tiny, tmp_path, monkeypatch):
         monkeypatch.setattr(tiny.torchvision_class, "download", lambda self: pytest.fail("downloaded"))
@@ -318,8 +477,8 @@ class TestFinding:
             data.load(tiny)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match="'cifar1000'.*cifar10, cifar100"):
-            data.load_cifar("cifar1000")
+        with pytest.raises(ValueError, match="'cifar1000'.*cifar10, cifar100, mnist"):
+            data.load_images("cifar1000")
 
     def test_download_into_the_cache_once(self, tiny, tmp_path, server):
         kind = tiny.torchvision_class
@@ -436,7 +595,7 @@ class TestBatches:
     ],
 )
 def test_real_data(name, mean, first, real_data):
-    loaded = data.load_cifar(name, real_data)
+    loaded = data.load_images(name, real_data)
     classes = len(loaded.classes)
     assert loaded.train_images.shape == (50_000, 3, 32, 32) and loaded.test_images.shape == (
         10_000,
@@ -449,6 +608,21 @@ def test_real_data(name, mean, first, real_data):
     assert (loaded.test_labels.bincount(minlength=classes) == 10_000 // classes).all()
     got = loaded.train_images.sum((0, 2, 3)) / (255 * 50_000 * 32 * 32)
     assert torch.allclose(got, torch.tensor(mean), atol=5e-5)
+
+
+def test_real_digits(real_data):
+    loaded = data.load_images("mnist", real_data)
+    assert loaded.train_images.shape == (60_000, 1, 28, 28) and loaded.test_images.shape == (
+        10_000,
+        1,
+        28,
+        28,
+    )
+    assert loaded.classes == [str(i) for i in range(10)]
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert loaded.train_labels.bincount().tolist() == counts
+    pixels = loaded.train_images / 255
+    assert [round(float(v), 4) for v in (pixels.mean(), pixels.std())] == [0.1307, 0.3081]
 
 
 REAL_DATA = os.environ.get("HYPERFAST_DATA")

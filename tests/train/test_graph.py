@@ -18,7 +18,7 @@ from tests.train.recorded import RecordedGraph
 from tests.train.test_cifar100 import images
 from tests.train.test_loop import assert_same, last
 from train import cifar100, graph
-from train.data import CifarData
+from train.data import ImageSet
 from train.graph import WARM_UP, CaptureError, GraphedStep
 from train.loop import Config, ImageData, Interrupted, RunError, Trainer
 
@@ -359,8 +359,8 @@ def test_gpu_run_resumes(tmp_path, fused):
 @on_gpu(pytest.mark.parametrize("fused", ["--fused", "--no-fused"]))
 def test_gpu_progressive_run_and_interruption(tmp_path, monkeypatch, fused):
     monkeypatch.delenv("HYPERFAST_DATA", raising=False)
-    data = CifarData(*images(120, 0), *images(20, 1), [])
-    monkeypatch.setattr(cifar100, "load_cifar", lambda name, root: data)
+    data = ImageSet(*images(120, 0), *images(20, 1), [])
+    monkeypatch.setattr(cifar100, "load_images", lambda name, root: data)
     monkeypatch.setattr(cifar100, "VALIDATION", 20)
     options = f"{fused} --device cuda --batch-size 16 --epochs 3 --precision bf16"
     options = [*options.split(), "--progressive", "conv4,fc1@1", "fc2@2", "--out", str(tmp_path / "a")]

@@ -43,15 +43,18 @@ def test_report_of_a_hypernetwork(trained):
     ]  # fmt: skip
     assert cells(text, "published, best test epoch")[-1] == "54.16 %"
     assert cells(text, "published, saved model") == ["325.0", "6.00"]
-    # conv 3-4 3x3: 108 weights from K = 3, so 108 * 4 generator parameters; fc 4-5: 20 and 80
-    assert "| conv | 108 | 432 | 3 | 4.00 |" in text
-    assert "| fc | 20 | 80 | 3 | 4.00 |" in text and "| all layers | 128 | 512 | 6 | 4.00 |" in text
+    # conv 3-4 3x3: 108 weights from K = 3, so 108 * 4 generator parameters and z; fc 4-5: 20 and 80
+    assert "| conv | LinearGenerator | 1 x 3 | 108 | 435 | 4.03 |" in text
+    assert "| fc | LinearGenerator | 1 x 3 | 20 | 83 | 4.15 |" in text
+    assert "| **all** |  | **2** | **128** | **518** | **4.05** |" in text
     assert cells(text, "generator") == ["512"] and cells(text, "z") == ["6"]
     assert cells(text, "other (biases, batch norm, ordinary weights)") == ["17"]
     assert cells(text, "**total**") == ["**535**"]
     assert cells(text, "main network after generation") == ["145"]
     assert cells(text, "expansion (total / main network)") == [f"{535 / 145:.2f}"]
     z = trained.model.conv.generator.z
+    assert all((trained.out / f"{name}.png").exists() for name in ("z", "z_bars", "filters"))
+    assert cells(text, "K = 3") == ["conv", "fc"] and "| conv | 1 | 3 | " in text
     row = next(line for line in text.splitlines() if "[-2.18, 1.20]" in line)
     assert (
         row.startswith("| conv |") and f"{trained.history[-1]['z/conv/norm']:.4f}" in row and z.numel() == 3
