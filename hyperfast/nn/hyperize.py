@@ -91,8 +91,8 @@ class HyperModule(Host):
 
     @contextmanager
     def generated(self, z: Tensor | Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """Within it `module`, which it gives, has its weights, made once: for methods other than forward. z as
-        in `forward`."""
+        """Within it `module`, which it gives, has its weights, made once: for other methods than forward. z
+        as in `forward`."""
         with self._holding(self.generate(z)):
             yield self.module
 
