@@ -90,5 +90,5 @@ def test_layers_on_interpreted_kernels():
 
 @pytest.mark.timeout(600)
 def test_weights_for_each_sample_on_interpreted_kernels():
-    chosen = "middle or no_samples or no_images or not_needed or touch or autocast or test_linear and float32"
+    chosen = "middle or no_samples or no_images or not_needed or touch or autocast"
     run_interpreted("tests/ops/test_per_sample.py", "-k", f"not chunks and ({chosen})")
