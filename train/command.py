@@ -88,15 +88,23 @@ def number(kind: type, low: float, above: bool = False, high: float = float("inf
 COUNT, RATE, POSITIVE = number(int, 1), number(float, 0), number(float, 0, above=True)
 
 
-def add_run_options(p: Parser, data: str, models: Iterable[str], default: str, out: str) -> None:
-    """The options of a run, but its recipe. data: the data set's name; out: of the run's folder."""
+def add_run_options(
+    p: Parser,
+    data: str,
+    models: Iterable[str],
+    default: str,
+    out: str,
+    inits: Iterable[str] = INITIALISATIONS,
+) -> None:
+    """The options of a run, but its recipe. data: the data set's name; out: of the run's folder; inits: how
+    generators can start."""
     add = p.add_argument
     boolean = argparse.BooleanOptionalAction
     add(
         "--fused", action=boolean, default=True, help="factored gradients and fused kernels, or plain PyTorch"
     )
     add("--model", choices=list(models), default=default)
-    add("--init", choices=list(INITIALISATIONS), default=DEFAULT, help="how generators start (%(default)s)")
+    add("--init", choices=list(inits), default=DEFAULT, help="how generators start (%(default)s)")
     add("--generated-l2", type=RATE, default=0.0, metavar="C", help="C / 2 |w|^2 of every generated weight w")
     add("--data", type=Path, help=f"folder with {data}, torchvision's or the hub's Parquet layout; "
         "otherwise HYPERFAST_DATA, otherwise it is downloaded")  # fmt: skip
@@ -327,7 +335,7 @@ class Command:
     parser() makes the options, parse(arguments) gives them complete. make_trainer(args) reads the data and
     builds the loop; it may raise CheckpointError, DataError, RunError. published(args): what was reported of
     this very model, if anything. extra(trainer, args): sections of report.md, Markdown, of a run that has
-    ended; pictures go into trainer.out.
+    ended; pictures go into trainer.out. alone: options with which it trains the one model and no other.
     """
 
     name: str
@@ -338,6 +346,7 @@ class Command:
     make_trainer: Callable[[argparse.Namespace], Trainer]
     published: Callable[[argparse.Namespace], report.Published | None]
     extra: Callable[[Trainer, argparse.Namespace], str] = lambda trainer, args: ""
+    alone: tuple[str, ...] = ()
 
     def line(self, arguments: Sequence[str]) -> str:
         """The command that has these arguments, as it stands in reports."""

@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from train.command import Command, Parser
 from train.loop import Interrupted, RunError
 from train.summary import FILE, Run, load_run
 
-COMMANDS = ("cifar100", "cifar10")
+COMMANDS = ("cifar100", "cifar10", "conditional", "mnist")
 
 
 def training_command(name: str) -> Command:
@@ -109,7 +109,8 @@ def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
     plans = []
     for model in models:
         folder = args.out / model
-        plans.append(Plan(training, model, folder, ["--model", model, "--out", str(folder), *options]))
+        arguments = [*training.alone, "--model", model, "--out", str(folder), *options]
+        plans.append(Plan(training, model, folder, arguments))
         training.parse(plans[-1].arguments)  # leaves with one line if an option does not fit the model
     exist = [str(p.folder) for p in plans if p.started]
     if exist and not args.resume:
@@ -150,21 +151,36 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
     """
     earlier = [load_run(folder) for folder in args.runs]
     plans = plan(args, options)
-    before = [p.finished() for p in plans]
     _make(args.out)
-    finished: list[Run] = []
-    failures: dict[str, str] = {}
 
-    def write() -> None:
+    def write(finished: list[Run], failures: dict[str, str]) -> None:
         if finished or earlier:
             comparison.write([*finished, *earlier], args.out, command, failures)
 
+    finished, failures = train_all(plans, write)
+    if not plans:
+        write([], {})
+    if finished or earlier:
+        print(f"\n{args.out / comparison.FILE}")
+    return 1 if failures else 0
+
+
+def train_all(
+    plans: list[Plan], write: Callable[[list[Run], dict[str, str]], None]
+) -> tuple[list[Run], dict[str, str]]:
+    """Train what is not finished, one after the other: the runs, and why a model has none, by name.
+
+    write(runs, failures) after each with what there is so far. Raises Interrupted, CheckpointError.
+    """
+    before = [p.finished() for p in plans]
+    finished: list[Run] = []
+    failures: dict[str, str] = {}
     for i, (p, done) in enumerate(zip(plans, before, strict=True), start=1):
         print(f"\n== {p.model}, {i} of {len(plans)}: {'finished before' if done else p.command}", flush=True)
         if done is None:
             status, stopped = train(p)
             if stopped is not None:
-                write()
+                write(finished, failures)
                 raise Interrupted(stopped)
             try:
                 done = _outcome(p, status)
@@ -172,14 +188,10 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
                 failures[p.model] = str(error)
         if done is not None:
             finished.append(done)
-        write()
-    if not plans:
-        write()
+        write(finished, failures)
     for name, why in failures.items():
         print(f"error: {name}: {why}", file=sys.stderr)
-    if finished or earlier:
-        print(f"\n{args.out / comparison.FILE}")
-    return 1 if failures else 0
+    return finished, failures
 
 
 def _outcome(p: Plan, status: int) -> Run:

@@ -11,10 +11,10 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+import hyperfast
 from hyperfast.analysis import CostReport, ZReport, filter_sheet, generator_costs, table, z_bars, z_report
 from hyperfast.analysis.embeddings import STATISTICS
 from hyperfast.analysis.pictures import STYLE
-from hyperfast.nn import plain_state_dict
 from train import summary
 from train.checkpoint import write_atomically
 from train.summary import MB, Summary
@@ -178,15 +178,12 @@ def _embeddings(last: Row, best: ZReport, best_epoch: int, published: Published 
 
 def _first_kernels(model: nn.Module) -> dict[str, Tensor]:
     """The first kernels larger than a pixel, generated or not, in the network's order."""
-    order = [name.removeprefix("module.") for name, _ in model.named_modules()]  # of a HyperModule
-    weights = plain_state_dict(model)
     kernels = {
-        name.removesuffix(".weight"): w
-        for name, w in weights.items()
-        if w.dim() == 4 and math.prod(w.shape[2:]) > 1
+        name.removesuffix(".weight"): p
+        for name, p in hyperfast.freeze(model).named_parameters()
+        if p.dim() == 4 and math.prod(p.shape[2:]) > 1
     }
-    first = sorted(kernels, key=lambda name: order.index(name) if name in order else len(order))
-    return {name: kernels[name] for name in first[:KERNELS]}
+    return dict(list(kernels.items())[:KERNELS])
 
 
 def _time(time: dict[str, float]) -> str:

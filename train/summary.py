@@ -145,7 +145,7 @@ def _sizes(trainer: Trainer, frozen: Path | None) -> dict[str, int]:
     sizes = {name: (trainer.out / f"{name}.pt").stat().st_size for name in ("best", "last")}
     if frozen:
         sizes["plain"] = frozen.stat().st_size
-    elif any(named_weights(trainer.model)):
+    elif any(named_weights(trainer.model)) and not getattr(trainer.model, "conditional", False):
         sizes["plain"] = sum(t.nbytes for t in plain_state_dict(trainer.model).values())
     return sizes
 

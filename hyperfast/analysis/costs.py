@@ -1,7 +1,8 @@
 """What the generators of a model cost: parameters, and the work of generating and of a training step.
 
 Work is that of the least that has to be done. A generation reads every parameter once and writes every
-generated weight once; flops are two for each multiplication and addition of its products, without
+generated weight once; flops are two for each multiplication and addition of its products, in the order in
+which they are written (`two_layer` multiplies its two matrices first where that is cheaper), without
 elementwise work. The backward of a product makes the gradients of both factors, four; with a factored
 gradient only that of z, two. A training step of AdamW moves for each element of
 

@@ -59,9 +59,13 @@ class HyperModule(Host):
         self._left = False  # whether a backward that failed left weights in `module`
         self.register_state_dict_pre_hook(_remove_left)
 
-    def generate(self) -> dict[str, Tensor]:
-        """The generated weights by the names of the parameters of `module` they stand for."""
-        made = generate_together(self.generators.values())
+    def generate(self, z: Tensor | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The generated weights by the names of the parameters of `module` they stand for; z as in
+        `forward`."""
+        given = self._by_generator(z)
+        own = [g for name, g in self.generators.items() if name not in given]
+        alone = iter(generate_together(own))
+        made = [g(given[name]) if name in given else next(alone) for name, g in self.generators.items()]
         return {
             name: weight
             for weights, own in zip(made, self.targets, strict=True)
@@ -69,14 +73,36 @@ class HyperModule(Host):
             for name in names
         }
 
+    def _by_generator(self, z: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The embeddings that are given, by generator; ValueError for a name there is not, or given twice."""
+        if not isinstance(z, Mapping):
+            return {} if z is None else dict.fromkeys(self.generators, z)
+        known = {name: name for name in self.generators}
+        for generator, own in zip(self.generators, self.targets, strict=True):
+            for target in own[0] if len(own) == 1 else ():
+                known |= {target: generator, target.removesuffix(".weight"): generator}
+        given: dict[str, Tensor] = {}
+        for name, own in z.items():
+            if name not in known or known[name] in given:
+                why = "names a generator twice" if name in known else "there is none"
+                raise ValueError(f"z of {name!r}: {why}; the generators are {', '.join(self.generators)}")
+            given[known[name]] = own
+        return given
+
     @contextmanager
-    def generated(self) -> Iterator[nn.Module]:
-        """Within it `module`, which it gives, has its weights, made once: for methods other than forward."""
-        with self._holding(self.generate()):
+    def generated(self, z: Tensor | Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Within it `module`, which it gives, has its weights, made once: for other methods than forward. z
+        as in `forward`."""
+        with self._holding(self.generate(z)):
             yield self.module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = self.generate()
+    def forward(self, *args: Any, z: Tensor | Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        """What `module` makes of the other arguments. z: embeddings instead of the generators' own; with a
+        batch dimension before their shape, [B, K] for a linear generator, every sample of the batch has
+        weights of its own (`PerSampleWeight`), without a loop. One tensor is for all generators; by name of a
+        generator, or of the parameter or layer that is all it makes, the others keep their own. Refused by
+        generators in factored mode. Raises ValueError for unknown names and other shapes."""
+        weights = self.generate(z)
         with self._holding(weights):
             out = self.module(*args, **kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed():

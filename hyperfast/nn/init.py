@@ -174,8 +174,9 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
     """Initialises a shared core, h = weight z + bias, weight [D, K], bias [D], z [L, K], in place; bias
     starts at 0.
 
-    report: normal with std 0.01. kaiming: He's, z std 0.01. hyperfan, he_bias: embeddings of norm about 1,
-    scaled so that each gives an h of norm 1, on which its head starts as a linear generator does on z.
+    report: normal with std 0.01. kaiming: He's, z std 0.01. Otherwise embeddings of norm about 1: he_bias
+    gives h of std 0.01, hyperfan scales each so that its h has norm 1; heads then start as a linear generator
+    does on its z.
     """
     name = check(name)
     nn.init.zeros_(bias)
@@ -183,6 +184,7 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
         nn.init.normal_(weight, std=0.01 if name == "report" else math.sqrt(2 / weight.shape[1]))
         nn.init.normal_(z, std=0.01)
     else:
-        nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[0]))
+        nn.init.normal_(weight, std=0.01 if name == "he_bias" else 1 / math.sqrt(weight.shape[0]))
         embeddings_(z)
-        z.div_((z @ weight.t()).norm(dim=-1, keepdim=True))
+        if name != "he_bias":
+            z.div_((z @ weight.t()).norm(dim=-1, keepdim=True))

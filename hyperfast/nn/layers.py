@@ -231,7 +231,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         weight = self.weight if weight is None else weight
-        if self.padding_mode != "zeros" or torch.compiler.is_exporting():
+        ordinary = self.padding_mode == "zeros" and not isinstance(weight, PerSampleWeight)
+        if not ordinary or torch.compiler.is_exporting():
             return self._conv_forward(x, weight, self.bias)
         options = self.stride, self.padding, self.dilation, self.groups
         return ops.conv2d(x, weight, self.bias, *options, path=self.path)

@@ -44,7 +44,8 @@ class PerSampleWeight(Tensor):
     @classmethod
     def _of(cls, like: Tensor, shape: Sequence[int], **parts: Any) -> PerSampleWeight:
         made = like.detach().new_empty(()).expand(tuple(shape)).as_subclass(cls)
-        made.__dict__.update(parts)
+        for name, part in parts.items():
+            setattr(made, name, part)
         return made
 
     @property

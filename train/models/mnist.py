@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import hyperfast
+
 IN_CHANNELS, CLASSES = 1, 10
 
 
@@ -16,7 +18,7 @@ class ConvNet(nn.Module):
     """Convolutions `conv1`, ... that keep the size of the image, each -> ReLU -> 2x2 max-pool, then `fc`:
     images float [B, 1, 28, 28] -> logits [B, 10].
 
-    channels: of each convolution's output. kernel_size: of all of them, odd. He's initialisation, biases 0.
+    channels: of each convolution's output. kernel_size: of all of them, odd. torch's initialisation.
     """
 
     def __init__(self, channels: tuple[int, ...], kernel_size: int, size: int = 28):
@@ -26,9 +28,6 @@ class ConvNet(nn.Module):
             self.add_module(f"conv{i}", nn.Conv2d(before, after, kernel_size, padding=kernel_size // 2))
             size //= 2
         self.fc = nn.Linear(channels[-1] * size * size, CLASSES)
-        for layer in self.children():
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         for i in range(1, self.convs + 1):
@@ -38,13 +37,17 @@ class ConvNet(nn.Module):
 
 @dataclass(frozen=True)
 class Model:
-    """A network and how `hyperfast.hyperize` generates the weights of `targets`; plain without targets."""
+    """A network and how `hyperfast.hyperize` generates the weights of `targets`; plain without targets.
 
-    network: Callable[[], nn.Module]
+    twin: the name of the same network with ordinary weights. init: as `hyperize` takes it.
+    """
+
+    network: Callable[[], ConvNet]
     targets: tuple[str, ...] = ()
     generator: str = "linear"
-    z_dim: int = 4
+    init: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
+    twin: str | None = None
 
 
 def three_convs() -> ConvNet:
@@ -56,8 +59,41 @@ def two_convs() -> ConvNet:
 
 
 MODELS = {
-    "shared": Model(three_convs, ("conv1", "conv2", "conv3"), "shared", 4, {"hidden_dim": 64}),
+    "shared": Model(
+        three_convs,
+        ("conv1", "conv2", "conv3"),
+        "shared",
+        "keep",
+        {"z_dim": 4, "hidden_dim": 64},
+        "shared_plain",
+    ),
     "shared_plain": Model(three_convs),
-    "single": Model(two_convs, ("conv2",), "two_layer", 4),
+    "single": Model(two_convs, ("conv2",), "two_layer", "hyperfan", {"z_dim": 4}, "single_plain"),
     "single_plain": Model(two_convs),
 }
+
+
+def build_mnist(name: str, fused: bool = False, init: str | None = None) -> nn.Module:
+    """The network `name` of `MODELS`: images float [B, 1, 28, 28] -> logits [B, 10].
+
+    fused: as in `train.models.build_model`. init: "keep", or a name in
+    `hyperfast.nn.init.INITIALISATIONS`; default: the model's own. A hypernetwork draws the numbers of its
+    plain twin first: with "keep" both start as the same network. Raises ValueError for unknown names and for
+    "keep" where the generator cannot start from a given weight.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    model = MODELS[name]
+    network = model.network()
+    if not model.targets:
+        return network
+    backend = "auto" if fused else "reference"
+    made = hyperfast.hyperize(
+        network,
+        model.generator,
+        targets=model.targets,
+        init=init or model.init,
+        backend=backend,
+        **model.options,
+    )
+    return hyperfast.factored_(made) if fused else made
