@@ -223,7 +223,7 @@ def hyperize(
         made = {_free_name(before): generator}
     else:
         options |= {"init": None if init == "keep" else init, "backend": backend}
-        made = _make(generator, network, weights, z_dim, options, _free_name(before))
+        made = _make(generator, network, found, z_dim, options, _free_name(before))
     _check_made(made, weights)
     if init == "keep":
         _keep_(made.values(), weights.values())
@@ -311,7 +311,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
 def _make(
     generator: str | type[Generator],
     module: nn.Module,
-    weights: Mapping[str, Tensor],
+    found: Sequence[tuple[str, ...]],
     z_dim: int | Mapping[str, int],
     options: Mapping[str, Any],
     name_of_one: str,
@@ -323,12 +323,13 @@ def _make(
             f"generator must be one of {', '.join(GENERATORS)}, a class of generators or a generator, "
             f"got {generator!r}"
         )
-    fans = [_fans(module, name) for name in weights]
+    fans = [_fans(module, names[0]) for names in found]
+    weights = [module.get_parameter(names[0]) for names in found]
     if kind.per_layer and options.get("unit") is None:
         made = {}
-        for (name, w), (fan_in, fan_out) in zip(weights.items(), fans, strict=True):
+        for names, w, (fan_in, fan_out) in zip(found, weights, fans, strict=True):
             own = options | {"fan_in": fan_in, "fan_out": fan_out, "dtype": w.dtype, "device": w.device}
-            size = _size(z_dim, name)
+            size, name = _size(z_dim, names), names[0]
             try:
                 made[name.replace(".", "/")] = kind(w.shape, size, **own)
             except ValueError as error:
@@ -336,10 +337,10 @@ def _make(
         return made
     if not isinstance(z_dim, int):
         raise TypeError(f"z_dim must be one number where one generator makes all weights, got {z_dim}")
-    first = next(iter(weights.values()))
+    first = weights[0]
     fan_in, fan_out = zip(*fans, strict=True)
     own = options | {"fan_in": fan_in, "fan_out": fan_out, "dtype": first.dtype, "device": first.device}
-    return {name_of_one: kind([w.shape for w in weights.values()], z_dim, **own)}
+    return {name_of_one: kind([w.shape for w in weights], z_dim, **own)}
 
 
 def _check_made(made: Mapping[str, Generator], weights: Mapping[str, Tensor]) -> None:
@@ -368,13 +369,14 @@ def _keep_(made: Iterable[Generator], weights: Iterable[Tensor]) -> None:
             ) from None
 
 
-def _size(z_dim: int | Mapping[str, int], name: str) -> int:
+def _size(z_dim: int | Mapping[str, int], names: Sequence[str]) -> int:
     if not isinstance(z_dim, Mapping):
         return z_dim
-    layer = name.rpartition(".")[0]
-    if name not in z_dim and layer not in z_dim:
-        raise ValueError(f"z_dim has no size for {name!r}, it names {', '.join(z_dim) or 'none'}")
-    return z_dim.get(name, z_dim.get(layer))
+    for name in names:
+        for known in (name, name.removesuffix(".weight")):
+            if known in z_dim:
+                return z_dim[known]
+    raise ValueError(f"z_dim has no size for {names[0]!r}, it names {', '.join(z_dim) or 'none'}")
 
 
 def _fans(module: nn.Module, name: str) -> tuple[int | None, int | None]:
