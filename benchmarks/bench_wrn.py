@@ -1,5 +1,5 @@
-"""The training step of the hyper WRN-40-1 against the loop over its 242 embeddings and its plain twin, all ways
-taking turns in one run."""
+"""The training step of the hyper WRN-40-1 against the loop over its 242 embeddings and its plain twin, all
+ways taking turns in one run."""
 
 from __future__ import annotations
 

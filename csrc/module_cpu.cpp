@@ -328,15 +328,24 @@ PooledImages images_of(const std::array<int64_t, 5>& sizes, int threads) {
 }
 
 void batch_norm(const std::array<int64_t, 5>& sizes, int64_t x, int64_t weight, int64_t bias,
-                int64_t statistics, int64_t batch, double eps, int64_t y, int64_t index,
+                int64_t residual, int64_t statistics, int64_t batch, double eps, int64_t y, int64_t index,
                 const std::string& dtype, int threads) {
   const PooledImages images = images_of(sizes, threads);
+  if (residual && images.P != 1) throw py::value_error("a residual needs P 1");
   double* mean = pointer<double>(statistics);
-  const BatchNormSegment segment{
-      images,         pointer(x), pointer(weight), pointer(bias),          mean, mean + images.C,
-      pointer(batch), eps,        pointer(y),      pointer<uint8_t>(index)};
+  const BatchNormSegment segment{images,
+                                 pointer(x),
+                                 pointer(weight),
+                                 pointer(bias),
+                                 pointer(residual),
+                                 mean,
+                                 mean + images.C,
+                                 pointer(batch),
+                                 eps,
+                                 pointer(y),
+                                 pointer<uint8_t>(index)};
   const DType type = dtype_of(dtype);
-  check_aligned({x, y}, element_size(type));
+  check_aligned({x, y, residual}, element_size(type));
   check_aligned({weight, bias}, compute_size(type));
   py::gil_scoped_release release;
   const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
@@ -345,14 +354,26 @@ void batch_norm(const std::array<int64_t, 5>& sizes, int64_t x, int64_t weight, 
 
 void batch_norm_backward(const std::array<int64_t, 5>& sizes, int64_t x, int64_t dy, int64_t index,
                          int64_t weight, int64_t statistics, bool given, double eps, int64_t dx,
-                         int64_t dweight, int64_t dbias, const std::string& dtype, int threads) {
+                         int64_t dresidual, int64_t dweight, int64_t dbias, const std::string& dtype,
+                         int threads) {
   const PooledImages images = images_of(sizes, threads);
+  if (dresidual && (images.P != 1 || !dx)) throw py::value_error("a residual needs P 1 and dx");
   const double* mean = pointer<double>(statistics);
-  const BatchNormBackwardSegment segment{
-      images, pointer(x), pointer(dy), pointer<uint8_t>(index), pointer(weight), mean, mean + images.C,
-      given,  eps,        pointer(dx), pointer(dweight),        pointer(dbias)};
+  const BatchNormBackwardSegment segment{images,
+                                         pointer(x),
+                                         pointer(dy),
+                                         pointer<uint8_t>(index),
+                                         pointer(weight),
+                                         mean,
+                                         mean + images.C,
+                                         given,
+                                         eps,
+                                         pointer(dx),
+                                         pointer(dresidual),
+                                         pointer(dweight),
+                                         pointer(dbias)};
   const DType type = dtype_of(dtype);
-  check_aligned({x, dy, dx}, element_size(type));
+  check_aligned({x, dy, dx, dresidual}, element_size(type));
   check_aligned({weight, dweight, dbias}, compute_size(type));
   py::gil_scoped_release release;
   const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
@@ -412,13 +433,12 @@ PYBIND11_MODULE(_cpu, m) {
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
   m.def("batch_norm", &batch_norm, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-        py::arg("statistics"), py::arg("batch"), py::arg("eps"), py::arg("y"), py::arg("index"),
-        py::arg("dtype"), py::arg("threads"),
+        py::arg("residual"), py::arg("statistics"), py::arg("batch"), py::arg("eps"), py::arg("y"),
+        py::arg("index"), py::arg("dtype"), py::arg("threads"),
         "sizes: (B, H, W, C, P); addresses; statistics: mean [C] and var [C], float64, given if batch is 0; "
-        "weight, "
-        "bias, index may be 0.");
+        "weight, bias, residual (P 1 only), index may be 0.");
   m.def("batch_norm_backward", &batch_norm_backward, py::arg("sizes"), py::arg("x"), py::arg("dy"),
         py::arg("index"), py::arg("weight"), py::arg("statistics"), py::arg("given"), py::arg("eps"),
-        py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dtype"), py::arg("threads"),
-        "As batch_norm; dx may be 0.");
+        py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("dtype"),
+        py::arg("threads"), "As batch_norm; dx and dresidual may be 0.");
 }

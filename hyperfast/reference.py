@@ -284,14 +284,16 @@ def batch_norm_relu_max_pool(
     momentum: float = 0.1,
     eps: float = 1e-5,
     pool: int = 2,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """max over windows of `pool` x `pool` of max(0, batch norm of x): x [B, C, H, W] -> [B, C, H // pool, W
-    // pool].
+    """max over windows of `pool` x `pool` of max(0, batch norm of x, plus residual): x [B, C, H, W] ->
+    [B, C, H // pool, W // pool].
 
     The arguments before `pool` are those of `torch.nn.functional.batch_norm`; running statistics are updated
     in place in training. The maximum is taken before the ReLU: the same values and gradients, fewer ReLUs.
     """
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
     return F.relu(F.max_pool2d(y, pool) if pool > 1 else y)
 
 

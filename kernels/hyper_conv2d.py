@@ -37,20 +37,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperfast.kernels.launch import INTERPRETED, TRITON_TYPES, Launch, compute_type
+from hyperfast.kernels.convolution import (
+    Layer,
+    gather_columns,
+    meeting_rows,
+    pixels,
+    power,
+    split,
+    strides,
+    sum_parts,
+)
+from hyperfast.kernels.launch import Launch
 
 FEW_ROWS = 8  # up to here without tensor cores
 MOST_ROWS = 64  # of a block in float32; twice that in half precision
 DOT_K = 64  # beyond, without tensor cores
 TILE_BYTES = 32768  # of the generator, for each step of a block
 PROGRAMS = {True: 2 * 132, False: 4 * 132}  # with tensor cores: blocks that 132 multiprocessors run at a time
-WARPS, STAGES = 8, 3
-
-
-@triton.jit
-def _pixels(offs, height, width):
-    """(image, row, column) of pixels counted through images of height x width."""
-    return (offs // (height * width)).to(tl.int64), offs // width % height, offs % width
 
 
 @triton.jit
@@ -63,43 +66,6 @@ def _weights(weight_ptr, bias_ptr, z, rows, offs_k, mask, K: tl.constexpr):
     if bias_ptr is not None:
         w += tl.load(bias_ptr + rows, mask=mask, other=0.0).to(z.dtype)
     return w
-
-
-@triton.jit
-def _columns(
-    x_ptr,
-    offs_m,
-    c,
-    down,
-    right,
-    in_m,
-    in_i,
-    H,
-    W,
-    out_h,
-    out_w,
-    x_b,
-    x_c,
-    x_h,
-    x_w,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """x_col[m, i] of rows m and columns i: channel c of x, `down` and `right` from the window's corner."""
-    image, row, column = _pixels(offs_m, out_h, out_w)
-    h = row * STRIDE_H - TOP
-    w = column * STRIDE_W - LEFT
-    mask = in_m[:, None] & in_i[None, :]
-    if PADDED:
-        hs = h[:, None] + down[None, :]
-        ws = w[:, None] + right[None, :]
-        mask = mask & (hs >= 0) & (hs < H) & (ws >= 0) & (ws < W)
-    of_m = image * x_b + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w
-    of_i = c.to(tl.int64) * x_c + down.to(tl.int64) * x_h + right.to(tl.int64) * x_w
-    return tl.load(x_ptr + of_m[:, None] + of_i[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -175,7 +141,7 @@ def hyper_conv2d_fwd_kernel(
             offs_i = step * BLOCK_I + tl.arange(0, BLOCK_I)
             c, r, s = offs_i // (R * S), offs_i // S % R, offs_i % S
         in_i = c < C
-        x = _columns(
+        x = gather_columns(
             x_ptr, offs_m, group * C + c, r * DILATION_H, s * DILATION_W, in_m, in_i, H, W, out_h, out_w,
             x_b, x_c, x_h, x_w, STRIDE_H, STRIDE_W, TOP, LEFT, PADDED,
         )  # fmt: skip
@@ -191,37 +157,10 @@ def hyper_conv2d_fwd_kernel(
     if layer_bias_ptr is not None:
         y += tl.load(layer_bias_ptr + channels, mask=in_o, other=0.0).to(COMPUTE)[None, :]
 
-    image, row, column = _pixels(offs_m, out_h, out_w)
+    image, row, column = pixels(offs_m, out_h, out_w)
     of_m = tl.program_id(1).to(tl.int64) * y_split + image * y_b + row.to(tl.int64) * y_h + column * y_w
     offs_y = of_m[:, None] + channels[None, :] * y_c
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_o[None, :])
-
-
-@triton.jit
-def hyper_conv2d_sum_kernel(
-    parts_ptr,
-    layer_bias_ptr,
-    out_ptr,
-    parts,
-    size,
-    inner,
-    channels,
-    BLOCK_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[j] = sum_p parts[p, j] + layer_bias[j // inner % channels], in memory's order."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < size
-    total = tl.zeros((BLOCK_P, BLOCK), parts_ptr.dtype.element_ty)
-    for first in range(0, parts, BLOCK_P):
-        offs_p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
-        mask = (offs_p < parts)[:, None] & inside[None, :]
-        total += tl.load(parts_ptr + offs_p[:, None] * size + offs[None, :], mask=mask, other=0.0)
-    out = tl.sum(total, 0)
-    if layer_bias_ptr is not None:
-        layer_bias = tl.load(layer_bias_ptr + offs // inner % channels, mask=inside, other=0.0)
-        out += layer_bias.to(out.dtype)
-    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -276,7 +215,7 @@ def hyper_conv2d_bwd_x_kernel(
     offs_c = pid // pixel_blocks % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
     in_p, in_c = offs_p < P, offs_c < C
-    image, h, w = _pixels(offs_p, H, W)
+    image, h, w = pixels(offs_p, H, W)
     z = tl.load(z_ptr + offs_k, mask=offs_k < K, other=0.0).to(COMPUTE)
 
     begin = tl.program_id(1) * chunk
@@ -290,11 +229,8 @@ def hyper_conv2d_bwd_x_kernel(
         in_o = offs_o < O
         outputs = (group * O + offs_o).to(tl.int64)
         down, right = h + TOP - r * DILATION_H, w + LEFT - s * DILATION_W
-        row, column = down // STRIDE_H, right // STRIDE_W
-        meets = in_p
-        if not POINTWISE:
-            meets = meets & (down >= 0) & (down % STRIDE_H == 0) & (row < out_h)
-            meets = meets & (right >= 0) & (right % STRIDE_W == 0) & (column < out_w)
+        row, column, meets = meeting_rows(down, right, out_h, out_w, STRIDE_H, STRIDE_W)
+        meets = in_p if POINTWISE else in_p & meets
         of_p = image * dy_b + row.to(tl.int64) * dy_h + column.to(tl.int64) * dy_w
         mask = meets[:, None] & in_o[None, :]
         dy = tl.load(dy_ptr + of_p[:, None] + outputs[None, :] * dy_c, mask=mask, other=0.0)
@@ -376,11 +312,11 @@ def hyper_conv2d_bwd_w_kernel(
     for m in range(begin, tl.minimum(begin + chunk, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         in_m = offs_m < M
-        x = _columns(
+        x = gather_columns(
             x_ptr, offs_m, group * C + c, r * DILATION_H, s * DILATION_W, in_m, in_i, H, W, out_h, out_w,
             x_b, x_c, x_h, x_w, STRIDE_H, STRIDE_W, TOP, LEFT, PADDED,
         )  # fmt: skip
-        image, row, column = _pixels(offs_m, out_h, out_w)
+        image, row, column = pixels(offs_m, out_h, out_w)
         of_m = image * dy_b + row.to(tl.int64) * dy_h + column.to(tl.int64) * dy_w
         offs_dy = channels[:, None] * dy_c + of_m[None, :]
         dy = tl.load(dy_ptr + offs_dy, mask=in_o[:, None] & in_m[None, :], other=0.0)
@@ -434,9 +370,6 @@ def hyper_conv2d_bwd_z_kernel(
         tl.store(dz_ptr + block * K + offs_k, dz, mask=in_k)
 
 
-_power = triton.next_power_of_2
-
-
 class Tiles(NamedTuple):
     """What a block works on: rows, and outputs x columns of the generator; on tensor cores or not."""
 
@@ -452,79 +385,23 @@ def tiles(rows: int, outputs: int, columns: int, K: int, dtype: torch.dtype, x_d
     if dot:  # a tile of at least 16 x 16, the least that tensor cores take
         scale = 1 if x_dtype == torch.float32 else 2  # float32 products take twice the registers
         most = 512 * scale if K > 2 else 256 * scale  # larger tiles spill there
-        weights = min(max(TILE_BYTES // dtype.itemsize // _power(K), 256), most)
-        block_o = min(max(_power(outputs), 16), 32 if weights > 256 else 16)
-        block_i = min(max(_power(columns), 16), weights // block_o)
-        return Tiles(min(max(_power(rows), 16), MOST_ROWS * scale), block_o, block_i, True)
+        weights = min(max(TILE_BYTES // dtype.itemsize // power(K), 256), most)
+        block_o = min(max(power(outputs), 16), 32 if weights > 256 else 16)
+        block_i = min(max(power(columns), 16), weights // block_o)
+        return Tiles(min(max(power(rows), 16), MOST_ROWS * scale), block_o, block_i, True)
     # as many elements as in float32, so that the sums [rows, weights] fit the registers beside them
     elements = TILE_BYTES // (16 if dtype == torch.float64 else 4) // (2 if rows > FEW_ROWS // 2 else 1)
-    weights = min(elements // _power(K), 1024)
-    block_i = min(_power(columns), weights)
-    return Tiles(min(_power(rows), FEW_ROWS), min(_power(outputs), weights // block_i), block_i, False)
+    weights = min(elements // power(K), 1024)
+    block_i = min(power(columns), weights)
+    return Tiles(min(power(rows), FEW_ROWS), min(power(outputs), weights // block_i), block_i, False)
 
 
-def _parts(steps: int, blocks: int, dot: bool) -> tuple[int, int]:
-    """(parts, steps of each) into which the `steps` of each of `blocks` blocks are cut."""
-    chunk = triton.cdiv(steps, max(1, min(steps, PROGRAMS[dot] // blocks)))
-    return triton.cdiv(steps, chunk), chunk
+def _tiles(layer: Layer, rows: int, columns: int) -> Tiles:
+    return tiles(rows, layer.O, columns, layer.K, layer.dtype, layer.x_dtype)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores take float32: as torch's matrix products do."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
-class _Layer:
-    """Sizes of one call and the arguments its kernels share. geometry: R, S, stride (2), padding (top,
-    bottom, left, right), dilation (2), groups."""
-
-    def __init__(self, x: Tensor, z: Tensor, weight: Tensor, y: Tensor, geometry: tuple[int, ...]):
-        R, S, stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w, self.groups = geometry
-        B, channels, H, W = x.shape
-        self.N, self.K = weight.shape
-        self.C, self.O, self.taps = channels // self.groups, y.shape[1] // self.groups, R * S
-        self.I, self.pixels, self.rows = self.C * R * S, B * H * W, y.shape[0] * y.shape[2] * y.shape[3]
-        self.dtype, self.x_dtype = weight.dtype, x.dtype
-        self.shared = {
-            "z_ptr": z, "weight_ptr": weight, "C": self.C, "O": self.O, "M": self.rows, "P": self.pixels,
-            "H": H, "W": W, "out_h": y.shape[2], "out_w": y.shape[3], "K": self.K, "R": R, "S": S,
-            "STRIDE_H": stride_h, "STRIDE_W": stride_w, "TOP": top, "LEFT": left,
-            "DILATION_H": dilation_h, "DILATION_W": dilation_w, "PADDED": any((top, bottom, left, right)),
-            "POINTWISE": geometry[:10] == (1, 1, 1, 1, 0, 0, 0, 0, 1, 1), "BLOCK_K": _power(self.K),
-            "COMPUTE": compute_type(weight.dtype), "PRECISION": _precision(x.dtype),
-        }  # fmt: skip
-
-    def tiles(self, rows: int, columns: int) -> Tiles:
-        return tiles(rows, self.O, columns, self.K, self.dtype, self.x_dtype)
-
-    def scratch(self, device: torch.device, *shape: int) -> Tensor:
-        return torch.empty(
-            shape, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=device
-        )
-
-    def launch(self, kernel, grid: tuple[int, ...], dot: bool, **arguments) -> Launch:
-        """With those of the shared arguments that the kernel has."""
-        replaced = INTERPRETED and self.x_dtype == torch.bfloat16  # which the interpreter cannot multiply
-        factors = TRITON_TYPES[torch.float32 if replaced else self.x_dtype]
-        arguments = self.shared | {"DOT": factors if dot else None} | arguments
-        arguments = {name: arguments[name] for name in kernel.arg_names}
-        return Launch(kernel, grid, arguments, num_warps=WARPS, num_stages=STAGES)
-
-
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{name}_{letter}": stride for letter, stride in zip("bchw", tensor.stride(), strict=True)}
-
-
-def _sum(parts: Tensor, layer_bias: Tensor | None, out: Tensor, inner: int = 1, channels: int = 1) -> Launch:
-    """out = the sum of parts [P, elements of out, in out's order in memory] + layer_bias [channels], of which
-    each serves `inner` elements in turn."""
-    P, size = parts.shape
-    BLOCK_P = min(_power(P), 256)
-    BLOCK = min(_power(size), 4096 // BLOCK_P)
-    arguments = {"parts_ptr": parts, "layer_bias_ptr": layer_bias, "out_ptr": out, "parts": P, "size": size}
-    arguments |= {"inner": inner, "channels": channels, "BLOCK_P": BLOCK_P, "BLOCK": BLOCK}
-    return Launch(hyper_conv2d_sum_kernel, (triton.cdiv(size, BLOCK),), arguments, num_warps=WARPS)
+def _launch(layer: Layer, kernel, grid: tuple[int, ...], dot: bool, **arguments) -> Launch:
+    return layer.launch(kernel, grid, **arguments if dot else {"DOT": None} | arguments)
 
 
 def launches(
@@ -537,21 +414,21 @@ def launches(
     geometry: tuple[int, ...],
 ) -> Iterator[Launch]:
     """Fills y [B, O, H', W'], dense in memory, in x's dtype. x [B, groups C, H, W] has any strides; z [K],
-    weight [N, K], bias [N], layer_bias [O] are contiguous and of one dtype. geometry: see `_Layer`."""
-    layer = _Layer(x, z, weight, y, geometry)
+    weight [N, K], bias [N], layer_bias [O] are contiguous and of one dtype. geometry: see `Layer`."""
+    layer = Layer(x, z, weight, y, geometry)
     by_tap = layer.taps > 1 and layer.C >= 16 and layer.rows > FEW_ROWS
     columns, repeats = (layer.C, layer.taps) if by_tap else (layer.I, 1)
-    block_m, block_o, block_i, dot = layer.tiles(layer.rows, columns)
+    block_m, block_o, block_i, dot = _tiles(layer, layer.rows, columns)
     blocks = triton.cdiv(layer.rows, block_m) * layer.groups * triton.cdiv(layer.O, block_o)
-    parts, chunk = _parts(triton.cdiv(columns, block_i) * repeats, blocks, dot)
+    parts, chunk = split(triton.cdiv(columns, block_i) * repeats, blocks, PROGRAMS[dot])
     out = y if parts == 1 else layer.scratch(x.device, parts, y.numel())
-    yield layer.launch(
-        hyper_conv2d_fwd_kernel, (blocks, parts), dot, x_ptr=x, bias_ptr=bias, y_ptr=out,
-        layer_bias_ptr=layer_bias if parts == 1 else None, **_strides("x", x), **_strides("y", y),
+    yield _launch(
+        layer, hyper_conv2d_fwd_kernel, (blocks, parts), dot, x_ptr=x, bias_ptr=bias, y_ptr=out,
+        layer_bias_ptr=layer_bias if parts == 1 else None, **strides("x", x), **strides("y", y),
         y_split=y.numel(), chunk=chunk, BY_TAP=by_tap, BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip
     if parts > 1:
-        yield _sum(out, layer_bias, y, y.stride(1), y.shape[1])
+        yield sum_parts(out, layer_bias, y, y.stride(1), y.shape[1])
 
 
 def backward_launches(
@@ -567,57 +444,57 @@ def backward_launches(
 ) -> Iterator[Launch]:
     """Fills those of dx (like x, dense in memory), dz [K] and dw [N] (in weight's dtype) that are given; dy
     [B, O, H', W'] and x in x's dtype with any strides, the rest as in `launches`."""
-    layer = _Layer(x, z, weight, dy, geometry)
+    layer = Layer(x, z, weight, dy, geometry)
     if dx is not None:
         yield from _dx_launches(layer, dy, bias, dx)
     if dz is not None or dw is not None:
         yield from _dw_launches(layer, dy, x, dz, dw)
 
 
-def _dx_launches(layer: _Layer, dy: Tensor, bias: Tensor | None, dx: Tensor) -> Iterator[Launch]:
-    block_p, block_o, block_c, dot = layer.tiles(layer.pixels, min(layer.C, 64))
+def _dx_launches(layer: Layer, dy: Tensor, bias: Tensor | None, dx: Tensor) -> Iterator[Launch]:
+    block_p, block_o, block_c, dot = _tiles(layer, layer.pixels, min(layer.C, 64))
     blocks = triton.cdiv(layer.pixels, block_p) * layer.groups * triton.cdiv(layer.C, block_c)
-    parts, chunk = _parts(triton.cdiv(layer.O, block_o) * layer.taps, blocks, dot)
+    parts, chunk = split(triton.cdiv(layer.O, block_o) * layer.taps, blocks, PROGRAMS[dot])
     out = dx if parts == 1 else layer.scratch(dx.device, parts, dx.numel())
-    yield layer.launch(
-        hyper_conv2d_bwd_x_kernel, (blocks, parts), dot, dy_ptr=dy, bias_ptr=bias, dx_ptr=out,
-        **_strides("dy", dy), **_strides("dx", dx), dx_split=dx.numel(), chunk=chunk,
+    yield _launch(
+        layer, hyper_conv2d_bwd_x_kernel, (blocks, parts), dot, dy_ptr=dy, bias_ptr=bias, dx_ptr=out,
+        **strides("dy", dy), **strides("dx", dx), dx_split=dx.numel(), chunk=chunk,
         BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=block_c,
     )  # fmt: skip
     if parts > 1:
-        yield _sum(out, None, dx)
+        yield sum_parts(out, None, dx)
 
 
 def _dw_launches(
-    layer: _Layer, dy: Tensor, x: Tensor, dz: Tensor | None, dw: Tensor | None
+    layer: Layer, dy: Tensor, x: Tensor, dz: Tensor | None, dw: Tensor | None
 ) -> Iterator[Launch]:
     """dz in the pass that makes dw, where one block has all rows and its tile of the generator fits the
     registers; else in the pass that adds up the parts of dw."""
-    block_m, block_o, block_i, dot = layer.tiles(layer.rows, layer.I)
+    block_m, block_o, block_i, dot = _tiles(layer, layer.rows, layer.I)
     one_pass = layer.rows <= block_m
     if not one_pass:
         dot = layer.dtype != torch.float64
         block_m, block_o, block_i = (32, 64, 64) if dot else (FEW_ROWS, 16, 16)
     blocks = layer.groups * triton.cdiv(layer.O, block_o) * triton.cdiv(layer.I, block_i)
-    parts, chunk = _parts(triton.cdiv(layer.rows, block_m), blocks, dot)
+    parts, chunk = split(triton.cdiv(layer.rows, block_m), blocks, PROGRAMS[dot])
     direct = parts == 1 and (one_pass or dz is None)
     dw_parts = dw if direct else layer.scratch(x.device, parts, layer.N)
     dz_parts = layer.scratch(x.device, blocks, layer.K) if direct and dz is not None else None
-    yield layer.launch(
-        hyper_conv2d_bwd_w_kernel, (blocks, parts), dot, dy_ptr=dy, x_ptr=x, dw_ptr=dw_parts, dz_ptr=dz_parts,
-        **_strides("dy", dy), **_strides("x", x), dw_split=layer.N, chunk=chunk * block_m,
+    yield _launch(
+        layer, hyper_conv2d_bwd_w_kernel, (blocks, parts), dot, dy_ptr=dy, x_ptr=x, dw_ptr=dw_parts,
+        dz_ptr=dz_parts, **strides("dy", dy), **strides("x", x), dw_split=layer.N, chunk=chunk * block_m,
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip
     if not direct:
-        block_n = max(1, 4096 // _power(layer.K))
+        block_n = max(1, 4096 // power(layer.K))
         blocks = triton.cdiv(layer.N, block_n)
         dz_parts = layer.scratch(x.device, blocks, layer.K) if dz is not None else None
-        yield layer.launch(
-            hyper_conv2d_bwd_z_kernel, (blocks,), False, parts_ptr=dw_parts, dw_ptr=dw, dz_ptr=dz_parts,
-            parts=parts, N=layer.N, BLOCK_N=block_n,
+        yield _launch(
+            layer, hyper_conv2d_bwd_z_kernel, (blocks,), False, parts_ptr=dw_parts, dw_ptr=dw,
+            dz_ptr=dz_parts, parts=parts, N=layer.N, BLOCK_N=block_n,
         )  # fmt: skip
     if dz is not None:
-        yield _sum(dz_parts, None, dz)
+        yield sum_parts(dz_parts, None, dz)
 
 
 def run(*arguments) -> None:

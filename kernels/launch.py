@@ -48,6 +48,18 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tensor cores take factors of `dtype` in float32: as torch's matrix products do."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """What tl.dot takes factors of `dtype` in."""
+    replaced = INTERPRETED and dtype == torch.bfloat16  # which the interpreter cannot multiply
+    return TRITON_TYPES[torch.float32 if replaced else dtype]
+
+
 class Resources(NamedTuple):
     """What a compiled kernel takes: registers of a thread, bytes of stack a thread (spilled registers), bytes
     of shared memory a block; threads of a block; the assembly, and Triton's last own form of the kernel, that

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperfast.nn import HyperLayer
+from hyperfast.nn import HyperLayer, HyperModule
 from hyperfast.ops._library import _cpu
 from tests.cuda_emulator.kernels import cuda_kernels  # noqa: F401  a fixture
 
@@ -97,6 +97,20 @@ class PlainLayer(nn.Module):
         return function(x, self.generator(), self.bias, *self.options)
 
 
+class PlainHyperModule(nn.Module):
+    """A `HyperModule` of linear generators: a network whose weights stand in its place by functional_call."""
+
+    def __init__(self, module: nn.Module, generators: dict[str, PlainGenerator], targets: Sequence):
+        super().__init__()
+        self.module, self.generators, self.targets = module, nn.ModuleDict(generators), targets
+
+    def forward(self, *args):
+        made = {}
+        for generator, (names,) in zip(self.generators.values(), self.targets, strict=True):
+            made |= dict.fromkeys(names, generator())
+        return torch.func.functional_call(self.module, made, args)
+
+
 @pytest.fixture
 def plain_twin() -> Callable[[nn.Module], nn.Module]:
     """twin(model): a copy in plain PyTorch, with the same parameter names in the same order."""
@@ -104,11 +118,15 @@ def plain_twin() -> Callable[[nn.Module], nn.Module]:
     def twin(model: nn.Module) -> nn.Module:
         generators: dict[int, PlainGenerator] = {}
         replaced: dict[int, nn.Module] = {}
-        for layer in model.modules():
-            if isinstance(layer, HyperLayer):
-                g = layer.generator
+        for host in reversed(list(model.modules())):  # from the inside out
+            if isinstance(host, HyperLayer):
+                g = host.generator
                 generator = generators.setdefault(id(g), PlainGenerator(g))
-                replaced[id(layer)] = PlainLayer(layer, generator)
+                replaced[id(host)] = PlainLayer(host, generator)
+            elif isinstance(host, HyperModule):
+                plain = {name: PlainGenerator(g) for name, g in host.generators.items()}
+                module = copy.deepcopy(host.module, replaced)
+                replaced[id(host)] = PlainHyperModule(module, plain, host.targets)
         return copy.deepcopy(model, replaced)
 
     return twin

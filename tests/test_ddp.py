@@ -33,6 +33,11 @@ class Net(nn.Module):
         return self.out(torch.tanh(self.fc(torch.tanh(self.conv(x)).flatten(1))))
 
 
+def hypernetwork() -> nn.Module:
+    """Generated layers, and an ordinary one that `hyperize` generated."""
+    return hyperfast.hyperize(Net().double(), z_dim=2, init="hyperfan")
+
+
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The joined batch of all ranks."""
     generator = torch.Generator().manual_seed(step)
@@ -47,7 +52,7 @@ def loss(model, x, y):
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    net = Net().double()
+    net = hypernetwork()
     net.load_state_dict(torch.load(f"{folder}/start.pt"))  # factored weights must start equal on all ranks
     hyperfast.factored_(net)
     model = DistributedDataParallel(net)
@@ -62,7 +67,8 @@ def work(rank: int, folder: str) -> None:
             (loss(model, x[ROWS // 2 :], y[ROWS // 2 :]) / 2).backward()
         else:
             loss(model, x, y).backward()
-        assert net.conv.generator.weight.grad is None
+        for _, generator in hyperfast.nn.named_generators(net):
+            assert generator.weight.grad is None
         optimizer.step()
         norms.append(optimizer.grad_norm)
     torch.save({"model": net.state_dict(), "norms": norms}, f"{folder}/rank{rank}.pt")
@@ -71,8 +77,8 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_ranks_equal_one_process(tmp_path, plain_twin, assert_equal_parameters):
-    net = Net().double()
-    nn.init.normal_(net.conv.generator.z, std=0.3)
+    net = hypernetwork()
+    nn.init.normal_(net.module.conv.generator.z, std=0.3)
     torch.save(net.state_dict(), tmp_path / "start.pt")
     mp.start_processes(work, (str(tmp_path),), nprocs=RANKS, start_method="spawn")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]

@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 from hyperfast.kernels import hyper_conv2d  # noqa: E402
+from hyperfast.kernels.convolution import sum_parts_kernel  # noqa: E402
 from hyperfast.kernels.launch import INTERPRETED, SHARED_LIMITS, Launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -62,7 +63,7 @@ def every_launch(B, I, O, side, geometry, K, dtype, x_dtype=None, groups=1) -> l
     made = [*hyper_conv2d.launches(x, z, weight, bias, empty(O, dtype=dtype), y, geometry)]
     dx, dz, dw = torch.empty_like(x), torch.empty_like(z), torch.empty_like(bias)
     made += hyper_conv2d.backward_launches(y, x, z, weight, bias, dx, dz, dw, geometry)
-    return [launch for launch in made if launch.kernel is not hyper_conv2d.hyper_conv2d_sum_kernel]
+    return [launch for launch in made if launch.kernel is not sum_parts_kernel]
 
 
 SHAPES = {

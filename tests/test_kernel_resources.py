@@ -106,3 +106,24 @@ def test_all_have_loaded_a_bias_before_any_thread_stores_it(name, capability):
     barrier = ptx.rindex("bar.sync", 0, first_store)
     later = re.findall(r"ld\.global\S*", ptx[barrier:first_store])
     assert all(load.endswith(".b64") for load in later), later  # coefficients
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("embeddings, float32", {"st.global.v4.b32": 4, "fma.rn.f32": 256}),
+        ("embeddings, bfloat16, channels_last", {"st.global.v4.b32": 2, "wgmma.mma_async": 1}),
+    ],
+)
+def test_units_leave_in_16_bytes(name, wanted):
+    """Straight into the layers, whose addresses come out of a table; half precision on tensor cores."""
+    ptx = launch_of("generate_units", name, "fwd").compile(90).ptx
+    assert all(ptx.count(instruction) >= count for instruction, count in wanted.items())
+    stores = re.findall(r"st\.global\S*", ptx)
+    assert stores and all(".v4." in store for store in stores), stores
+
+
+def test_gradients_of_units_are_read_ahead_in_16_bytes():
+    ptx = launch_of("generate_units", "embeddings, float32", "bwd").compile(90).ptx
+    copies = [line for line in ptx.splitlines() if "cp.async.c" in line]
+    assert sum(", 0x10, " in line for line in copies) >= 12

@@ -42,6 +42,11 @@ NOT_OF_KERNELS = "not compile and not opcheck and not memory_of_the_op and not t
             "ops/test_adamw_generate.py",
             "not_trained_is_added or first_step_from_zero or guard_bytes or bumped",
         ),
+        (
+            "ops/test_generate_units.py",
+            "test_accurate and dtype0 and (odd or rows_) and not has_rows or autocast and odd or strided"
+            " or nothing_to_sum",
+        ),
         ("optim/test_adamw.py", "twenty_steps"),
     ],
 )
@@ -56,6 +61,7 @@ def test_ops_and_optimizers_on_interpreted_kernels(file, tests):
     [
         ("ops/test_generate.py", "test_values or layers_in_one_call"),
         ("ops/test_generate_backward.py", f"{NOT_OF_KERNELS} and not do_not_serve"),
+        ("ops/test_generate_units.py", f"{NOT_OF_KERNELS} and not threads"),
         ("optim/test_adam_sgd.py", "twenty_steps"),
         ("test_states.py", "TestKernels and not thread_count or TestNumbersInTensors and auto"),
     ],
@@ -80,3 +86,9 @@ def test_batch_norm_on_interpreted_kernels():
 def test_layers_on_interpreted_kernels():
     chosen = "middle or belong or only_one or factored_forms or autocast or leading or no_rows or no_images"
     run_interpreted("tests/ops/test_hyper_layers.py", "-k", chosen)
+
+
+@pytest.mark.timeout(600)
+def test_weights_for_each_sample_on_interpreted_kernels():
+    chosen = "middle or no_samples or no_images or not_needed or touch or autocast or test_linear and float32"
+    run_interpreted("tests/ops/test_per_sample.py", "-k", f"not chunks and ({chosen})")

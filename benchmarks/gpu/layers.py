@@ -1,4 +1,5 @@
-"""Layers on generated weights, merged with generation or not, and batch norm with ReLU and pool."""
+"""Layers on generated weights, merged with generation or not, weights for each sample, and batch norm with
+ReLU and pool."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import ways
+from benchmarks import bench_per_sample, ways
 from benchmarks.bench_merged import Case, eager, ours
 from benchmarks.gpu.generators import COMPILE_SECONDS, COMPILED, error
 from benchmarks.gpu.parts import one_line
@@ -34,6 +35,13 @@ LAYERS = {  # in, out, kernel (0: linear), dtype
     "fc1, bfloat16": (512, 1024, 0, torch.bfloat16),
     "conv3, bfloat16": (128, 256, 3, torch.bfloat16),
 }
+PER_SAMPLE = [
+    (bench_per_sample.Case(64, 0, 512, 512), torch.float32),
+    (bench_per_sample.Case(128, 16, 64, 64, kernel=3), torch.float32),
+    (bench_per_sample.Case(64, 0, 512, 512), torch.bfloat16),
+    (bench_per_sample.Case(128, 16, 64, 64, kernel=3), torch.bfloat16),
+]
+CASE_SECONDS = 6.0  # without so much time left, no more such layers
 SEPARATE = "generate first"
 COMPILED_ROWS = (1, 64, 1024)  # compiling takes longer than measuring
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -132,6 +140,72 @@ def time_merged(
 def merging_wins(seconds: dict[int, dict[str, float]], way: str, rows: int) -> bool:
     found = seconds[rows]
     return way in found and SEPARATE in found and found[way] < found[SEPARATE]
+
+
+def per_sample_calls(
+    case: bench_per_sample.Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    engine: str,
+    compiler: str | None,
+    fail: Callable[[str], None],
+) -> Calls:
+    """Forward and backward of one layer with weights for each sample, all gradients, by every way that agrees
+    with float64."""
+    with torch.device(device):
+        tensors = [t.detach().to(dtype).requires_grad_() for t in case.tensors()]
+    functions = {"einsum, bmm": bench_per_sample.eager}
+    if compiler:
+        torch._dynamo.reset()
+        for way, function in (("einsum, bmm", bench_per_sample.eager), ("expand", bench_per_sample.expand)):
+            if way != "expand" or not case.kernel:
+                functions[f"{way}, compiled"] = torch.compile(function, dynamic=False, backend=compiler)
+    functions["hyperfast"] = use_engine(engine)(bench_per_sample.ours)
+
+    def call(function: Callable, tensors: Sequence[Tensor]) -> list[Tensor]:
+        y = function(*tensors, case.kernel)
+        return [y.detach(), *torch.autograd.grad(y, tensors, torch.ones_like(y))]
+
+    wanted = call(bench_per_sample.eager, [t.detach().double().requires_grad_() for t in tensors])
+    calls: Calls = {}
+    for way, function in functions.items():
+        try:
+            found = error(call(function, tensors), wanted)
+            if found > TOLERANCE[dtype]:
+                raise ArithmeticError(f"differs from float64 by {found:.1e}")
+            calls[way] = functools.partial(call, function, tensors)
+        except Exception as problem:
+            fail(f"{' '.join(case.label())}, {way}: {one_line(problem)}")
+    return calls
+
+
+def time_per_sample(
+    context: Context, device: torch.device, cases: Sequence[tuple[bench_per_sample.Case, torch.dtype]],
+    rounds: int, engine: str = "triton", compiler: str = "inductor",
+) -> None:  # fmt: skip
+    """Weights for each sample, by the time that is left: compiling takes longer than measuring."""
+    ways = ["einsum, bmm", "einsum, bmm, compiled", "expand, compiled", "hyperfast"]
+    table, seconds = [], {}
+    for case, dtype in cases:
+        name = " ".join([*case.label(), str(dtype).removeprefix("torch.")])
+        if context.remaining() < CASE_SECONDS:
+            context.line(f"weights for each sample, {name}: no time left")
+            continue
+        torch.manual_seed(0)
+        with_compiler = compiler if context.remaining() > COMPILE_SECONDS else None
+        calls = per_sample_calls(case, dtype, device, engine, with_compiler, context.fail)
+        seconds[name] = {w: median(found) for w, found in graphs_in_turns(calls, device, rounds).items()}
+        cells = [f"{1e6 * seconds[name][w]:.0f} us" if w in seconds[name] else "-" for w in ways]
+        table.append([*case.label(), str(dtype).removeprefix("torch."), *cells])
+        header = ["layer", "rows a sample", "samples", "dtype", *ways]
+        context.table("Weights for each sample, forward + backward with all gradients", header, table)
+        context.fact(per_sample_seconds=seconds)
+        own = seconds[name].get("hyperfast")
+        rest = [s for way, s in seconds[name].items() if way != "hyperfast"]
+        if own and rest:
+            context.line(
+                f"weights for each sample, {name}: {1e6 * own:.0f} us, best other {min(rest) / own:.1f}x"
+            )
 
 
 def pooled_call(layers: Sequence[torch.nn.Module], tensors: Sequence[tuple[Tensor, Tensor]]) -> Callable:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks import bench_per_sample
 from benchmarks.bench_merged import Case, eager, ours
 from benchmarks.gpu.generators import (
     ENGINES,
@@ -24,13 +25,15 @@ from benchmarks.gpu.generators import (
     generators,
     has_engine,
 )
-from benchmarks.gpu.layers import serves
+from benchmarks.gpu.layers import per_sample_calls, serves
 from hyperfast import nn as hyper_nn
-from hyperfast.ops._library import _cuda, dtype_name, triton_kernels, use_engine
+from hyperfast.ops._library import _cuda, dtype_name, generator_engine, triton_kernels, use_engine
 
 PLANTED = "planted"
 SHAPES = [(5, 16), (257, 16), (1023, 16), (63, 3)]
 LAYERS = [Case(5, 33, 17, 16), Case(5, 33, 17, 16, torch.bfloat16), Case(9, 16, 19, 16, kernel=3)]
+
+PER_SAMPLE = [bench_per_sample.Case(5, 0, 33, 17), bench_per_sample.Case(3, 5, 6, 7, kernel=3)]
 
 
 def passes(device: torch.device, engines: Sequence[str]) -> Iterator[str]:
@@ -58,6 +61,19 @@ def merged_layers(device: torch.device, engines: Sequence[str]) -> Iterator[str]
                 if (found := error(got, wanted)) > tolerance:
                     raise ArithmeticError(f"{case.label()} by {engine} differs by {found:.1e}")
                 yield f"{' '.join(case.label())} by {engine}"
+
+
+def per_sample_layers(device: torch.device, engines: Sequence[str]) -> Iterator[str]:
+    def fail(what: str) -> None:
+        raise ArithmeticError(what)
+
+    for case in PER_SAMPLE:
+        for engine in engines:
+            with use_engine(engine):
+                there = generator_engine([torch.empty(1, case.K, device=device)]) == engine
+            if there:
+                per_sample_calls(case, torch.float32, device, engine, None, fail)
+                yield f"{' '.join(case.label())}, weights for each sample, by {engine}"
 
 
 def _with_gradients(function, tensors: list[Tensor]) -> list[Tensor]:
@@ -89,7 +105,8 @@ def run_all(device: torch.device, engines: Sequence[str]) -> list[str]:
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     ran = []
-    for group in (passes(device, engines), merged_layers(device, engines), batch_norm(device)):
+    layers = merged_layers(device, engines), per_sample_layers(device, engines)
+    for group in (passes(device, engines), *layers, batch_norm(device)):
         for name in group:
             print(name, flush=True)
             ran.append(name)

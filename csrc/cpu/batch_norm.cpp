@@ -1,4 +1,6 @@
-// Batch norm -> ReLU -> P x P max pool of channels_last images, forward and backward.
+// Batch norm -> ReLU -> P x P max pool of channels_last images, forward and backward. Without pooling
+// something of x's shape may be added before the ReLU, the residual: one more pass each, to read it and to
+// write its gradient.
 //
 // Floor, in passes over x: the forward reads it for the statistics and again to normalise, and writes P^-2 of
 // it (y, and a byte for each output); the backward reads it for the sums and again for dx, and writes dx.
@@ -185,10 +187,11 @@ struct Forward {
   }
 
   // One row of windows
-  template <int P>
+  template <int P, bool adds>
   void apply(int64_t row) const {
     const int64_t rows = im.H / P, C = im.C, begin = row * (im.W / P) * C, end = begin + im.W / P * C;
     const T* window = x + (row / rows * im.H + row % rows * P) * im.W * C;
+    const T* residual = static_cast<const T*>(s.residual);
     T* y = static_cast<T*>(s.y);
     uint8_t* index = s.index;
     const A *center = this->center, *scale = this->scale, *offset = this->offset;
@@ -197,6 +200,7 @@ struct Forward {
         const V m = Channel::load(center + c, n...), a = Channel::load(scale + c, n...);
         const V b = Channel::load(offset + c, n...);
         V best = (S::load(window + c, n...) - m) * a + b;
+        if constexpr (adds) best += S::load(residual + to + c, n...);
         typename Bytes<S>::V winner{};
         for (int i = 1; i < P * P; ++i) {
           const V v = (S::load(window + (i / P * im.W + i % P) * C + c, n...) - m) * a + b;
@@ -310,7 +314,7 @@ struct Backward {
   }
 
   // dx of one row of windows, or of a last row of pixels that fill none
-  template <int P, bool given, bool streams>
+  template <int P, bool given, bool streams, bool adds>
   void apply(int64_t row) const {
     const int64_t rows = (im.H + P - 1) / P, columns = im.W / P, C = im.C, below = im.W * C;
     const int64_t pixel = (row / rows * im.H + row % rows * P) * im.W;
@@ -319,11 +323,11 @@ struct Backward {
     const uint8_t* index = s.index + begin;
     const T *x = this->x + pixel * C, *dy = this->dy + begin;
     const A *center = this->center, *factor = this->factor, *slope = this->slope, *offset = this->offset;
-    T* dx = this->dx + pixel * C;
+    T *dx = this->dx + pixel * C, *dresidual = static_cast<T*>(s.dresidual) + (adds ? pixel * C : 0);
     for (int64_t column = 0; column < columns; ++column) {
       for_channels<S::width>(C, [&](int64_t c, auto... n) {
         const Winner winner = Bytes<S>::load(index + c, n...);
-        const V g = S::load(dy + c, n...) * Channel::load(factor + c, n...);
+        const V passed = S::load(dy + c, n...), g = passed * Channel::load(factor + c, n...);
         const V m = Channel::load(center + c, n...), k = Channel::load(slope + c, n...);
         const V b = Channel::load(offset + c, n...);
         V d[P * P];
@@ -331,6 +335,7 @@ struct Backward {
           d[i] = winner == i ? g : V{};
           if constexpr (!given) d[i] += (S::load(x + i / P * below + i % P * C + c, n...) - m) * k + b;
         }
+        if constexpr (adds) S::store(dresidual + c, winner == 0 ? passed : V{}, n...);
         for (int i = 0; i < P * P; ++i) {
           T* to = dx + i / P * below + i % P * C + c;
           if constexpr (streams && sizeof...(n) == 0) S::stream(to, d[i]);
@@ -338,6 +343,7 @@ struct Backward {
         }
       });
       index += C, dy += C, x += P * C, dx += P * C;
+      if constexpr (adds) dresidual += C;
     }
     if (im.W % P)
       for (int i = 0; i < P; ++i) outside<given>(pixel + i * im.W + im.W - 1, 1);
@@ -378,8 +384,13 @@ void batch_norm(const BatchNormSegment& segment, DType dtype, double* scratch, i
     with_width<decltype(t)>(segment.images.C, [&](auto simd) {
       const Forward<decltype(simd), decltype(t)> work(segment, scratch);
       with_window(segment.images.P, [&](auto P) {
-        const auto apply = [&](int64_t row) { work.template apply<P>(row); };
-        run(work, threads, [&](int64_t tile) { work.sum_tile(tile); }, apply);
+        const auto apply = [&](auto adds) {
+          run(
+              work, threads, [&](int64_t tile) { work.sum_tile(tile); },
+              [&](int64_t row) { work.template apply<P, adds>(row); });
+        };
+        if (P == 1 && segment.residual) apply(std::bool_constant<P == 1>());
+        else apply(std::false_type());
       });
     });
   });
@@ -391,11 +402,17 @@ void batch_norm_backward(const BatchNormBackwardSegment& segment, DType dtype, d
       const Backward<decltype(simd), decltype(t)> work(segment, scratch);
       with_window(segment.images.P, [&](auto P) {
         const auto sum_tile = [&](int64_t tile) { work.template sum_tile<P>(tile); };
-        if (segment.given)
-          run(work, threads, sum_tile, [&](int64_t row) { work.template apply<P, true, false>(row); });
-        else if (work.streams)
-          run(work, threads, sum_tile, [&](int64_t row) { work.template apply<P, false, true>(row); });
-        else run(work, threads, sum_tile, [&](int64_t row) { work.template apply<P, false, false>(row); });
+        const auto apply = [&](auto given, auto streams) {
+          const auto chosen = [&](auto adds) {
+            run(work, threads, sum_tile,
+                [&](int64_t row) { work.template apply<P, given, streams, adds>(row); });
+          };
+          if (P == 1 && segment.dresidual) chosen(std::bool_constant<P == 1>());
+          else chosen(std::false_type());
+        };
+        if (segment.given) apply(std::true_type(), std::false_type());
+        else if (work.streams) apply(std::false_type(), std::true_type());
+        else apply(std::false_type(), std::false_type());
       });
     });
   });

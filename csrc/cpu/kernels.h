@@ -168,11 +168,12 @@ struct PooledImages {
   int64_t scratch() const { return C * (2 * (tiles() > window_tiles() ? tiles() : window_tiles()) + 4); }
 };
 
-// y = max over the window of max(0, (x - mean) / sqrt(var + eps) weight + bias)
+// y = max over the window of max(0, (x - mean) / sqrt(var + eps) weight + bias + residual)
 struct BatchNormSegment {
   PooledImages images;
   const void* x;              // [B, H, W, C]
   const void *weight, *bias;  // [C], float where x is bfloat16; null: 1 and 0
+  const void* residual;       // like x, P 1; or null
   double *mean, *var;         // [C], biased; written, or given where batch is null
   void* batch;                // [2, C] like weight: mean and unbiased variance, for running averages
   double eps;
@@ -190,6 +191,7 @@ struct BatchNormBackwardSegment {
   bool given;  // mean and var do not depend on x
   double eps;
   void* dx;               // like x, or null
+  void* dresidual;        // like x, P 1, beside dx; or null
   void *dweight, *dbias;  // like weight
 };
 

@@ -39,7 +39,8 @@ class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.pool, self.backend = pool, check_backend(backend)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: like x, added before the ReLU."""
         self._check_input_dim(x)
         momentum, update = self.momentum, self.training and self.track_running_stats
         count = self.num_batches_tracked if update else None
@@ -48,9 +49,12 @@ class BatchNormReLUMaxPool2d(nn.BatchNorm2d):
         running = (self.running_mean, self.running_var) if update or not self.training else (None, None)
         training = self.training or running[0] is None
         options = (training, momentum or 0.0, self.eps, self.pool)
+        # an export needs no hyperfast
+        backend = "reference" if torch.compiler.is_exporting() else self.backend
         return batch_norm_relu_max_pool(
-            x, *running, self.weight, self.bias, *options, num_batches_tracked=count, backend=self.backend
-        )
+            x, *running, self.weight, self.bias, *options, residual=residual, num_batches_tracked=count,
+            backend=backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool={self.pool}"

@@ -90,9 +90,10 @@ class HyperModule(Host):
         return given
 
     @contextmanager
-    def generated(self) -> Iterator[nn.Module]:
-        """Within it `module`, which it gives, has its weights, made once: for methods other than forward."""
-        with self._holding(self.generate()):
+    def generated(self, z: Tensor | Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Within it `module`, which it gives, has its weights, made once: for other methods than forward. z
+        as in `forward`."""
+        with self._holding(self.generate(z)):
             yield self.module
 
     def forward(self, *args: Any, z: Tensor | Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
@@ -114,11 +115,11 @@ class HyperModule(Host):
                 for name in names:
                     yield join(self.network, name), generator, index
 
-    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+    def frozen(self, weights: Callable[[Generator], Sequence[nn.Parameter]], memo: dict) -> nn.Module:
         plain = copy.deepcopy(self.module, memo)
         for generator, own in zip(self.generators.values(), self.targets, strict=True):
             for weight, names in zip(weights(generator), own, strict=True):
-                _put(plain, dict.fromkeys(names, nn.Parameter(weight)))
+                _put(plain, dict.fromkeys(names, weight))
         return plain
 
     @contextmanager

@@ -141,7 +141,9 @@ def initialise_two_layer_(
         nn.init.normal_(w2)
         embeddings_(z)
         w2.div_((z.view(-1, w2.shape[0]) @ w2).square().mean().mul(w1.shape[0]).sqrt())
-        z.mul_(_layer_norms(fans, counts, z).unsqueeze(-1))
+        for own, fan in zip(z.view(-1, w2.shape[0]).split(counts), fans, strict=True):
+            units = (own @ w2).view(-1, w1.shape[0]) @ w1
+            own.mul_(math.sqrt(2 / fan) / units.square().mean().sqrt())
     for bias in (b1, b2):
         nn.init.zeros_(bias)
 
@@ -172,8 +174,9 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
     """Initialises a shared core, h = weight z + bias, weight [D, K], bias [D], z [L, K], in place; bias
     starts at 0.
 
-    report: normal with std 0.01. kaiming: He's, z std 0.01. Otherwise embeddings have norm 1; hyperfan gives
-    h of norm 1, he_bias h of std 0.01: heads then start as a linear generator does on its z.
+    report: normal with std 0.01. kaiming: He's, z std 0.01. Otherwise embeddings of norm about 1: he_bias
+    gives h of std 0.01, hyperfan scales each so that its h has norm 1; heads then start as a linear generator
+    does on its z.
     """
     name = check(name)
     nn.init.zeros_(bias)
@@ -183,3 +186,5 @@ def initialise_core_(weight: Tensor, bias: Tensor, z: Tensor, name: str | None =
     else:
         nn.init.normal_(weight, std=0.01 if name == "he_bias" else 1 / math.sqrt(weight.shape[0]))
         embeddings_(z)
+        if name != "he_bias":
+            z.div_((z @ weight.t()).norm(dim=-1, keepdim=True))

@@ -49,11 +49,11 @@ class HyperLayer(Host):
     def generated_parameters(self) -> Iterator[tuple[str, Generator, int]]:
         yield "weight", self.generator, 0
 
-    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+    def frozen(self, weights: Callable[[Generator], Sequence[nn.Parameter]], memo: dict) -> nn.Module:
         plain = self._plain()
         own = {k: v for k, v in self.__dict__.items() if k not in ("_parameters", "_modules", "generator")}
         plain.__dict__.update(copy.deepcopy(own, memo))  # modes and hooks too
-        plain.weight = nn.Parameter(weights(self.generator)[0])
+        (plain.weight,) = weights(self.generator)
         plain.bias = copy.deepcopy(self.bias, memo)
         return plain
 

@@ -34,7 +34,7 @@ class Host(nn.Module):
         names."""
 
     @abstractmethod
-    def frozen(self, weights: Callable[[Generator], Sequence[Tensor]], memo: dict) -> nn.Module:
+    def frozen(self, weights: Callable[[Generator], Sequence[nn.Parameter]], memo: dict) -> nn.Module:
         """A plain module in place of this one, with new parameters: `weights(generator)` for what is
         generated, `copy.deepcopy(..., memo)` of everything else."""
 
@@ -129,8 +129,8 @@ def _used_generators(model: nn.Module) -> Iterator[tuple[int, Generator]]:
 
 def _made(
     model: nn.Module, used: Mapping[int, Generator], z: Mapping[str, Tensor]
-) -> dict[int, list[Tensor]]:
-    """New contiguous weights of every generator."""
+) -> dict[int, list[nn.Parameter]]:
+    """New contiguous parameters in place of every generator's weights."""
     names = {name: id(generator) for name, generator in named_generators(model)}
     for name in z:
         if name not in names:
@@ -141,7 +141,7 @@ def _made(
         made = dict(zip(own, generate_together(own.values()), strict=True))
         made |= {key: used[key](own) for key, own in given.items()}
     layout = {"memory_format": torch.contiguous_format}
-    return {key: [w.detach().clone(**layout) for w in weights] for key, weights in made.items()}
+    return {key: [nn.Parameter(w.clone(**layout)) for w in weights] for key, weights in made.items()}
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -151,8 +151,9 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     taken: set[int] = set()
     state = {}
     for name, t in freeze(model).state_dict().items():
-        state[name] = t.clone() if t.data_ptr() in taken else t.contiguous()
-        taken.add(t.data_ptr())
+        memory = t.untyped_storage().data_ptr()
+        state[name] = t.clone(memory_format=torch.contiguous_format) if memory in taken else t.contiguous()
+        taken.add(memory)
     return state
 
 

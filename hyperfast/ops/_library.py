@@ -202,9 +202,8 @@ def check_memory(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str
             if is_written:
                 _check_writable(name, tensor)
             if tensor.numel() and not tensor.is_meta and not isinstance(tensor, FakeTensor):
-                last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 start = tensor.data_ptr()
-                spans.append((start, start + (last + 1) * tensor.itemsize, name, is_written))
+                spans.append((start, start + _span(tensor) * tensor.itemsize, name, is_written))
     spans.sort()
     reach = {True: (0, ""), False: (0, "")}  # how far written and read tensors reach so far
     for start, end, name, is_written in spans:
@@ -212,6 +211,13 @@ def check_memory(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str
             if start < other_end and (is_written or other_written):
                 raise ValueError(f"{name} shares memory with {other}: one of them is updated in place")
         reach[is_written] = max(reach[is_written], (end, name))
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last in memory, those between them counted too."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""`batch_norm_relu_max_pool`: three layers of a convolutional network in two passes over the activations."""
+"""`batch_norm_relu_max_pool`: three layers of a convolutional network in two passes over the activations, or
+the end of a residual block."""
 
 from __future__ import annotations
 
@@ -25,16 +26,18 @@ from hyperfast.ops._library import (
 
 # mean, var: given statistics, else those of x. running_mean, running_var: moved towards mean and unbiased
 # variance of x; num_batches: counted up. statistics: float64 [2, C], mean and biased variance. index: uint8
-# like y, the winner of each window; empty without with_index.
+# like y, the winner of each window; empty without with_index. residual: like x, pool 1, CPU.
 library.define(
     "batch_norm_relu_max_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches, float momentum, float eps, "
-    "int pool, bool with_index) -> (Tensor y, Tensor index, Tensor statistics)"
+    "int pool, bool with_index, Tensor? residual=None) -> (Tensor y, Tensor index, Tensor statistics)"
 )
-# given: the statistics do not depend on x; dx is empty without with_dx
+# given: the statistics do not depend on x; dx is empty without with_dx, dresidual without with_dresidual,
+# which needs with_dx
 library.define(
     "batch_norm_relu_max_pool_backward(Tensor dy, Tensor x, Tensor index, Tensor? weight, Tensor statistics, "
-    "bool given, float eps, int pool, bool with_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    "bool given, float eps, int pool, bool with_dx, bool with_dresidual=False) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 
 
@@ -45,7 +48,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _contiguous(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> Iterator[Tensor | None]:
     """[C] each, in `dtype` if given; optional arguments come lazily negated if they are."""
-    return (None if t is None else t.to(dtype or t.dtype).contiguous().resolve_neg() for t in tensors)
+    for t in tensors:
+        as_is = t is None or t.is_contiguous() and t.dtype == (dtype or t.dtype) and not t.is_neg()
+        yield t if as_is else t.to(dtype or t.dtype).contiguous().resolve_neg()
 
 
 def _sizes(x: Tensor, pool: int) -> tuple[int, ...]:
@@ -61,8 +66,9 @@ def _address(tensor: Tensor | None) -> int:
 @torch.library.impl(library, "batch_norm_relu_max_pool", "CPU")
 @torch.library.impl(library, "batch_norm_relu_max_pool", "CUDA")
 def _forward(
-    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, with_index
-):
+    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, with_index,
+    residual=None,
+):  # fmt: skip
     x = x.contiguous(memory_format=torch.channels_last)
     y, index, statistics = _forward_fake(x, *[None] * 7, momentum, eps, pool, with_index)
     updated = running_mean, running_var, num_batches
@@ -74,33 +80,38 @@ def _forward(
         # kernels do not: autograd must notice that saved tensors were overwritten
         torch.autograd.graph.increment_version([t for t in updated if t is not None and not t.is_inference()])
     else:
-        _forward_cpu(x, weight, bias, mean, var, *updated, momentum, eps, pool, y, index, statistics)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        _forward_cpu(
+            x, weight, bias, residual, mean, var, *updated, momentum, eps, pool, y, index, statistics
+        )
     return y, index, statistics
 
 
 def _forward_cpu(
-    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, y, index,
-    statistics,
+    x, weight, bias, residual, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, y,
+    index, statistics,
 ):  # fmt: skip
     compute = _compute_dtype(x)
     weight, bias = _contiguous(weight, bias, dtype=compute)
     batch = x.new_empty((2, x.shape[1]) if mean is None else 0, dtype=compute)
     if mean is not None:
         statistics.copy_(torch.stack((mean, var)))
-    addresses = [_address(t) for t in (x, weight, bias, statistics, batch)]
+    addresses = [_address(t) for t in (x, weight, bias, residual, statistics, batch)]
     threads = torch.get_num_threads()
     _cpu.batch_norm(_sizes(x, pool), *addresses, eps, y.data_ptr(), _address(index), dtype_name(x), threads)
     if running_mean is not None:
-        for running, made in zip((running_mean, running_var), batch.unbind(), strict=True):
-            running.lerp_(made.to(running.dtype), momentum)
+        made = batch if running_mean.dtype == compute else batch.to(running_mean.dtype)
+        torch._foreach_lerp_([running_mean, running_var], [made[0], made[1]], momentum)
     if num_batches is not None:
         num_batches.add_(1)
 
 
 @torch.library.register_fake("hyperfast::batch_norm_relu_max_pool", lib=library)
 def _forward_fake(
-    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, with_index
-):
+    x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, with_index,
+    residual=None,
+):  # fmt: skip
     B, C, H, W = x.shape
     shape, layout = (B, C, H // pool, W // pool), torch.channels_last
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -110,42 +121,49 @@ def _forward_fake(
 
 @torch.library.impl(library, "batch_norm_relu_max_pool_backward", "CPU")
 @torch.library.impl(library, "batch_norm_relu_max_pool_backward", "CUDA")
-def _backward(dy, x, index, weight, statistics, given, eps, pool, with_dx):
+def _backward(dy, x, index, weight, statistics, given, eps, pool, with_dx, with_dresidual=False):
     x, dy, index = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy, index))
-    dx, dweight, dbias = _backward_fake(dy, x, index, weight, statistics, given, eps, pool, with_dx)
+    options = given, eps, pool, with_dx, with_dresidual
+    dx, dweight, dbias, dresidual = _backward_fake(dy, x, index, weight, statistics, *options)
     if engine(x) == "triton":
         (weight,) = _contiguous(weight)
         inputs = dy, x, index, weight, statistics, given, eps, pool
         kernels = triton_kernels("batch_norm_relu_max_pool")
         kernels.run_backward(*inputs, dx if with_dx else None, dweight, dbias)
-        return dx, dweight, dbias
+        return dx, dweight, dbias, dresidual
     (weight,) = _contiguous(weight, dtype=_compute_dtype(x))
     inputs = [_address(t) for t in (x, dy, index, weight, statistics)]
-    outputs = [_address(t) for t in (dx, dweight, dbias)]
+    outputs = [_address(t) for t in (dx, dresidual, dweight, dbias)]
     threads = torch.get_num_threads()
     _cpu.batch_norm_backward(_sizes(x, pool), *inputs, given, eps, *outputs, dtype_name(x), threads)
-    return dx, dweight, dbias
+    return dx, dweight, dbias, dresidual
 
 
 @torch.library.register_fake("hyperfast::batch_norm_relu_max_pool_backward", lib=library)
-def _backward_fake(dy, x, index, weight, statistics, given, eps, pool, with_dx):
+def _backward_fake(dy, x, index, weight, statistics, given, eps, pool, with_dx, with_dresidual=False):
     dweight = torch.empty(x.shape[1], dtype=_compute_dtype(x), device=x.device)
-    dx = torch.empty_like(x, memory_format=torch.channels_last) if with_dx else x.new_empty(0)
-    return dx, dweight, torch.empty_like(dweight)
+    dx, dresidual = (
+        torch.empty_like(x, memory_format=torch.channels_last) if wanted else x.new_empty(0)
+        for wanted in (with_dx, with_dresidual)
+    )
+    return dx, dweight, torch.empty_like(dweight), dresidual
 
 
 class BatchNormReLUMaxPool(torch.autograd.Function):
-    """y of the op, differentiable in x, weight and bias; running statistics are updated and no inputs of the
-    graph.
+    """y of the op, differentiable in x, weight, bias and residual; running statistics are updated and no
+    inputs of the graph.
 
     No setup_context: it costs 40 us a call, and under torch.func the reference runs.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool):
+    def forward(
+        ctx, x, weight, bias, residual, mean, var, running_mean, running_var, num_batches, momentum, eps, pool
+    ):
         y, index, statistics = torch.ops.hyperfast.batch_norm_relu_max_pool(
-            x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, True
-        )
+            x, weight, bias, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, True,
+            residual,
+        )  # fmt: skip
         ctx.given, ctx.eps, ctx.pool = mean is not None, eps, pool
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         ctx.save_for_backward(x, weight, index, statistics)
@@ -154,21 +172,25 @@ class BatchNormReLUMaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, index, statistics = ctx.saved_tensors
+        with_dx, _, _, with_dresidual = ctx.needs_input_grad[:4]
         if (
             torch.is_grad_enabled() and not torch.compiler.is_compiling()
         ):  # create_graph: differentiable again
             dx, dweight, dbias = reference.batch_norm_relu_max_pool_backward(
                 dy, x, index, weight, statistics if ctx.given else None, ctx.eps, ctx.pool
             )
+            dresidual = torch.where(index == 0, dy, 0) if with_dresidual else None
         else:
-            dx, dweight, dbias = torch.ops.hyperfast.batch_norm_relu_max_pool_backward(
-                dy, x, index, weight, statistics, ctx.given, ctx.eps, ctx.pool, ctx.needs_input_grad[0]
+            options = ctx.given, ctx.eps, ctx.pool, with_dx or with_dresidual, with_dresidual
+            dx, dweight, dbias, dresidual = torch.ops.hyperfast.batch_norm_relu_max_pool_backward(
+                dy, x, index, weight, statistics, *options
             )
         dparameters = (
-            None if dtype is None else d.to(dtype)
+            d if d.dtype == dtype else None if dtype is None else d.to(dtype)
             for d, dtype in zip((dweight, dbias), ctx.dtypes, strict=True)
         )
-        return dx if ctx.needs_input_grad[0] else None, *dparameters, *[None] * 8
+        dx, dresidual = (dx if with_dx else None), (dresidual if with_dresidual else None)
+        return dx, *dparameters, dresidual, *[None] * 8
 
 
 def _check(x: Tensor, training: bool, pool: int, **channels: Tensor | None) -> None:
@@ -226,11 +248,27 @@ def _check_count(count: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"num_batches_tracked must be on {x.device} like x, got {count.device}")
 
 
-def _has_kernel(x: Tensor, pool: int) -> bool:
-    """Whether the kernels serve x: on the CPU or a GPU, windows of 1 or 2, not under torch.func."""
+def _check_residual(residual: Tensor | None, x: Tensor) -> None:
+    """ValueError or TypeError unless `residual` is None or like x."""
+    if residual is None:
+        return
+    check_dense("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must be {list(x.shape)} like x, got shape {list(residual.shape)}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
+
+
+def _has_kernel(x: Tensor, pool: int, with_residual: bool) -> bool:
+    """Whether the kernels serve x: on the CPU or a GPU, windows of 1 or 2, a residual on the CPU with windows
+    of 1, not under torch.func."""
     if pool > 2 or x.numel() == 0 or is_transformed():
         return False
     served = engine(x)
+    if with_residual:
+        return served == "cpu" and pool == 1
     return served == "cpu" or served == "triton" and x.numel() // x.shape[1] <= MAX_ROWS
 
 
@@ -245,17 +283,21 @@ def batch_norm_relu_max_pool(
     eps: float = 1e-5,
     pool: int = 2,
     *,
+    residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`F.max_pool2d(F.relu(F.batch_norm(x, ...)), pool)`: x [B, C, H, W] -> [B, C, H // pool, W // pool].
+
+    residual: like x, added before the ReLU, as at the end of a residual block.
 
     The arguments before `pool` are those of `torch.nn.functional.batch_norm`: running_mean, running_var,
     weight, bias [C] or None; with `training` the statistics are those of x, and running statistics are
     updated in place, num_batches_tracked (int64 []) counted up. Rows and columns that fill no window count
     in the statistics alone; of equal maxima the first wins; NaN stays NaN. Kernels, pool 1 or 2: float32,
     float64 and bfloat16 on the CPU, float16 too on a GPU (half precision: statistics in float32 or more, and
-    windows are compared before rounding); everything else runs `hyperfast.reference`. They work in
+    windows are compared before rounding), with a residual on the CPU and pool 1; everything else runs
+    `hyperfast.reference`. They work in
     channels_last: other layouts are converted, and y back (on the CPU still four times as fast as torch's
     modules in NCHW). Saved for the backward: x and a byte for each output. Raises
     ValueError or TypeError for wrong shapes, dtypes or devices. Ioffe and Szegedy, "Batch normalization"
@@ -265,10 +307,11 @@ def batch_norm_relu_max_pool(
     momentum, eps = float(momentum), float(eps)
     _check(x, training, pool, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_count(num_batches_tracked, x)
+    _check_residual(residual, x)
     # running statistics are constants, whatever they are marked as
     running_mean, running_var = (None if t is None else t.detach() for t in (running_mean, running_var))
-    with_function = needs_function(x, weight, bias, running_mean, running_var)
-    if backend == "reference" or not _has_kernel(x, pool):
+    with_function = needs_function(x, weight, bias, running_mean, running_var, residual)
+    if backend == "reference" or not _has_kernel(x, pool, residual is not None):
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         # torch's own backward in channels_last reads weight and running_var as if they were contiguous
@@ -276,15 +319,16 @@ def batch_norm_relu_max_pool(
             None if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias)
         )
         return reference.batch_norm_relu_max_pool(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, pool
+            x, running_mean, running_var, weight, bias, training, momentum, eps, pool, residual
         )
     keep_layout = x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1
     x = x.contiguous(memory_format=torch.channels_last)
     given = (None, None) if training else (running_mean, running_var)
     updated = (running_mean, running_var) if training else (None, None)
-    arguments = (x, weight, bias, *given, *updated, num_batches_tracked, momentum, eps, pool)
+    arguments = (*given, *updated, num_batches_tracked, momentum, eps, pool)
     if with_function:
-        y = BatchNormReLUMaxPool.apply(*arguments)
+        y = BatchNormReLUMaxPool.apply(x, weight, bias, residual, *arguments)
     else:
-        y, _, _ = torch.ops.hyperfast.batch_norm_relu_max_pool(*arguments, False)
+        op = torch.ops.hyperfast.batch_norm_relu_max_pool
+        y, _, _ = op(x, weight, bias, *arguments, False, residual)
     return y if keep_layout else y.contiguous()

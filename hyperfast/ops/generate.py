@@ -202,7 +202,7 @@ def penalize_l2(w: Tensor, l2: float) -> Tensor:
 
 def _told_apart(*lists: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
     """The same values, no tensor twice: a compiled autograd Function returns half the gradient of a tensor
-    given twice (torch 2.11). Only parameters have an identity there; a view of anything else does not hurt."""
+    given twice (torch 2.11). Only parameters have an id there; a view of anything else does not hurt."""
     seen: set[int] = set()
 
     def apart(tensor: Tensor | None) -> Tensor | None:

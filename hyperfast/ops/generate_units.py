@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.ops._library import (
     _DTYPES,
+    MAX_ROWS,
     _cpu,
     autocast_dtype,
     check_backend,
@@ -90,7 +92,7 @@ def _backward_reference(dws, ws, l2, a, weight, shapes, unit, need_a, need_weigh
 
 def _engine(a: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
     """`engine` for layers of `dtype`. The C++ kernels write dtype of `a`, or bfloat16 beside float32."""
-    name = engine(a) if a.numel() and weight.numel() else "reference"
+    name = engine(a) if a.numel() and weight.numel() and len(a) <= MAX_ROWS else "reference"
     writes = dtype in (a.dtype, torch.bfloat16) and (dtype == a.dtype or a.dtype == torch.float32)
     return name if name != "cpu" or writes else "reference"
 
@@ -185,12 +187,15 @@ class GenerateUnits(torch.autograd.Function):
     """The layers of the op, differentiable in a, weight and bias."""
 
     @staticmethod
-    def forward(a, weight, bias, shapes, unit, l2: float, channels_last: bool, dtype: torch.dtype | None):
-        return tuple(torch.ops.hyperfast.generate_units(a, weight, bias, shapes, unit, channels_last, dtype))
+    def forward(
+        a, weight, bias, shapes, unit, l2: float, channels_last: bool, dtype: torch.dtype | None, backend: str
+    ):
+        op = _forward_reference if backend == "reference" else torch.ops.hyperfast.generate_units
+        return tuple(op(a, weight, bias, shapes, unit, channels_last, dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, weight, _, ctx.shapes, ctx.unit, ctx.l2, *_ = inputs
+        a, weight, _, ctx.shapes, ctx.unit, ctx.l2, *_, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, weight, *(output if ctx.l2 else ()))
 
@@ -198,18 +203,19 @@ class GenerateUnits(torch.autograd.Function):
     def backward(ctx, *dws):
         a, weight, *ws = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph, torch.func
-            made = reference.generate_units_backward(
-                dws, ws, ctx.l2, a, weight, _split(ctx.shapes, ctx.unit), ctx.unit
-            )
+        # create_graph and torch.func: a backward that can be differentiated again
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if again or ctx.backend == "reference":
+            shapes = _split(ctx.shapes, ctx.unit)
+            made = reference.generate_units_backward(dws, ws, ctx.l2, a, weight, shapes, ctx.unit)
         else:
             made = torch.ops.hyperfast.generate_units_backward(
                 dws, ws, ctx.l2, a, weight, ctx.shapes, ctx.unit, *needed
             )
-        return *(d if need else None for d, need in zip(made, needed, strict=True)), *[None] * 5
+        return *(d if need else None for d, need in zip(made, needed, strict=True)), *[None] * 6
 
     @staticmethod
-    def vmap(info, in_dims, a, weight, bias, shapes, unit, l2, channels_last, dtype):
+    def vmap(info, in_dims, a, weight, bias, shapes, unit, l2, channels_last, dtype, backend):
         def one(a, weight, bias):
             made = reference.generate_units(a, weight, bias, _split(shapes, unit), unit)
             return tuple(penalize_l2(w.to(dtype or w.dtype), l2) for w in made)
@@ -255,6 +261,8 @@ def _check(a, weight, bias, shapes, unit, l2, channels_last) -> None:
             f"a weight must be [P, C] with C a divisor of {size} and P C = {units * size} for {units} units "
             f"of shape {unit}, got {[P, C]}"
         )
+    if not isinstance(channels_last, bool) or not isinstance(l2, (int, float)):
+        raise TypeError(f"channels_last must be a bool and l2 a number, got {channels_last!r} and {l2!r}")
     if channels_last and len(unit) != 4:
         raise ValueError(f"channels_last is for units of four dimensions, got {unit}")
     if not 0 <= l2 < math.inf:
@@ -279,28 +287,25 @@ def generate_units(
     *kernel), takes the next m n units: w[o O : (o + 1) O, i I : (i + 1) I] = units[o n + i]. Together they
     take all E. Returns one tensor for each of `shapes`, contiguous or, for four dimensions, in channels_last
     if asked; they alias nothing and have autocast's dtype under autocast. l2: the backward adds l2 w to dw,
-    the gradient of l2 / 2 |w|^2. float32, float64 and bfloat16 have CPU kernels, float16 runs
-    `hyperfast.reference`. Raises ValueError or TypeError for wrong shapes, dtypes or devices.
+    the gradient of l2 / 2 |w|^2, once any layer is used to those that are not as well. float32, float64 and
+    bfloat16 have CPU kernels, float16 runs `hyperfast.reference`. Raises ValueError or TypeError for wrong
+    shapes, dtypes or devices.
 
     Ha, Dai, Le, "HyperNetworks" (ICLR 2017), section 3.1: with a = z w2 + b2 [E I, D] and weight = w1 [D, O
     prod(kernel)] the second layer of their generator; with a = z [E, K] and weight the product of both layers
     all of it. `two_layer` chooses.
     """
     check_backend(backend)
-    shapes, unit = [tuple(shape) for shape in shapes], tuple(unit)
+    shapes, unit = [tuple(map(operator.index, shape)) for shape in shapes], tuple(map(operator.index, unit))
     _check(a, weight, bias, shapes, unit, l2, channels_last)
     if not shapes:
         return ()
-    if backend == "reference":
-        made = reference.generate_units(a, weight, bias, shapes, unit)
-        return tuple(penalize_l2(w.contiguous(memory_format=_layout(channels_last)), l2) for w in made)
-    if (
-        a is weight
-    ):  # compiled autograd Functions return half the gradient of a tensor given twice (torch 2.11)
+    if a is weight:  # torch 2.11 compiled: half the gradient of a tensor given twice
         weight = weight.view_as(weight)
     flat = [n for shape in shapes for n in shape]
     function = GenerateUnits.apply if needs_function(a, weight, bias) else GenerateUnits.forward
-    return function(a, weight, bias, flat, list(unit), float(l2), channels_last, autocast_dtype(a))
+    options = float(l2), channels_last, autocast_dtype(a), backend
+    return function(a, weight, bias, flat, list(unit), *options)
 
 
 def product_first(E: int, K: int, D: int, C: int) -> bool:

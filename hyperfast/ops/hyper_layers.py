@@ -69,8 +69,9 @@ def hyper_linear(
     bias. Under autocast x may have another floating dtype, and the result has autocast's.
 
     z [B, K] with x [B, ..., I]: every sample has weights of its own, w_b = weight z_b + bias, without a loop
-    over samples (`hyperfast.ops.per_sample`). "separate" makes all B N of them in plain PyTorch, "auto" is
-    "merged". factored is refused: the gradient of weight has rank B, dense it is smaller.
+    over samples (`hyperfast.ops.per_sample`). "merged" never holds all B N of them, "separate" makes them in
+    plain PyTorch; "auto" is the faster by `per_sample.separate_wins`. factored is refused: the gradient of
+    weight has rank B, dense it is smaller.
 
     Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
@@ -151,6 +152,8 @@ def _per_sample(x, z, weight, bias, layer_bias, geometry: Geometry, factored: bo
         )
     tensors = x, z, weight, bias, layer_bias
     needs_grad = needs_function(*tensors)
+    if path == "auto" and per_sample.separate_wins(x, weight, z.shape[1], geometry):
+        path = "separate"
     if path == "separate":
         return _in_autocast(lambda *t: per_sample.expression(*t, geometry), *tensors)
     if needs_grad:

@@ -97,6 +97,12 @@ def pad(x: Tensor, geometry: Geometry) -> Tensor:
     return F.pad(x, (left, right, top, bottom)) if any(geometry.padding) else x
 
 
+def pad_uneven(x: Tensor, geometry: Geometry) -> tuple[Tensor, list[int]]:
+    """x, padded where both sides differ, and the padding that is left to a convolution."""
+    top, bottom, left, right = geometry.padding
+    return (x, [top, left]) if (top, left) == (bottom, right) else (pad(x, geometry), [0, 0])
+
+
 def expression(x, z, weight, bias, layer_bias, geometry: Geometry) -> Tensor:
     """The op in plain PyTorch."""
     w = _kernel(x, z, weight, bias, geometry)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hyperfast.ops import merged, per_sample_cpu
 from hyperfast.ops._library import MAX_ROWS, generator_engine, library, no_autocast, triton_kernels
-from hyperfast.ops.merged import LINEAR, Geometry, contiguous, layout_of, pad
+from hyperfast.ops.merged import LINEAR, Geometry, contiguous, layout_of, pad_uneven
 
 # geometry: Geometry.flat. The gradients of weight [N, K] and bias [N] sum over the samples.
 library.define(
@@ -53,9 +53,10 @@ def expression(x, z, weight, bias, layer_bias, geometry: Geometry) -> Tensor:
     if geometry == LINEAR:
         y = (w @ x.flatten(2)).view(geometry.shape(x, weight))
     else:
-        images, kernels = _as_groups(pad(x, geometry), w, geometry)
+        padded, padding = pad_uneven(x, geometry)
+        images, kernels = _as_groups(padded, w, geometry)
         groups = len(x) * geometry.groups
-        y = F.conv2d(images, kernels, None, geometry.stride, 0, geometry.dilation, groups)
+        y = F.conv2d(images, kernels, None, geometry.stride, padding, geometry.dilation, groups)
         y = y.view(geometry.shape(x, weight))
     return y if layer_bias is None else y + layer_bias.to(y.dtype).view(-1, 1, 1)
 
@@ -73,13 +74,14 @@ def backward_expression(
         dx = (w.mT @ dy).view(x.shape) if need_x else None
         dw = dy @ x.flatten(2).mT if need_w else None
     else:
-        images, kernels = _as_groups(pad(x, geometry), w, geometry)
+        padded, padding = pad_uneven(x, geometry)
+        images, kernels = _as_groups(padded, w, geometry)
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy.reshape(1, -1, *dy.shape[2:]), images, kernels, None, geometry.stride, [0, 0],
+            dy.reshape(1, -1, *dy.shape[2:]), images, kernels, None, geometry.stride, padding,
             geometry.dilation, False, [0, 0], len(x) * geometry.groups, [need_x, need_w, False],
         )  # fmt: skip
         if need_x:
-            top, _, left, _ = geometry.padding
+            top, left = (at - cut for at, cut in zip(geometry.padding[::2], padding, strict=True))
             dx = dx.view(*x.shape[:2], *dx.shape[2:])[..., top : top + x.shape[2], left : left + x.shape[3]]
     return dx, dw.reshape(len(x), len(weight)).to(weight.dtype) if need_w else None
 
@@ -139,7 +141,13 @@ def _engine(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
     if not x.numel() or not weight.numel():
         return "reference"
     rows = max(x.numel() // x.shape[1], Geometry.of(tuple(geometry)).rows(x))
-    return generator_engine([weight]) if rows < MAX_ROWS else "reference"
+    engine = generator_engine([weight]) if rows < MAX_ROWS else "reference"
+    return "reference" if engine == "cpu" and x.dtype != weight.dtype else engine
+
+
+def separate_wins(x: Tensor, weight: Tensor, K: int, geometry: Geometry) -> bool:
+    """Whether the reference expression beats the op. A GPU awaits measurement: the op."""
+    return generator_engine([weight]) == "cpu" and per_sample_cpu.separate_wins(x, weight, K, geometry)
 
 
 @torch.library.impl(library, "per_sample_conv2d", "CPU")

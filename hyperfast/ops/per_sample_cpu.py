@@ -12,7 +12,7 @@ generate  the weights of some outputs of some samples, z weight^T + bias in one 
           in cache: 2 B N (K + T) operations. The rows of a convolution are many, so it always goes this way,
           samples as groups of one convolution.
 
-Chunks of CHUNK_BYTES, in a fixed order, whose sizes depend on shapes alone.
+Chunks of CHUNK_BYTES (CONVOLUTION_BYTES), in a fixed order, whose sizes depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast.ops._library import _cpu, dtype_name
-from hyperfast.ops.merged import LINEAR, Geometry, layout_of, pad
+from hyperfast.ops.merged import LINEAR, Geometry, layout_of, pad_uneven
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
+CONVOLUTION_BYTES = 32 << 20  # of the weights of one convolution: smaller ones cost oneDNN more
 LEAST_OUTPUTS = 32  # of a chunk of generated weights: narrower products are slow
 PASSES, PRODUCT = 35, 1.4  # of "generate": what its weights cost in memory, and an operation, measured
 
@@ -37,6 +38,14 @@ def expands(rows: int, K: int, geometry: Geometry) -> bool:
     each weight and sample, "generate" T + K and passes over the weights in cache; measured they are equal at
     K 4, T 15; K 16, T 4; K 64, T 2 (benchmarks/bench_per_sample.py)."""
     return geometry == LINEAR and rows * K <= PASSES + PRODUCT * (rows + K)
+
+
+def separate_wins(x: Tensor, weight: Tensor, K: int, geometry: Geometry) -> bool:
+    """Whether plain PyTorch, which makes the weights of all samples at once and keeps them for the backward,
+    is faster: where they fit one chunk and "expand" does not serve, by 10 to 30 %."""
+    most = CHUNK_BYTES if geometry == LINEAR else CONVOLUTION_BYTES
+    rows = x.shape[2] * x.shape[3]
+    return x.shape[0] * len(weight) * weight.itemsize <= most and not expands(rows, K, geometry)
 
 
 def _cut(length: int, most: int) -> Iterator[slice]:
@@ -149,10 +158,11 @@ class _Generate:
         self.x, self.z, self.weight, self.bias, self.geometry = x, z, weight, bias, geometry
         B, self.O = len(x), geometry.outputs(x, weight)
         self.I = len(weight) // self.O
-        output_bytes = self.I * weight.itemsize
-        outputs = max(CHUNK_BYTES // (B * output_bytes), LEAST_OUTPUTS) if geometry == LINEAR else self.O
+        output_bytes, is_linear = self.I * weight.itemsize, geometry == LINEAR
+        outputs = max(CHUNK_BYTES // (B * output_bytes), LEAST_OUTPUTS) if is_linear else self.O
         self.outputs = list(_cut(self.O, outputs))
-        self.samples = list(_cut(B, CHUNK_BYTES // (self.outputs[0].stop * output_bytes)))
+        most = CHUNK_BYTES if is_linear else CONVOLUTION_BYTES
+        self.samples = list(_cut(B, most // (self.outputs[0].stop * output_bytes)))
         self.buffer = x.new_empty(self.samples[0].stop * self.outputs[0].stop * self.I)
 
     def chunks(self) -> Iterator[tuple[slice, slice, slice]]:
@@ -167,20 +177,15 @@ class _Generate:
         return self.buffer[: math.prod(shape)].view(shape)
 
     def weights(self, samples: slice, outputs: slice, n: slice) -> Tensor:
-        w, weight = self.room(samples, outputs), self.weight[n].t()
-        if self.bias is None:
-            torch.mm(self.z[samples], weight, out=w.flatten(1))
-        else:
-            torch.addmm(self.bias[n], self.z[samples], weight, out=w.flatten(1))
-        return w
+        w = self.room(samples, outputs)
+        torch.mm(self.z[samples], self.weight[n].t(), out=w.flatten(1))
+        return w if self.bias is None else w.add_(self.bias[n].view(-1, self.I))
 
     def _as_groups(self, samples: slice, w: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """The samples as one image [1, B C, H, W], their kernels, and the padding left to the convolution."""
-        top, bottom, left, right = self.geometry.padding
-        is_symmetric = (top, left) == (bottom, right)
-        x = self.x[samples] if is_symmetric else pad(self.x[samples], self.geometry)
+        x, padding = pad_uneven(self.x[samples], self.geometry)
         kernels = w.view(-1, x.shape[1] // self.geometry.groups, *self.geometry.kernel_size)
-        return x.reshape(1, -1, *x.shape[2:]), kernels, [top, left] if is_symmetric else [0, 0]
+        return x.reshape(1, -1, *x.shape[2:]), kernels, padding
 
     def convolve(self, samples: slice, w: Tensor, y: Tensor) -> None:
         images, kernels, padding = self._as_groups(samples, w)
@@ -197,7 +202,7 @@ class _Generate:
             [dx is not None, need_w, False],
         )  # fmt: skip
         if dx is not None:
-            top, left = ((at - cut) for at, cut in zip(self.geometry.padding[::2], padding, strict=True))
+            top, left = (at - cut for at, cut in zip(self.geometry.padding[::2], padding, strict=True))
             made = made.view(*dx.shape[:2], *made.shape[2:])
             dx.copy_(made[..., top : top + dx.shape[2], left : left + dx.shape[3]])
         return dw

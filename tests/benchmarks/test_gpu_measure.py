@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.gpu import generators, layers, machine, smoke, step, step_ways, timing
+from benchmarks.bench_per_sample import Case
+from benchmarks.gpu import generators, layers, machine, smoke, step, step_ways, timing, units
 from benchmarks.gpu.generators import ADAMW, BACKWARD, COMPILED, PASSES
 from benchmarks.gpu.record import Context
 from benchmarks.gpu.step_worker import StepRunner
@@ -176,15 +177,61 @@ def test_where_merging_stops_to_win():
     assert not layers.merging_wins(seconds, "merged, x", 4)
 
 
+def test_weights_for_each_sample(context):
+    cases = [(Case(3, 0, 9, 11, K=4), torch.float32), (Case(2, 5, 3, 4, kernel=3), torch.bfloat16)]
+    layers.time_per_sample(context, CPU, cases, 2, NATIVE, "eager")
+    assert context.record.failures == []
+    (table,) = context.record.tables
+    assert [[cell == "-" for cell in row[4:]] for row in table.rows] == [
+        [False] * 4,
+        [False, False, True, False],
+    ]
+    assert len(context.record.facts["per_sample_seconds"]) == len(context.record.lines) == 2
+    context.end -= context.remaining()
+    layers.time_per_sample(context, CPU, cases[:1], 2, NATIVE, "no such compiler")
+    assert context.record.failures == [] and context.record.lines[-1].endswith("no time left")
+
+
+def test_a_wrong_way_is_not_timed(context, monkeypatch):
+    case = Case(3, 0, 9, 11, K=4)
+    monkeypatch.setattr(layers.bench_per_sample, "ours", lambda *t: layers.bench_per_sample.eager(*t) + 1)
+    calls = layers.per_sample_calls(case, torch.float32, CPU, NATIVE, None, context.fail)
+    assert list(calls) == ["einsum, bmm"] and "hyperfast: ArithmeticError" in context.record.failures[0]
+
+
 def test_batch_norm(context):
     layers.time_batch_norm(context, CPU, 1, batch=2, dtype=torch.float32, compiler="eager", copied=COPIED)
     assert context.record.failures == []
     assert set(context.record.facts["batch_norm_seconds"]) == {"hyperfast", "eager", "compiled"}
 
 
+@pytest.mark.parametrize(
+    "names", [("float32",), pytest.param(tuple(units.CASES), marks=pytest.mark.slow)], ids=len
+)
+def test_units(context, names):
+    units.time_units(context, CPU, (NATIVE,), 1, names, widening=1, compiler="eager")
+    assert context.record.failures == []
+    (table,) = context.record.tables
+    assert [row[0] for row in table.rows] == list(names)
+    assert "-" not in table.rows[0]
+    ratios = context.record.facts["units_against"]["float32"]
+    assert set(ratios) == {COMPILED, units.BATCHED, units.LOOP} and min(ratios.values()) > 0
+    assert len(context.record.lines) == len(names)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_units_that_are_wrong_are_not_timed(monkeypatch):
+    right = units.two_layer
+    monkeypatch.setattr(units, "two_layer", lambda *given: [1.001 * w for w in right(*given)])
+    said = []
+    made = units.calls("float32", CPU, 1, (NATIVE,), None, said.append)
+    assert set(made) == {units.BATCHED, units.LOOP}
+    assert len(said) == 1 and "cpu: ArithmeticError: differs from float64 by 1.0e-03" in said[0]
+
+
 def test_small_runs_for_the_sanitizer(capsys):
     ran = smoke.run_all(CPU, (NATIVE,))
-    assert len(ran) == len(PASSES) + len(smoke.LAYERS) + 2
+    assert len(ran) == len(PASSES) + len(smoke.LAYERS) + len(smoke.PER_SAMPLE) + 2
     assert capsys.readouterr().out.count("\n") == len(ran)
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 

@@ -69,19 +69,24 @@ def leaves_of(columns: Sequence[Any]) -> list[Tensor]:
     return list({id(t): t for t in tensors_in(list(columns)) if t.requires_grad}.values())
 
 
-def call_generate(draw: Draw, arguments: Arguments) -> tuple:
-    """What was made, the leaves, the gradients with respect to what was made, those of the leaves."""
-    arguments = dict(arguments)
-    with CONTEXTS[arguments.pop("context")]():
-        made = ops.generate(**arguments)
-    used = [w for w in made if w.requires_grad and draw.chance(0.9)]
-    seeds = [draw.normal(*w.shape, dtype=w.dtype) for w in used]
-    leaves = leaves_of([arguments[name] for name in ("weights", "biases", "zs")])
-    if not used or not leaves:
-        return made, [], [], []
-    grads = torch.autograd.grad(used, leaves, seeds, allow_unused=True)
-    of_made = {id(w): seed for w, seed in zip(used, seeds, strict=True)}
-    return made, leaves, [of_made.get(id(w)) for w in made], grads
+def call_for_layers(op: Callable[..., Sequence[Tensor]], differentiable: tuple[str, ...]) -> Callable:
+    """A call of `op`: what was made, the leaves, the gradients with respect to what was made, those of the
+    leaves."""
+
+    def call(draw: Draw, arguments: Arguments) -> tuple:
+        arguments = dict(arguments)
+        with CONTEXTS[arguments.pop("context")]():
+            made = op(**arguments)
+        used = [w for w in made if w.requires_grad and draw.chance(0.9)]
+        seeds = [draw.normal(*w.shape, dtype=w.dtype) for w in used]
+        leaves = leaves_of([arguments[name] for name in differentiable])
+        if not used or not leaves:
+            return made, [], [], []
+        grads = torch.autograd.grad(used, leaves, seeds, allow_unused=True)
+        of_made = {id(w): seed for w, seed in zip(used, seeds, strict=True)}
+        return made, leaves, [of_made.get(id(w)) for w in made], grads
+
+    return call
 
 
 def generate_outputs(before: Arguments, arguments: Arguments, result: tuple) -> list[Output]:
@@ -132,6 +137,66 @@ def gradient_outputs(arguments: Arguments, leaves, dws, grads) -> list[Output]:
             terms = max((*leaf.shape, *(t.shape[0] for t in arguments["weights"])))
             computed = torch.bfloat16 if arguments["context"] == "autocast" else leaf.dtype
             outputs.append(Output(f"gradient of {list(leaf.shape)}", got, exact, scale, terms, computed))
+    return outputs
+
+
+# ---- generate_units
+
+
+def draw_units(draw: Draw, large: bool = False) -> Arguments:
+    kind, scale = dtype(draw), draw.choice((0.1, 1.0, 30.0))
+    D = draw.choice((1, 2, 3, 4, 5, 15, 16, 17, 33, 0 if draw.chance(0.1) else 64))
+    kernel = draw.choice(((), (1,), (3,), (1, 1), (3, 3), (2, 5), (5, 5), (1, 2, 3)))
+    unit = (draw.choice((1, 2, 3, 5, 16)), draw.choice((1, 2, 3, 8, 16)), *kernel)
+    layers = [(draw.choice((1, 2, 5)), draw.choice((1, 3, 4))) for _ in range(draw.choice((1, 2, 3, 5)))]
+    if large:
+        D, unit = draw.choice((4, 33, 64)), draw.choice(((16, 16, 3, 3), (8, 5, 3, 3)))
+        layers.append((13, 11))
+    shapes = [(m * unit[0], n * unit[1], *unit[2:]) for m, n in layers]
+    size, units = math.prod(unit), sum(m * n for m, n in layers)
+    rows = draw.choice([n for n in (1, 2, 3, 5, unit[1], size) if size % n == 0])
+    return {
+        "a": draw.normal(units * rows, D, dtype=kind, scale=scale),
+        "weight": draw.normal(D, size // rows, dtype=kind, scale=1.0),
+        "bias": None if draw.chance(0.3) else draw.normal(size // rows, dtype=kind, scale=scale),
+        "shapes": shapes,
+        "unit": unit,
+        "l2": draw.choice((0.0, 0.0, 0.1, 3)),
+        "channels_last": len(unit) == 4 and draw.chance(0.5),
+        "backend": "reference" if draw.chance(0.1) else "auto",
+        "context": draw.choice(("", "", "", "no_grad", "inference_mode", "autocast")),
+    }
+
+
+def units_outputs(before: Arguments, arguments: Arguments, result: tuple) -> list[Output]:
+    """w, and the gradients of the leaves from those of w and l2 w."""
+    made, leaves, dws, grads = result
+    shapes, unit = [tuple(shape) for shape in before["shapes"]], before["unit"]
+    l2, dws, expected = float(before["l2"]), dws or [None] * len(made), []
+    for convert in (lambda t: t, Tensor.abs):
+        twins: dict[int, Tensor] = {}
+
+        def twin(t, convert=convert, twins=twins):
+            if t is None:
+                return None
+            return twins.setdefault(id(t), convert(t.detach().double()).clone().requires_grad_())
+
+        columns = [twin(arguments[name]) for name in ("a", "weight", "bias")]
+        ws = reference.generate_units(*columns, shapes, unit)
+        seeds = [
+            torch.zeros_like(w) if dw is None else convert(dw.double()) for w, dw in zip(ws, dws, strict=True)
+        ]
+        if l2:
+            seeds = [seed + l2 * convert(w.double()) for seed, w in zip(seeds, made, strict=True)]
+        wanted = torch.autograd.grad(ws, [twins[id(t)] for t in leaves], seeds) if leaves else []
+        expected.append(([w.detach() for w in ws], wanted))
+    (exact, exact_grads), (scales, grad_scales) = expected
+    (P, D), C, kind = before["a"].shape, before["weight"].shape[1], before["a"].dtype
+    kernel = before["backend"] == "auto" and kind in KERNEL_DTYPES and min(P, D, C) > 0
+    computed = None if kernel else kind
+    outputs = [Output(f"w {i}", w, exact[i], scales[i], D + 1, computed) for i, w in enumerate(made)]
+    for leaf, *gradient in zip(leaves, grads, exact_grads, grad_scales, strict=True):
+        outputs.append(Output(f"gradient of {list(leaf.shape)}", *gradient, P + C, computed))
     return outputs
 
 
@@ -273,7 +338,16 @@ def _double_one(t: Any) -> Any:
 
 GENERATOR_OPS: dict[str, OpCase] = {
     "generate": OpCase(
-        draw_generate, call_generate, generate_outputs, draw_large=lambda d: draw_generate(d, True)
+        draw_generate,
+        call_for_layers(ops.generate, ("weights", "biases", "zs")),
+        generate_outputs,
+        draw_large=lambda d: draw_generate(d, True),
+    ),
+    "generate_units": OpCase(
+        draw_units,
+        call_for_layers(ops.generate_units, ("a", "weight", "bias")),
+        units_outputs,
+        draw_large=lambda d: draw_units(d, True),
     ),
     "generate_backward": OpCase(
         draw_backward,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hyperfast.kernels import hyper_conv2d
+from hyperfast.kernels.convolution import sum_parts_kernel
 from hyperfast.kernels.hyper_conv2d import FEW_ROWS, MOST_ROWS, launches, run, run_backward
 from hyperfast.nn import HyperConv2d, HyperLinear
 from hyperfast.ops.hyper_layers import merged_wins
@@ -203,7 +204,7 @@ def test_few_blocks_are_cut_into_parts(rows, inputs, K, device, assert_accurate)
     tensors = case.tensors(dtype, device)
     y = poisoned(case.geometry.shape(tensors[0], tensors[2]), dtype, device)
     parts = list(launches(*tensors, y, case.geometry.numbers()))
-    assert parts[0].grid[1] > 2 and parts[1].kernel is hyper_conv2d.hyper_conv2d_sum_kernel
+    assert parts[0].grid[1] > 2 and parts[1].kernel is sum_parts_kernel
     for launch in parts:
         launch.run()
     wanted = expression(*(t.cpu().double() for t in tensors), case.geometry)

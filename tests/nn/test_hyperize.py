@@ -77,22 +77,6 @@ def grow_z_(model: nn.Module) -> nn.Module:
     return model
 
 
-class Twin(nn.Module):
-    """The same hypernetwork with dense gradients in plain PyTorch: weights by `F.linear`, put in place by
-    `torch.func.functional_call`; parameter names and order of a `HyperModule` of linear generators."""
-
-    def __init__(self, model: HyperModule):
-        super().__init__()
-        model = hyperfast.factored_(copy.deepcopy(model), False)
-        self.module, self.generators, self.targets = model.module, model.generators, model.targets
-
-    def forward(self, *args):
-        made = {}
-        for g, ((names),) in zip(self.generators.values(), self.targets, strict=True):
-            made |= dict.fromkeys(names, F.linear(g.z, g.weight, g.bias).view(g.shapes[0]))
-        return torch.func.functional_call(self.module, made, args)
-
-
 def encode_without_attention(net: Net, x):
     return net.up(F.relu(net.norm(net.conv(x)))).mean((2, 3))
 
@@ -449,9 +433,9 @@ def test_gradients_of_every_parameter(generator):
     )
 
 
-def test_factored_steps_equal_dense_training(assert_equal_parameters):
+def test_factored_steps_equal_dense_training(plain_twin, assert_equal_parameters):
     model = grow_z_(hyper())
-    twin = Twin(model)
+    twin = plain_twin(model)
     ours = AdamW(model, lr=1e-2, weight_decay=0.05, max_grad_norm=0.5)
     theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.05)
     for step in range(5):
@@ -465,10 +449,10 @@ def test_factored_steps_equal_dense_training(assert_equal_parameters):
     assert model.module.norm.num_batches_tracked == 5
 
 
-def test_a_step_makes_the_weights_of_the_next_forward(monkeypatch):
+def test_a_step_makes_the_weights_of_the_next_forward(monkeypatch, plain_twin):
     """In factored mode generation runs in the first forward alone."""
     model = grow_z_(hyper())
-    twin, launches = Twin(model), []
+    twin, launches = plain_twin(model), []
     native = _cpu.generate
     monkeypatch.setattr(_cpu, "generate", lambda *a: (launches.append(len(a[0])), native(*a)))
     optimizer = AdamW(model, lr=0.1)
@@ -553,11 +537,11 @@ def test_other_methods_than_forward():
     assert net.conv.weight is None
 
 
-def test_several_forwards_in_one_graph():
+def test_several_forwards_in_one_graph(plain_twin):
     model = grow_z_(hyper().eval())
     (model(X) * model(2 * X)).sum().backward()
     got = gradients(model)
-    twin = Twin(model)
+    twin = plain_twin(model)
     (twin(X) * twin(2 * X)).sum().backward()
     dense = {n: g for n, g in gradients(twin).items() if not n.endswith("weight") or "generators" not in n}
     assert_same({n: got[n] for n in dense}, dense)

@@ -129,6 +129,26 @@ def test_a_network():
     assert_same_gradients(call(z, x), wanted, [z, *generator.parameters()])
 
 
+@pytest.mark.parametrize("kind", ["linear", "shared"])
+def test_a_hyperized_network(kind):
+    """Embeddings of each sample for all of its generators, and for one beside the others' own."""
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    model = hyperfast.hyperize(network, kind, 3, init="hyperfan")
+    x = torch.randn(B, 2, 4, 4, dtype=torch.float64)
+    every = {name: batched(generator) for name, generator in model.generators.items()}
+    for zs in (every, dict(list(every.items())[:1])):
+        rows = []
+        for b in range(B):
+            with model.generated({name: z[b] for name, z in zs.items()}) as plain:
+                rows.append(plain(x[b : b + 1]))
+        with model.generated(zs) as conditional:
+            got = conditional(x)
+        torch.testing.assert_close(got, torch.cat(rows))
+        assert_same_gradients(got, torch.cat(rows), [*zs.values(), *model.parameters()])
+    with pytest.raises(ValueError, match=r"z names \['other'\], the generators are"):
+        model.generate({"other": x})
+
+
 def test_l2_of_the_weights_of_all_samples():
     generator = generated_l2_(randomised(LinearGenerator((4, 6), 3)), 0.1)
     z, x = batched(generator), torch.randn(B, 6, dtype=torch.float64)

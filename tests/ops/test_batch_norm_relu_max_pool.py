@@ -226,6 +226,98 @@ def test_what_the_kernels_do_not_serve(case, no_native):
     assert y.dtype == x.dtype
 
 
+def with_residual(function, x, running_mean, running_var, weight, bias, dy, training, pool, residual):
+    """As `results`, and the gradient of the residual."""
+    running = running_mean.clone(), running_var.clone()
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, residual)]
+    options = training, 0.3, 1e-3, pool
+    y = function(leaves[0], *running, *leaves[1:3], *options, residual=leaves[3])
+    return [y.detach(), *running, *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual(dtype, training, poison, assert_accurate):
+    made, expected, plain = [], [], []
+    for shape in [*SHAPES, (4, 16, 64, 66)]:  # the last one's dx is streamed
+        inputs = *problem(shape, dtype, 1), training, 1
+        residual = channels_last(*shape, dtype=torch.float32).to(dtype)
+        doubles = *in_double(inputs[:6]), training, 1, residual.double()
+        made.append(with_residual(ops.batch_norm_relu_max_pool, *inputs, residual))
+        expected.append(with_residual(reference.batch_norm_relu_max_pool, *doubles))
+        plain.append(with_residual(reference.batch_norm_relu_max_pool, *inputs, residual))
+    for got, wanted, simple in zip(
+        *(zip(*columns, strict=True) for columns in (made, expected, plain)), strict=True
+    ):
+        assert_accurate(got, wanted, got[0].dtype, simple)
+
+
+def test_residual_before_a_pool_has_no_kernel(no_native):
+    inputs = *problem((3, 5, 6, 8), torch.float32), True, 2, channels_last(3, 5, 6, 8, dtype=torch.float32)
+    got, wanted = (
+        with_residual(f, *inputs) for f in (ops.batch_norm_relu_max_pool, reference.batch_norm_relu_max_pool)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_residual_in_other_layouts_and_alone():
+    """A residual that is not channels_last; its gradient without that of x; without any gradient."""
+    x, mean, var, weight, bias, dy = problem((3, 5, 4, 7), torch.float64, 1)
+    residual = torch.randn(5, 3, 4, 7).double().transpose(0, 1)
+    wanted = reference.batch_norm_relu_max_pool(x, mean, var, weight, bias, pool=1, residual=residual)
+    got = ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, pool=1, residual=residual)
+    torch.testing.assert_close(got, wanted)
+    leaf = residual.clone().requires_grad_()
+    y = ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, pool=1, residual=leaf)
+    (dresidual,) = torch.autograd.grad(y, leaf, dy)
+    assert torch.equal(dresidual, torch.where(wanted > 0, dy, 0))
+    x.requires_grad_()
+    y = ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, pool=1, residual=x)  # the same tensor twice
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, dy),
+        torch.autograd.grad(F.relu(F.batch_norm(x, mean, var, weight, bias) + x), x, dy),
+    )
+
+
+@pytest.mark.parametrize(
+    "residual, error, message",
+    [
+        ([1.0], TypeError, "residual must be a tensor, got list"),
+        (
+            torch.zeros(2, 3, 4, 1),
+            ValueError,
+            r"residual must be \[2, 3, 4, 4\] like x, got shape \[2, 3, 4, 1\]",
+        ),
+        (
+            torch.zeros(2, 3, 4, 4).double(),
+            TypeError,
+            "residual must be torch.float32 like x, got torch.float64",
+        ),
+        (torch.zeros(2, 3, 4, 4, device="meta"), ValueError, "residual must be on cpu like x, got meta"),
+    ],
+    ids=["list", "shape", "dtype", "device"],
+)
+def test_bad_residuals(residual, error, message, no_native):
+    x, mean, var, *_ = problem((2, 3, 4, 4), torch.float32)
+    with pytest.raises(error, match=message):
+        ops.batch_norm_relu_max_pool(x, mean, var, pool=1, residual=residual)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_of_a_residual(training):
+    running = [torch.randn(3).double(), torch.rand(3).double() + 0.5]
+
+    def f(x, weight, bias, residual):
+        copies = [t.clone() for t in running]
+        return ops.batch_norm_relu_max_pool(x, *copies, weight, bias, training, pool=1, residual=residual)
+
+    images = [channels_last(2, 3, 5, 4) for _ in range(2)]
+    inputs = [images[0], torch.randn(3).double(), torch.randn(3).double(), images[1]]
+    inputs = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("pool", [1, 2])
 def test_gradcheck(pool, training):
@@ -260,6 +352,10 @@ def test_opcheck(dtype, pool, given):
     backward = torch.ops.hyperfast.batch_norm_relu_max_pool_backward
     for with_dx in (True, False):
         torch.library.opcheck(backward, (dy, x, index, weight, made, given, 1e-5, pool, with_dx))
+    if pool == 1:
+        residual = torch.randn_like(x)
+        torch.library.opcheck(forward, (x, weight, bias, *statistics, 0.3, 1e-5, pool, True, residual))
+        torch.library.opcheck(backward, (dy, x, index, weight, made, given, 1e-5, pool, True, True))
 
 
 def test_autograd_sees_that_running_statistics_change():
@@ -311,8 +407,10 @@ def test_compile(backend, fresh_compiler):
     inputs = problem((3, 6, 7, 8), torch.float64)
     compiled = torch.compile(ops.batch_norm_relu_max_pool, fullgraph=True, backend=backend, dynamic=False)
     for training in (True, False):
-        got = results(compiled, *inputs, training, 2)
+        alone = *inputs[:5], channels_last(3, 6, 7, 8), training, 1, channels_last(3, 6, 7, 8)
+        got = results(compiled, *inputs, training, 2) + with_residual(compiled, *alone)
         wanted = results(ops.batch_norm_relu_max_pool, *inputs, training, 2)
+        wanted += with_residual(ops.batch_norm_relu_max_pool, *alone)
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b)
         with torch.no_grad():

@@ -12,6 +12,7 @@ from tests.ops.test_hyper_layers import (
     check_all,
     convolution_operands,
     linear_operands,
+    merged,
     with_gradients,
 )
 
@@ -48,6 +49,7 @@ def per_sample_convolution(case, K, dtype=torch.float64, **options):
 def small_chunks(monkeypatch):
     """Several chunks of samples and of outputs where there would be one."""
     monkeypatch.setattr(per_sample_cpu, "CHUNK_BYTES", 600)
+    monkeypatch.setattr(per_sample_cpu, "CONVOLUTION_BYTES", 600)
     monkeypatch.setattr(per_sample_cpu, "LEAST_OUTPUTS", 3)
 
 
@@ -55,14 +57,14 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("sizes", LINEAR_SIZES, ids=str)
 def test_linear(sizes, dtype, poison, assert_accurate):
     tensors = per_sample_linear(*sizes, dtype, bias=sizes[0] % 2 == 1, layer_bias=sizes[2] != 17)
-    check_all(ops.hyper_linear, reference.hyper_linear, tensors, dtype, assert_accurate)
+    check_all(merged(ops.hyper_linear), reference.hyper_linear, tensors, dtype, assert_accurate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(5, (2,), 20, 7, 4), (7, (9,), 12, 10, 5)], ids=str)
 def test_linear_in_chunks(sizes, dtype, small_chunks, poison, assert_accurate):
     tensors = per_sample_linear(*sizes, dtype)
-    check_all(ops.hyper_linear, reference.hyper_linear, tensors, dtype, assert_accurate)
+    check_all(merged(ops.hyper_linear), reference.hyper_linear, tensors, dtype, assert_accurate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,7 +75,7 @@ def test_convolution(case, layout, dtype, poison, assert_accurate):
     tensors[0] = tensors[0].contiguous(memory_format=layout)
 
     def ours(*tensors):
-        y = ops.hyper_conv2d(*tensors, *sizes, **options)
+        y = ops.hyper_conv2d(*tensors, *sizes, **options, path="merged")
         last = tensors[0].is_contiguous(memory_format=torch.channels_last) and not tensors[0].is_contiguous()
         assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         return y
@@ -89,7 +91,7 @@ def test_convolution_in_chunks(case, small_chunks, poison, assert_accurate):
     tensors, sizes, options = per_sample_convolution(case, 7, torch.float32)
 
     def ours(*tensors):
-        return ops.hyper_conv2d(*tensors, *sizes, **options)
+        return ops.hyper_conv2d(*tensors, *sizes, **options, path="merged")
 
     def expected(*tensors):
         return reference.hyper_conv2d(*tensors, *sizes, **options)
@@ -105,15 +107,38 @@ def test_the_order_follows_the_operations():
     assert not per_sample_cpu.expands(64, 16, LINEAR) and per_sample_cpu.expands(4096, 1, LINEAR)
 
 
+@pytest.mark.parametrize(
+    "sizes, kernel, path",
+    [
+        ((64, (), 64, 64, 16), None, "merged"),  # one row: outer products
+        ((64, (16,), 64, 64, 16), None, "separate"),  # 1 MiB of weights
+        ((64, (16,), 256, 256, 16), None, "merged"),  # 16 MiB
+        ((8, (4, 4), 16, 16, 16), 3, "separate"),
+        ((512, (3, 3), 64, 64, 4), 3, "merged"),  # 72 MiB
+    ],
+)
+def test_auto_follows_the_rule(sizes, kernel, path, monkeypatch):
+    samples, rows, inputs, outputs, K = sizes
+    taken = []
+    for name, way in (("forward_op", "merged"), ("expression", "separate")):
+        monkeypatch.setattr(per_sample, name, lambda *t, way=way: taken.append(way) or t[0])
+    weight, z = torch.empty(outputs * inputs * (kernel or 1) ** 2, K), torch.empty(samples, K)
+    if kernel:
+        ops.hyper_conv2d(torch.empty(samples, inputs, *rows), z, weight, None, None, kernel)
+    else:
+        ops.hyper_linear(torch.empty(samples, *rows, inputs), z, weight)
+    assert taken == [path]
+
+
 @pytest.mark.parametrize("sizes", [(6, (2,), 20, 7, 4), (7, (30,), 12, 10, 16)], ids=str)
 def test_what_is_not_needed_is_not_made(sizes):
     """Every gradient alone is what it is among all."""
     tensors = per_sample_linear(*sizes)
     dy = torch.randn(*tensors[0].shape[:-1], sizes[3], dtype=torch.float64)
-    _, *together = with_gradients(ops.hyper_linear, tensors, dy)
+    _, *together = with_gradients(merged(ops.hyper_linear), tensors, dy)
     for i, wanted in enumerate(together):
         leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate(tensors)]
-        (got,) = torch.autograd.grad(ops.hyper_linear(*leaves), leaves[i], dy)
+        (got,) = torch.autograd.grad(merged(ops.hyper_linear)(*leaves), leaves[i], dy)
         torch.testing.assert_close(got, wanted)
 
 
@@ -121,7 +146,7 @@ def test_what_is_not_needed_is_not_made(sizes):
 def test_no_samples_or_rows(shape):
     tensors = per_sample_linear(shape[0], shape[1:-1], 6, 4, 3)
     dy = torch.randn(*shape[:-1], 4, dtype=torch.float64)
-    y, *gradients = with_gradients(ops.hyper_linear, tensors, dy)
+    y, *gradients = with_gradients(merged(ops.hyper_linear), tensors, dy)
     assert y.shape == dy.shape
     assert gradients[0].shape == shape and not any(g.count_nonzero() for g in gradients)
 
@@ -130,7 +155,9 @@ def test_no_images():
     tensors, sizes, options = per_sample_convolution("groups", 3)
     tensors[:2] = tensors[0][:0], tensors[1][:0]
     dy = torch.randn(0, 6, 5, 5, dtype=torch.float64)
-    y, *gradients = with_gradients(lambda *t: ops.hyper_conv2d(*t, *sizes, **options), tensors, dy)
+    y, *gradients = with_gradients(
+        lambda *t: ops.hyper_conv2d(*t, *sizes, **options, path="merged"), tensors, dy
+    )
     assert y.shape == dy.shape and [g.shape for g in gradients] == [t.shape for t in tensors]
     assert not any(g.count_nonzero() for g in gradients)
 
@@ -142,7 +169,7 @@ def test_tensors_out_of_the_middle_of_others(rows, poison):
     weight, bias, z = big.t()[2:22, 5:12], big[:40:2, 7], big[9:21:3, 1:8]
     tensors = [x, z, weight, bias, big[:8:2, 3]]
     dy = big[: 4 * rows, 20:28:2].unflatten(0, (4, rows))
-    got = with_gradients(ops.hyper_linear, tensors, dy)
+    got = with_gradients(merged(ops.hyper_linear), tensors, dy)
     wanted = with_gradients(reference.hyper_linear, [t.contiguous() for t in tensors], dy)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
@@ -152,7 +179,7 @@ def test_images_out_of_the_middle_of_others(poison):
     tensors, sizes, options = per_sample_convolution("padded", 7)
     big = torch.randn(6, 20, 9, 7, dtype=torch.float64)
     for x in (big[::3, 2:12:2, 1:8:2, :4], big[::3, :5, 2:6, 3:].transpose(2, 3)):
-        got = ops.hyper_conv2d(x, *tensors[1:], *sizes, **options)
+        got = ops.hyper_conv2d(x, *tensors[1:], *sizes, **options, path="merged")
         torch.testing.assert_close(got, reference.hyper_conv2d(x, *tensors[1:], *sizes, **options))
 
 
@@ -160,7 +187,7 @@ def test_images_out_of_the_middle_of_others(poison):
 def test_what_the_kernels_do_not_serve(dtype, K):
     tensors = per_sample_linear(3, (2,), 4, 5, K, dtype)
     dy = torch.randn(3, 2, 5)
-    got = with_gradients(ops.hyper_linear, tensors, dy)
+    got = with_gradients(merged(ops.hyper_linear), tensors, dy)
     for a, b in zip(got, with_gradients(reference.hyper_linear, tensors, dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.float16 else 1e-4, atol=1e-2)
 
@@ -168,7 +195,7 @@ def test_what_the_kernels_do_not_serve(dtype, K):
 def test_samples_do_not_touch_each_other():
     x, z, *rest = per_sample_linear(5, (), 21, 11, 16, torch.float32)
     x[2, 20], z[4, 3] = float("nan"), float("inf")
-    y = ops.hyper_linear(x, z, *rest)
+    y = ops.hyper_linear(x, z, *rest, path="merged")
     assert y[2].isnan().all() and not y[4].isfinite().any() and y[[0, 1, 3]].isfinite().all()
 
 
@@ -176,11 +203,11 @@ class TestTransforms:
     def small(self, kind):
         """(function of the tensors, tensors) in float64."""
         if kind == "linear":
-            return ops.hyper_linear, per_sample_linear(3, (), 5, 4, 3)
+            return merged(ops.hyper_linear), per_sample_linear(3, (), 5, 4, 3)
         if kind == "rows":
-            return ops.hyper_linear, per_sample_linear(2, (9,), 3, 2, 16)
+            return merged(ops.hyper_linear), per_sample_linear(2, (9,), 3, 2, 16)
         tensors, sizes, options = per_sample_convolution(kind, 2)
-        return lambda *t: ops.hyper_conv2d(*t, *sizes, **options), tensors
+        return lambda *t: ops.hyper_conv2d(*t, *sizes, **options, path="merged"), tensors
 
     @pytest.mark.parametrize("kind", ["linear", "rows", "pairs", "groups", "same, even"])
     def test_gradcheck(self, kind):

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hyperfast
@@ -32,13 +31,12 @@ class Block(nn.Module):
         self.conv1 = conv(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = BatchNormReLUMaxPool2d(channels, pool=1, backend=backend)
         self.conv2 = conv(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNormReLUMaxPool2d(channels, pool=1, backend=backend)
         same = in_channels == channels
         self.reslayer = nn.Identity() if same else conv(in_channels, channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        return F.relu_(out.add_(self.reslayer(x)))
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), self.reslayer(x))
 
 
 class WideResNet(nn.Module):
