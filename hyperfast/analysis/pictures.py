@@ -140,6 +140,7 @@ def z_bars(model: nn.Module | ZReport, limit: int = 24) -> Figure:
             count = f", {len(z)} embeddings" if several else ""
             axis.set_title(f"{layer.name or 'weight'}{count}", fontsize=8)
             axis.grid(axis="x", visible=False)
+            axis.set_axisbelow(True)
             axis.locator_params(axis="x", integer=True, nbins=6)
         figure.supxlabel("entry of z", fontsize=9)
         figure.supylabel("z", fontsize=9)

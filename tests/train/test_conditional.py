@@ -120,8 +120,11 @@ def run(out, *options):
     return conditional.run(conditional.parse(arguments), conditional.COMMAND.line(arguments))
 
 
+OTHERS = [["--no-fused"], ["--model", "static"], ["--model", "plain"]]
+
+
 @pytest.mark.parametrize(
-    "options", [["--fused"], ["--no-fused"], ["--model", "static"], ["--model", "plain"]]
+    "options", [["--fused"], *(pytest.param(own, marks=pytest.mark.slow) for own in OTHERS)]
 )
 def test_the_loss_falls(small_data, tmp_path, options):
     trainer = run(tmp_path / "run", "--epochs", "4", *options)
