@@ -7,7 +7,6 @@ the plain network that it is then.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -52,19 +51,8 @@ def ways(model: nn.Module) -> dict[str, Forward]:
     return {
         "kernels generated in every batch": model,
         "kernels generated once": lambda x: torch.func.functional_call(model.module, kernels, (x,)),
-        "frozen": _frozen(model),
+        "frozen": hyperfast.freeze(model).to(memory_format=torch.channels_last),
     }
-
-
-@torch.no_grad()
-def _frozen(model: hyperfast.nn.HyperModule) -> nn.Module:
-    """The plain network with the kernels that `model` makes."""
-    network = copy.deepcopy(model.module)
-    for name, kernel in model.generate().items():
-        layer, _, own = name.rpartition(".")
-        kernel = kernel.contiguous(memory_format=torch.channels_last)
-        network.get_submodule(layer).register_parameter(own, nn.Parameter(kernel))
-    return network
 
 
 class Timer:
