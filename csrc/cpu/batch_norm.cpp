@@ -20,7 +20,7 @@
 namespace hyperfast {
 namespace {
 
-constexpr int64_t kStreamBytes = 1 << 20;  // a dx beyond this does not stay in cache until it is read
+constexpr int64_t kStreamBytes = 1 << 22;  // a dx beyond this does not stay in cache until it is read
 
 // f(c) for every whole vector of channels, then f(c, n) for the n that are left
 template <int W, class F>

@@ -59,7 +59,8 @@ def test_published_checkpoints_give_their_outputs(width, fused, assert_accurate)
     x = torch.randn(2, 3, 32, 32)
     theirs.eval(), ours.eval()
     wanted = theirs.double()(x.double())
-    assert_accurate(ours(x.contiguous(memory_format=torch.channels_last)), wanted, torch.float32)
+    got = ours(x.contiguous(memory_format=torch.channels_last))
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5  # of 40 layers
     for got, (i, (inputs, outputs)) in zip(
         ours.generate().values(),
         ((2 * i + j, (pair[j], pair[1])) for i, pair in enumerate(theirs.blocks) for j in range(2)),
