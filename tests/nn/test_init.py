@@ -75,7 +75,7 @@ def test_names():
 
 
 def test_heads_of_a_shared_core_start_small_with_he_bias():
-    """h of std 0.01, as the z of a linear generator: at norm 1 Adam moves the generated weights by many lr."""
+    """h of std 0.01, as the z of a linear generator: at norm 1 Adam moves generated weights by many lr."""
     for name, low, high in (("he_bias", 0.005, 0.02), ("hyperfan", 0.08, 0.25)):
         torch.manual_seed(0)
         g = SharedCoreGenerator([(4, 3), (5, 2)], z_dim=4, hidden_dim=64, init=name)
