@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hyperfast.nn import HyperConv2d, LinearGenerator, init
+from hyperfast.nn import HyperConv2d, LinearGenerator, SharedCoreGenerator, init
 
 
 def generated(name: str, K: int = 16, bias: bool = True) -> tuple[LinearGenerator, torch.Tensor]:
@@ -72,3 +72,13 @@ def test_names():
         LinearGenerator((2, 2), init="xavier")
     with pytest.raises(ValueError, match="init must be one of"):
         HyperConv2d(2, 2, 3, init="He")
+
+
+def test_heads_of_a_shared_core_start_small_with_he_bias():
+    """h of std 0.01, as the z of a linear generator: at norm 1 Adam moves generated weights by many lr."""
+    for name, low, high in (("he_bias", 0.005, 0.02), ("hyperfan", 0.08, 0.25)):
+        torch.manual_seed(0)
+        g = SharedCoreGenerator([(4, 3), (5, 2)], z_dim=4, hidden_dim=64, init=name)
+        g()
+        for head in g.heads:
+            assert low < head.z.std() < high
