@@ -106,9 +106,9 @@ def test_z_bars():
     heights = [bar.get_height() for bar in figure.axes[2].patches]
     assert heights == pytest.approx(z[3:].mean(0).tolist())
     assert [axis.get_title() for axis in figure.axes[:3]] == [
-        "convs.0", "convs.1, 2 embeddings", "convs.2, 4 embeddings",
+        "convs.0", "convs.1 (E = 2)", "convs.2 (E = 4)",
     ]  # fmt: skip
-    assert figure.get_suptitle() == "bars: mean, lines: smallest to largest"
+    assert figure.get_suptitle() == "bars: mean of E embeddings, lines: smallest to largest"
     assert analysis.z_bars(analysis.z_report(model), limit=1).get_suptitle() == "first 1 of 3 layers"
 
 

@@ -115,7 +115,7 @@ def _of(some: int, all: int, what: str) -> str:
 def z_bars(model: nn.Module | ZReport, limit: int = 24) -> Figure:
     """The embedding z of every generated layer as bars, a panel for each of the first `limit` layers.
 
-    Where a layer has several embeddings the bars are their mean and a line goes from the smallest to the
+    Where a layer has E > 1 embeddings the bars are their mean and a line goes from the smallest to the
     largest entry. Raises ValueError for a model without generated layers and a limit below 1.
     """
     layers = (model if isinstance(model, ZReport) else z_report(model)).layers
@@ -137,14 +137,14 @@ def z_bars(model: nn.Module | ZReport, limit: int = 24) -> Figure:
             if several:
                 axis.vlines(entries, z.min(0).values, z.max(0).values, color="black", linewidth=0.7)
             axis.axhline(0, color="0.3", linewidth=0.7)
-            count = f", {len(z)} embeddings" if several else ""
+            count = f" (E = {len(z)})" if several else ""
             axis.set_title(f"{layer.name or 'weight'}{count}", fontsize=8)
             axis.grid(axis="x", visible=False)
             axis.set_axisbelow(True)
             axis.locator_params(axis="x", integer=True, nbins=6)
         figure.supxlabel("entry of z", fontsize=9)
         figure.supylabel("z", fontsize=9)
-        several = "bars: mean, lines: smallest to largest" if any(len(layer.z) > 1 for layer in shown) else ""
+        several = "bars: mean of E embeddings, lines: smallest to largest" if any(len(layer.z) > 1 for layer in shown) else ""
         cut = f"first {limit} of {len(layers)} layers" if len(layers) > limit else ""
         if several or cut:
             figure.suptitle("; ".join(filter(None, (cut, several))), fontsize=8)
