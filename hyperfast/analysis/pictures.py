@@ -144,7 +144,11 @@ def z_bars(model: nn.Module | ZReport, limit: int = 24) -> Figure:
             axis.locator_params(axis="x", integer=True, nbins=6)
         figure.supxlabel("entry of z", fontsize=9)
         figure.supylabel("z", fontsize=9)
-        several = "bars: mean of E embeddings, lines: smallest to largest" if any(len(layer.z) > 1 for layer in shown) else ""
+        several = (
+            "bars: mean of E embeddings, lines: smallest to largest"
+            if any(len(layer.z) > 1 for layer in shown)
+            else ""
+        )
         cut = f"first {limit} of {len(layers)} layers" if len(layers) > limit else ""
         if several or cut:
             figure.suptitle("; ".join(filter(None, (cut, several))), fontsize=8)
