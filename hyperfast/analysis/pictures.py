@@ -144,12 +144,9 @@ def z_bars(model: nn.Module | ZReport, limit: int = 24) -> Figure:
             axis.locator_params(axis="x", integer=True, nbins=6)
         figure.supxlabel("entry of z", fontsize=9)
         figure.supylabel("z", fontsize=9)
-        several = (
-            "bars: mean of E embeddings, lines: smallest to largest"
-            if any(len(layer.z) > 1 for layer in shown)
-            else ""
-        )
+        several = any(len(layer.z) > 1 for layer in shown)
+        lines = "bars: mean of E embeddings, lines: smallest to largest" if several else ""
         cut = f"first {limit} of {len(layers)} layers" if len(layers) > limit else ""
-        if several or cut:
-            figure.suptitle("; ".join(filter(None, (cut, several))), fontsize=8)
+        if lines or cut:
+            figure.suptitle("; ".join(filter(None, (cut, lines))), fontsize=8)
     return figure
