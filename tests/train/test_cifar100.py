@@ -200,8 +200,8 @@ def test_a_run_leaves_everything(small, tmp_path, capsys, fused):
     out = capsys.readouterr().out
     assert "epoch 2/2: loss" in out and "all 2 epochs done; test accuracy" in out
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        "best.pt", "last.pt", "metrics.csv", "report.md", "curves.png", "z.png", "frozen.safetensors",
-        "tensorboard", "summary.json",
+        "best.pt", "last.pt", "metrics.csv", "report.md", "curves.png", "z.png", "z_bars.png", "filters.png",
+        "frozen.safetensors", "tensorboard", "summary.json",
     }  # fmt: skip
     state = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     assert state["recipe"]["model"] == "full" and len(state["history"]) == 2
@@ -481,7 +481,7 @@ def test_best_of_an_earlier_stage_is_loaded_and_reported(small_data, tmp_path, m
     assert trainer.model.state_dict().keys() == best["model"].keys()
     assert len(trainer.history) == 4
     text = (tmp_path / "a" / "report.md").read_text()
-    assert "| conv3 | 73,728 | 368,640 | 4 | 5.00 |" in text and "| fc2 |" not in text
+    assert "| conv3 | LinearGenerator | 1 x 4 | 73,728 | 368,644 | 5.00 |" in text and "| fc2 |" not in text
     assert "published" not in text  # of this model with other layers
     assert "| generate | conv2,conv3,fc2 |" in text and "| progressive | conv3@1 fc2@3 |" in text
     assert "| z dim | conv2=4,conv3=4,fc2=3 |" in text
