@@ -22,6 +22,14 @@ namespace {
 
 constexpr int64_t kStreamBytes = 1 << 22;  // a dx beyond this does not stay in cache until it is read
 
+constexpr int64_t kPanel =
+    2048;  // elements whose channels are taken one vector at a time, its numbers in registers
+
+// How many of `count` pieces of `size` elements make a panel
+inline int64_t panel(int64_t size, int64_t count) {
+  return std::min(count, std::max<int64_t>(kPanel / size, 1));
+}
+
 // f(c) for every whole vector of channels, then f(c, n) for the n that are left
 template <int W, class F>
 inline void for_channels(int64_t C, F f) {
@@ -118,6 +126,18 @@ struct Bytes {
   }
 };
 
+// f(first, groups, n) for groups of n = N in [begin, end), as many as make a panel of size N C, then for
+// groups of n = 1
+template <int N, class F>
+inline void in_groups(int64_t C, int64_t begin, int64_t end, F f) {
+  while (begin + N <= end) {
+    const int64_t groups = panel(N * C, (end - begin) / N);
+    f(begin, groups, std::integral_constant<int, N>());
+    begin += groups * N;
+  }
+  if (begin < end) f(begin, end - begin, std::integral_constant<int, 1>());
+}
+
 template <class S, class T>
 struct Forward {
   using A = typename S::C;
@@ -143,21 +163,23 @@ struct Forward {
     const T *first = x + begin * im.C, *middle = x + (begin + end) / 2 * im.C, *last = x + (end - 1) * im.C;
     double *sum = partial + tile * 2 * im.C, *square = sum + im.C;
     std::fill_n(sum, 2 * im.C, 0.0);
-    const auto add_pixels = [&](const T* pixels, auto count) {
-      for_channels<S::width>(im.C, [&](int64_t c, auto... n) {
+    const int64_t C = im.C;
+    const auto add_pixels = [&](int64_t pixel, int64_t groups, auto count) {
+      for_channels<S::width>(C, [&](int64_t c, auto... n) {
         const V shift = median(S::load(first + c, n...), S::load(middle + c, n...), S::load(last + c, n...));
-        V d1{}, d2{};
-        for (int i = 0; i < count; ++i) {
-          __builtin_prefetch(pixels + i * im.C + c + 2048 / sizeof(T));
-          const V d = S::load(pixels + i * im.C + c, n...) - shift;
-          d1 += d, d2 += d * d;
+        const T* pixels = x + pixel * C + c;
+        for (int64_t group = 0; group < groups; ++group, pixels += count * C) {
+          V d1{}, d2{};
+          for (int i = 0; i < count; ++i) {
+            __builtin_prefetch(pixels + i * C + 2048 / sizeof(T));
+            const V d = S::load(pixels + i * C, n...) - shift;
+            d1 += d, d2 += d * d;
+          }
+          add_lanes<S>(sum + c, d1, n...), add_lanes<S>(square + c, d2, n...);
         }
-        add_lanes<S>(sum + c, d1, n...), add_lanes<S>(square + c, d2, n...);
       });
     };
-    int64_t pixel = begin;
-    for (; pixel + 8 <= end; pixel += 8) add_pixels(x + pixel * im.C, std::integral_constant<int, 8>());
-    for (; pixel < end; ++pixel) add_pixels(x + pixel * im.C, std::integral_constant<int, 1>());
+    in_groups<8>(C, begin, end, add_pixels);
   }
 
   // Mean, variance and coefficients of the channels [c0, c1)
@@ -189,28 +211,32 @@ struct Forward {
   // One row of windows
   template <int P, bool adds>
   void apply(int64_t row) const {
-    const int64_t rows = im.H / P, C = im.C, begin = row * (im.W / P) * C, end = begin + im.W / P * C;
-    const T* window = x + (row / rows * im.H + row % rows * P) * im.W * C;
-    const T* residual = static_cast<const T*>(s.residual);
-    T* y = static_cast<T*>(s.y);
-    uint8_t* index = s.index;
-    const A *center = this->center, *scale = this->scale, *offset = this->offset;
-    for (int64_t to = begin; to < end; to += C, window += P * C)
+    const int64_t rows = im.H / P, columns = im.W / P, C = im.C, below = im.W * C, begin = row * columns * C;
+    const int64_t block = panel(P * P * C, columns);
+    const T* x = this->x + (row / rows * im.H + row % rows * P) * below;
+    const T* residual = static_cast<const T*>(s.residual) + (adds ? begin : 0);
+    T* y = static_cast<T*>(s.y) + begin;
+    uint8_t* index = s.index ? s.index + begin : nullptr;
+    for (int64_t column = 0; column < columns; column += block)
       for_channels<S::width>(C, [&](int64_t c, auto... n) {
         const V m = Channel::load(center + c, n...), a = Channel::load(scale + c, n...);
         const V b = Channel::load(offset + c, n...);
-        V best = (S::load(window + c, n...) - m) * a + b;
-        if constexpr (adds) best += S::load(residual + to + c, n...);
-        typename Bytes<S>::V winner{};
-        for (int i = 1; i < P * P; ++i) {
-          const V v = (S::load(window + (i / P * im.W + i % P) * C + c, n...) - m) * a + b;
-          winner = v > best ? winner - winner + i : winner;
-          best = v > best ? v : best;
-          winner = v != v ? winner - winner + i : winner;  // as torch: the last NaN wins
-          best = v != v ? v : best;
+        const int64_t end = std::min(column + block, columns) * C + c;
+        for (int64_t to = column * C + c; to < end; to += C) {
+          const T* window = x + P * (to - c) + c;
+          V best = (S::load(window, n...) - m) * a + b;
+          if constexpr (adds) best += S::load(residual + to, n...);
+          typename Bytes<S>::V winner{};
+          for (int i = 1; i < P * P; ++i) {
+            const V v = (S::load(window + i / P * below + i % P * C, n...) - m) * a + b;
+            winner = v > best ? winner - winner + i : winner;
+            best = v > best ? v : best;
+            winner = v != v ? winner - winner + i : winner;  // as torch: the last NaN wins
+            best = v != v ? v : best;
+          }
+          S::store(y + to, best <= 0 ? V{} : best, n...);
+          if (index) Bytes<S>::store(index + to, best <= 0 ? winner - winner + P * P : winner, n...);
         }
-        S::store(y + to + c, best <= 0 ? V{} : best, n...);
-        if (index) Bytes<S>::store(index + to + c, best <= 0 ? winner - winner + P * P : winner, n...);
       });
   }
 };
@@ -251,34 +277,40 @@ struct Backward {
   void sum_tile(int64_t tile) const {
     const int64_t first = tile * im.tile_window_rows();
     const int64_t last = std::min(first + im.tile_window_rows(), im.window_rows());
-    const int64_t rows = im.H / P, columns = im.W / P, C = im.C;
+    const int64_t rows = im.H / P, columns = im.W / P, C = im.C, below = im.W * C;
     double *sum = partial + tile * 2 * C, *product = sum + C;
     std::fill_n(sum, 2 * C, 0.0);
-    const uint8_t* index = s.index;
-    const T* dy = this->dy;
-    const A* center = this->center;
-    const auto add_windows = [&](const T* window, int64_t from, auto count) {
+    // windows [from, from + groups * count) of one row, whose first is at `window`
+    const auto add_windows = [&](const T* window, int64_t from, int64_t groups, auto count) {
       for_channels<S::width>(C, [&](int64_t c, auto... n) {
-        V g1{}, g2{};
-        for (int k = 0; k < count; ++k) {
-          const T* pixel = window + k * P * C + c;
-          const Winner winner = Bytes<S>::load(index + from + k * C + c, n...);
-          V v = S::load(pixel, n...);
-          for (int i = 1; i < P * P; ++i)
-            v = winner == i ? S::load(pixel + (i / P * im.W + i % P) * C, n...) : v;
-          const V g = winner < P * P ? S::load(dy + from + k * C + c, n...) : V{};
-          g1 += g, g2 += g * (winner < P * P ? v - Channel::load(center + c, n...) : V{});
+        const V m = Channel::load(center + c, n...);
+        const uint8_t* index = s.index + from * C + c;
+        const T *dy = this->dy + from * C + c, *pixel = window + c;
+        for (int64_t group = 0; group < groups; ++group) {
+          V g1{}, g2{};
+          for (int k = 0; k < count; ++k, index += C, dy += C, pixel += P * C) {
+            const Winner winner = Bytes<S>::load(index, n...);
+            V v = S::load(pixel, n...);
+            for (int i = 1; i < P * P; ++i)
+              v = winner == i ? S::load(pixel + i / P * below + i % P * C, n...) : v;
+            const V g = winner < P * P ? S::load(dy, n...) : V{};
+            g1 += g, g2 += g * (winner < P * P ? v - m : V{});
+          }
+          add_lanes<S>(sum + c, g1, n...), add_lanes<S>(product + c, g2, n...);
         }
-        add_lanes<S>(sum + c, g1, n...), add_lanes<S>(product + c, g2, n...);
       });
     };
-    for (int64_t row = first; row < last; ++row) {
-      const T* window = x + (row / rows * im.H + row % rows * P) * im.W * C;
-      int64_t from = row * columns * C, column = 0;
-      for (; column + 4 <= columns; column += 4, from += 4 * C, window += 4 * P * C)
-        add_windows(window, from, std::integral_constant<int, 4>());
-      for (; column < columns; ++column, from += C, window += P * C)
-        add_windows(window, from, std::integral_constant<int, 1>());
+    if constexpr (P == 1) {  // rows follow one another
+      in_groups<8>(C, first * columns, last * columns, [&](int64_t pixel, int64_t groups, auto count) {
+        add_windows(x + pixel * C, pixel, groups, count);
+      });
+    } else {
+      for (int64_t row = first; row < last; ++row) {
+        const T* pixels = x + (row / rows * im.H + row % rows * P) * below;
+        in_groups<4>(P * P * C, 0, columns, [&](int64_t column, int64_t groups, auto count) {
+          add_windows(pixels + column * P * C, row * columns + column, groups, count);
+        });
+      }
     }
   }
 
@@ -320,31 +352,31 @@ struct Backward {
     const int64_t pixel = (row / rows * im.H + row % rows * P) * im.W;
     if (row % rows == im.H / P) return outside<given>(pixel, im.W);
     const int64_t begin = (row / rows * (im.H / P) + row % rows) * columns * C;
-    const uint8_t* index = s.index + begin;
+    const int64_t block = streams ? 1 : panel(P * P * C, columns);  // streams want addresses in order
     const T *x = this->x + pixel * C, *dy = this->dy + begin;
-    const A *center = this->center, *factor = this->factor, *slope = this->slope, *offset = this->offset;
-    T *dx = this->dx + pixel * C, *dresidual = static_cast<T*>(s.dresidual) + (adds ? pixel * C : 0);
-    for (int64_t column = 0; column < columns; ++column) {
+    T *dx = this->dx + pixel * C, *dresidual = static_cast<T*>(s.dresidual) + (adds ? begin : 0);
+    for (int64_t column = 0; column < columns; column += block)
       for_channels<S::width>(C, [&](int64_t c, auto... n) {
-        const Winner winner = Bytes<S>::load(index + c, n...);
-        const V passed = S::load(dy + c, n...), g = passed * Channel::load(factor + c, n...);
         const V m = Channel::load(center + c, n...), k = Channel::load(slope + c, n...);
-        const V b = Channel::load(offset + c, n...);
-        V d[P * P];
-        for (int i = 0; i < P * P; ++i) {
-          d[i] = winner == i ? g : V{};
-          if constexpr (!given) d[i] += (S::load(x + i / P * below + i % P * C + c, n...) - m) * k + b;
-        }
-        if constexpr (adds) S::store(dresidual + c, winner == 0 ? passed : V{}, n...);
-        for (int i = 0; i < P * P; ++i) {
-          T* to = dx + i / P * below + i % P * C + c;
-          if constexpr (streams && sizeof...(n) == 0) S::stream(to, d[i]);
-          else S::store(to, d[i], n...);
+        const V b = Channel::load(offset + c, n...), a = Channel::load(factor + c, n...);
+        const int64_t end = std::min(column + block, columns) * C + c;
+        for (int64_t from = column * C + c; from < end; from += C) {
+          const Winner winner = Bytes<S>::load(s.index + begin + from, n...);
+          const V passed = S::load(dy + from, n...), g = passed * a;
+          const int64_t window = P * (from - c) + c;
+          V d[P * P];
+          for (int i = 0; i < P * P; ++i) {
+            d[i] = winner == i ? g : V{};
+            if constexpr (!given) d[i] += (S::load(x + window + i / P * below + i % P * C, n...) - m) * k + b;
+          }
+          if constexpr (adds) S::store(dresidual + from, winner == 0 ? passed : V{}, n...);
+          for (int i = 0; i < P * P; ++i) {
+            T* to = dx + window + i / P * below + i % P * C;
+            if constexpr (streams && sizeof...(n) == 0) S::stream(to, d[i]);
+            else S::store(to, d[i], n...);
+          }
         }
       });
-      index += C, dy += C, x += P * C, dx += P * C;
-      if constexpr (adds) dresidual += C;
-    }
     if (im.W % P)
       for (int i = 0; i < P; ++i) outside<given>(pixel + i * im.W + im.W - 1, 1);
   }
