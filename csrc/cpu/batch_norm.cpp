@@ -211,32 +211,28 @@ struct Forward {
   // One row of windows
   template <int P, bool adds>
   void apply(int64_t row) const {
-    const int64_t rows = im.H / P, columns = im.W / P, C = im.C, below = im.W * C, begin = row * columns * C;
-    const int64_t block = panel(P * P * C, columns);
-    const T* x = this->x + (row / rows * im.H + row % rows * P) * below;
-    const T* residual = static_cast<const T*>(s.residual) + (adds ? begin : 0);
-    T* y = static_cast<T*>(s.y) + begin;
-    uint8_t* index = s.index ? s.index + begin : nullptr;
-    for (int64_t column = 0; column < columns; column += block)
+    const int64_t rows = im.H / P, C = im.C, begin = row * (im.W / P) * C, end = begin + im.W / P * C;
+    const T* window = x + (row / rows * im.H + row % rows * P) * im.W * C;
+    const T* residual = static_cast<const T*>(s.residual);
+    T* y = static_cast<T*>(s.y);
+    uint8_t* index = s.index;
+    const A *center = this->center, *scale = this->scale, *offset = this->offset;
+    for (int64_t to = begin; to < end; to += C, window += P * C)
       for_channels<S::width>(C, [&](int64_t c, auto... n) {
         const V m = Channel::load(center + c, n...), a = Channel::load(scale + c, n...);
         const V b = Channel::load(offset + c, n...);
-        const int64_t end = std::min(column + block, columns) * C + c;
-        for (int64_t to = column * C + c; to < end; to += C) {
-          const T* window = x + P * (to - c) + c;
-          V best = (S::load(window, n...) - m) * a + b;
-          if constexpr (adds) best += S::load(residual + to, n...);
-          typename Bytes<S>::V winner{};
-          for (int i = 1; i < P * P; ++i) {
-            const V v = (S::load(window + i / P * below + i % P * C, n...) - m) * a + b;
-            winner = v > best ? winner - winner + i : winner;
-            best = v > best ? v : best;
-            winner = v != v ? winner - winner + i : winner;  // as torch: the last NaN wins
-            best = v != v ? v : best;
-          }
-          S::store(y + to, best <= 0 ? V{} : best, n...);
-          if (index) Bytes<S>::store(index + to, best <= 0 ? winner - winner + P * P : winner, n...);
+        V best = (S::load(window + c, n...) - m) * a + b;
+        if constexpr (adds) best += S::load(residual + to + c, n...);
+        typename Bytes<S>::V winner{};
+        for (int i = 1; i < P * P; ++i) {
+          const V v = (S::load(window + (i / P * im.W + i % P) * C + c, n...) - m) * a + b;
+          winner = v > best ? winner - winner + i : winner;
+          best = v > best ? v : best;
+          winner = v != v ? winner - winner + i : winner;  // as torch: the last NaN wins
+          best = v != v ? v : best;
         }
+        S::store(y + to + c, best <= 0 ? V{} : best, n...);
+        if (index) Bytes<S>::store(index + to + c, best <= 0 ? winner - winner + P * P : winner, n...);
       });
   }
 };
@@ -352,31 +348,31 @@ struct Backward {
     const int64_t pixel = (row / rows * im.H + row % rows * P) * im.W;
     if (row % rows == im.H / P) return outside<given>(pixel, im.W);
     const int64_t begin = (row / rows * (im.H / P) + row % rows) * columns * C;
-    const int64_t block = streams ? 1 : panel(P * P * C, columns);  // streams want addresses in order
+    const uint8_t* index = s.index + begin;
     const T *x = this->x + pixel * C, *dy = this->dy + begin;
-    T *dx = this->dx + pixel * C, *dresidual = static_cast<T*>(s.dresidual) + (adds ? begin : 0);
-    for (int64_t column = 0; column < columns; column += block)
+    const A *center = this->center, *factor = this->factor, *slope = this->slope, *offset = this->offset;
+    T *dx = this->dx + pixel * C, *dresidual = static_cast<T*>(s.dresidual) + (adds ? pixel * C : 0);
+    for (int64_t column = 0; column < columns; ++column) {
       for_channels<S::width>(C, [&](int64_t c, auto... n) {
+        const Winner winner = Bytes<S>::load(index + c, n...);
+        const V passed = S::load(dy + c, n...), g = passed * Channel::load(factor + c, n...);
         const V m = Channel::load(center + c, n...), k = Channel::load(slope + c, n...);
-        const V b = Channel::load(offset + c, n...), a = Channel::load(factor + c, n...);
-        const int64_t end = std::min(column + block, columns) * C + c;
-        for (int64_t from = column * C + c; from < end; from += C) {
-          const Winner winner = Bytes<S>::load(s.index + begin + from, n...);
-          const V passed = S::load(dy + from, n...), g = passed * a;
-          const int64_t window = P * (from - c) + c;
-          V d[P * P];
-          for (int i = 0; i < P * P; ++i) {
-            d[i] = winner == i ? g : V{};
-            if constexpr (!given) d[i] += (S::load(x + window + i / P * below + i % P * C, n...) - m) * k + b;
-          }
-          if constexpr (adds) S::store(dresidual + from, winner == 0 ? passed : V{}, n...);
-          for (int i = 0; i < P * P; ++i) {
-            T* to = dx + window + i / P * below + i % P * C;
-            if constexpr (streams && sizeof...(n) == 0) S::stream(to, d[i]);
-            else S::store(to, d[i], n...);
-          }
+        const V b = Channel::load(offset + c, n...);
+        V d[P * P];
+        for (int i = 0; i < P * P; ++i) {
+          d[i] = winner == i ? g : V{};
+          if constexpr (!given) d[i] += (S::load(x + i / P * below + i % P * C + c, n...) - m) * k + b;
+        }
+        if constexpr (adds) S::store(dresidual + c, winner == 0 ? passed : V{}, n...);
+        for (int i = 0; i < P * P; ++i) {
+          T* to = dx + i / P * below + i % P * C + c;
+          if constexpr (streams && sizeof...(n) == 0) S::stream(to, d[i]);
+          else S::store(to, d[i], n...);
         }
       });
+      index += C, dy += C, x += P * C, dx += P * C;
+      if constexpr (adds) dresidual += C;
+    }
     if (im.W % P)
       for (int i = 0; i < P; ++i) outside<given>(pixel + i * im.W + im.W - 1, 1);
   }
