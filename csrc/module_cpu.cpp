@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/blocks.h"
 #include "cpu/generate_units.h"
 #include "cpu/hyper_linear.h"
 #include "cpu/kernels.h"
@@ -327,29 +328,46 @@ PooledImages images_of(const std::array<int64_t, 5>& sizes, int threads) {
   return {B, H, W, C, P};
 }
 
+// running += momentum (batch - running), rounded as torch.lerp does
+template <class T>
+void lerp(T* running, const void* batch, int64_t C, double momentum) {
+  using A = compute_t<T>;
+  const A *made = static_cast<const A*>(batch), w = A(momentum);
+  for (int64_t c = 0; c < C; ++c) {
+    const A before = widen(running[c]), delta = made[c] - before;
+    running[c] = narrow<T>(w < A(0.5) ? before + w * delta : made[c] - delta * (1 - w));
+  }
+}
+
 void batch_norm(const std::array<int64_t, 5>& sizes, int64_t x, int64_t weight, int64_t bias,
-                int64_t residual, int64_t statistics, int64_t batch, double eps, int64_t y, int64_t index,
+                int64_t residual, int64_t statistics, bool given, double eps, int64_t y, int64_t index,
+                const std::array<int64_t, 3>& running, double momentum, const std::string& stored,
                 const std::string& dtype, int threads) {
   const PooledImages images = images_of(sizes, threads);
   if (residual && images.P != 1) throw py::value_error("a residual needs P 1");
   double* mean = pointer<double>(statistics);
-  const BatchNormSegment segment{images,
-                                 pointer(x),
-                                 pointer(weight),
-                                 pointer(bias),
-                                 pointer(residual),
-                                 mean,
-                                 mean + images.C,
-                                 pointer(batch),
-                                 eps,
-                                 pointer(y),
-                                 pointer<uint8_t>(index)};
-  const DType type = dtype_of(dtype);
+  const std::unique_ptr<double[]> scratch(new double[images.scratch() + 2 * images.C]);
+  double* batch = given ? nullptr : scratch.get() + images.scratch();
+  const BatchNormSegment segment{
+      images, pointer(x), pointer(weight), pointer(bias),          pointer(residual), mean, mean + images.C,
+      batch,  eps,        pointer(y),      pointer<uint8_t>(index)};
+  const DType type = dtype_of(dtype), running_type = dtype_of(stored);
+  const int64_t running_mean = running[0], running_var = running[1], count = running[2];
+  if (running_mean && (given || compute_size(running_type) != compute_size(type)))
+    throw py::value_error("running statistics need those of x, and a dtype computed like x");
   check_aligned({x, y, residual}, element_size(type));
   check_aligned({weight, bias}, compute_size(type));
+  check_aligned({running_mean, running_var}, element_size(running_type));
+  check_aligned(count, sizeof(int64_t));
   py::gil_scoped_release release;
-  const std::unique_ptr<double[]> scratch(new double[images.scratch()]);
   kernels().batch_norm(segment, type, scratch.get(), threads);
+  const void* variance = static_cast<char*>(segment.batch) + images.C * compute_size(type);
+  if (running_mean)
+    with_dtype(running_type, [&](auto t) {
+      lerp(pointer<decltype(t)>(running_mean), segment.batch, images.C, momentum);
+      lerp(pointer<decltype(t)>(running_var), variance, images.C, momentum);
+    });
+  if (count) ++*pointer<int64_t>(count);
 }
 
 void batch_norm_backward(const std::array<int64_t, 5>& sizes, int64_t x, int64_t dy, int64_t index,
@@ -433,10 +451,13 @@ PYBIND11_MODULE(_cpu, m) {
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
   m.def("batch_norm", &batch_norm, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-        py::arg("residual"), py::arg("statistics"), py::arg("batch"), py::arg("eps"), py::arg("y"),
-        py::arg("index"), py::arg("dtype"), py::arg("threads"),
-        "sizes: (B, H, W, C, P); addresses; statistics: mean [C] and var [C], float64, given if batch is 0; "
-        "weight, bias, residual (P 1 only), index may be 0.");
+        py::arg("residual"), py::arg("statistics"), py::arg("given"), py::arg("eps"), py::arg("y"),
+        py::arg("index"), py::arg("running"), py::arg("momentum"), py::arg("stored"), py::arg("dtype"),
+        py::arg("threads"),
+        "sizes: (B, H, W, C, P); addresses; statistics: mean [C] and var [C], float64, written unless given; "
+        "running: mean and var [C] of dtype `stored` and count, one int64, updated; weight, bias, residual "
+        "(P 1 "
+        "only), index and those of running may be 0.");
   m.def("batch_norm_backward", &batch_norm_backward, py::arg("sizes"), py::arg("x"), py::arg("dy"),
         py::arg("index"), py::arg("weight"), py::arg("statistics"), py::arg("given"), py::arg("eps"),
         py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("dtype"),

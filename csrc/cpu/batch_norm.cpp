@@ -22,6 +22,14 @@ namespace {
 
 constexpr int64_t kStreamBytes = 1 << 22;  // a dx beyond this does not stay in cache until it is read
 
+constexpr int64_t kPanel =
+    2048;  // elements whose channels are taken one vector at a time, its numbers in registers
+
+// How many of `count` pieces of `size` elements make a panel
+inline int64_t panel(int64_t size, int64_t count) {
+  return std::min(count, std::max<int64_t>(kPanel / size, 1));
+}
+
 // f(c) for every whole vector of channels, then f(c, n) for the n that are left
 template <int W, class F>
 inline void for_channels(int64_t C, F f) {
@@ -118,6 +126,18 @@ struct Bytes {
   }
 };
 
+// f(first, groups, n) for groups of n = N in [begin, end), as many as make a panel of size N C, then for
+// groups of n = 1
+template <int N, class F>
+inline void in_groups(int64_t C, int64_t begin, int64_t end, F f) {
+  while (begin + N <= end) {
+    const int64_t groups = panel(N * C, (end - begin) / N);
+    f(begin, groups, std::integral_constant<int, N>());
+    begin += groups * N;
+  }
+  if (begin < end) f(begin, end - begin, std::integral_constant<int, 1>());
+}
+
 template <class S, class T>
 struct Forward {
   using A = typename S::C;
@@ -143,21 +163,23 @@ struct Forward {
     const T *first = x + begin * im.C, *middle = x + (begin + end) / 2 * im.C, *last = x + (end - 1) * im.C;
     double *sum = partial + tile * 2 * im.C, *square = sum + im.C;
     std::fill_n(sum, 2 * im.C, 0.0);
-    const auto add_pixels = [&](const T* pixels, auto count) {
-      for_channels<S::width>(im.C, [&](int64_t c, auto... n) {
+    const int64_t C = im.C;
+    const auto add_pixels = [&](int64_t pixel, int64_t groups, auto count) {
+      for_channels<S::width>(C, [&](int64_t c, auto... n) {
         const V shift = median(S::load(first + c, n...), S::load(middle + c, n...), S::load(last + c, n...));
-        V d1{}, d2{};
-        for (int i = 0; i < count; ++i) {
-          __builtin_prefetch(pixels + i * im.C + c + 2048 / sizeof(T));
-          const V d = S::load(pixels + i * im.C + c, n...) - shift;
-          d1 += d, d2 += d * d;
+        const T* pixels = x + pixel * C + c;
+        for (int64_t group = 0; group < groups; ++group, pixels += count * C) {
+          V d1{}, d2{};
+          for (int i = 0; i < count; ++i) {
+            __builtin_prefetch(pixels + i * C + 2048 / sizeof(T));
+            const V d = S::load(pixels + i * C, n...) - shift;
+            d1 += d, d2 += d * d;
+          }
+          add_lanes<S>(sum + c, d1, n...), add_lanes<S>(square + c, d2, n...);
         }
-        add_lanes<S>(sum + c, d1, n...), add_lanes<S>(square + c, d2, n...);
       });
     };
-    int64_t pixel = begin;
-    for (; pixel + 8 <= end; pixel += 8) add_pixels(x + pixel * im.C, std::integral_constant<int, 8>());
-    for (; pixel < end; ++pixel) add_pixels(x + pixel * im.C, std::integral_constant<int, 1>());
+    in_groups<8>(C, begin, end, add_pixels);
   }
 
   // Mean, variance and coefficients of the channels [c0, c1)
@@ -251,34 +273,40 @@ struct Backward {
   void sum_tile(int64_t tile) const {
     const int64_t first = tile * im.tile_window_rows();
     const int64_t last = std::min(first + im.tile_window_rows(), im.window_rows());
-    const int64_t rows = im.H / P, columns = im.W / P, C = im.C;
+    const int64_t rows = im.H / P, columns = im.W / P, C = im.C, below = im.W * C;
     double *sum = partial + tile * 2 * C, *product = sum + C;
     std::fill_n(sum, 2 * C, 0.0);
-    const uint8_t* index = s.index;
-    const T* dy = this->dy;
-    const A* center = this->center;
-    const auto add_windows = [&](const T* window, int64_t from, auto count) {
+    // windows [from, from + groups * count) of one row, whose first is at `window`
+    const auto add_windows = [&](const T* window, int64_t from, int64_t groups, auto count) {
       for_channels<S::width>(C, [&](int64_t c, auto... n) {
-        V g1{}, g2{};
-        for (int k = 0; k < count; ++k) {
-          const T* pixel = window + k * P * C + c;
-          const Winner winner = Bytes<S>::load(index + from + k * C + c, n...);
-          V v = S::load(pixel, n...);
-          for (int i = 1; i < P * P; ++i)
-            v = winner == i ? S::load(pixel + (i / P * im.W + i % P) * C, n...) : v;
-          const V g = winner < P * P ? S::load(dy + from + k * C + c, n...) : V{};
-          g1 += g, g2 += g * (winner < P * P ? v - Channel::load(center + c, n...) : V{});
+        const V m = Channel::load(center + c, n...);
+        const uint8_t* index = s.index + from * C + c;
+        const T *dy = this->dy + from * C + c, *pixel = window + c;
+        for (int64_t group = 0; group < groups; ++group) {
+          V g1{}, g2{};
+          for (int k = 0; k < count; ++k, index += C, dy += C, pixel += P * C) {
+            const Winner winner = Bytes<S>::load(index, n...);
+            V v = S::load(pixel, n...);
+            for (int i = 1; i < P * P; ++i)
+              v = winner == i ? S::load(pixel + i / P * below + i % P * C, n...) : v;
+            const V g = winner < P * P ? S::load(dy, n...) : V{};
+            g1 += g, g2 += g * (winner < P * P ? v - m : V{});
+          }
+          add_lanes<S>(sum + c, g1, n...), add_lanes<S>(product + c, g2, n...);
         }
-        add_lanes<S>(sum + c, g1, n...), add_lanes<S>(product + c, g2, n...);
       });
     };
-    for (int64_t row = first; row < last; ++row) {
-      const T* window = x + (row / rows * im.H + row % rows * P) * im.W * C;
-      int64_t from = row * columns * C, column = 0;
-      for (; column + 4 <= columns; column += 4, from += 4 * C, window += 4 * P * C)
-        add_windows(window, from, std::integral_constant<int, 4>());
-      for (; column < columns; ++column, from += C, window += P * C)
-        add_windows(window, from, std::integral_constant<int, 1>());
+    if constexpr (P == 1) {  // rows follow one another
+      in_groups<8>(C, first * columns, last * columns, [&](int64_t pixel, int64_t groups, auto count) {
+        add_windows(x + pixel * C, pixel, groups, count);
+      });
+    } else {
+      for (int64_t row = first; row < last; ++row) {
+        const T* pixels = x + (row / rows * im.H + row % rows * P) * below;
+        in_groups<4>(P * P * C, 0, columns, [&](int64_t column, int64_t groups, auto count) {
+          add_windows(pixels + column * P * C, row * columns + column, groups, count);
+        });
+      }
     }
   }
 

@@ -29,6 +29,7 @@ class TwoLayerGenerator(Generator):
     """
 
     per_layer = True
+    channels_last = False  # the layout of what it makes
 
     def __init__(
         self,
@@ -81,7 +82,17 @@ class TwoLayerGenerator(Generator):
         if z.dim() > self.z.dim():
             return weights_of_samples(self, z)
         generator = z.reshape(-1, self.z_dim), self.w2, self.b2, self.w1, self.b1
-        return two_layer(*generator, self.shapes, self.unit, l2=self.l2, backend=self.backend)
+        options = {"l2": self.l2, "channels_last": self.channels_last, "backend": self.backend}
+        return two_layer(*generator, self.shapes, self.unit, **options)
+
+    def _apply(self, fn, recurse=True):
+        """`.to(memory_format=)` means the weights made here too, whose layout no parameter has."""
+        super()._apply(fn, recurse)
+        if len(self.unit) == 4:
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            made = fn(torch.empty(2, 2, 2, 2).contiguous(memory_format=layout))
+            self.channels_last = made.is_contiguous(memory_format=torch.channels_last)
+        return self
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.view(-1, self.z_dim).split(self.counts)

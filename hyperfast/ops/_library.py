@@ -215,7 +215,11 @@ def check_memory(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str
 
 def _span(tensor: Tensor) -> int:
     """Elements from the first to the last in memory, those between them counted too."""
-    if tensor.is_contiguous():
+    if (
+        tensor.is_contiguous()
+        or tensor.dim() == 4
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
         return tensor.numel()
     return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 

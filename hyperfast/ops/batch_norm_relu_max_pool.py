@@ -77,34 +77,29 @@ def _forward(
         outputs = statistics, y, index if with_index else None
         kernels = triton_kernels("batch_norm_relu_max_pool")
         kernels.run(x, *vectors, *updated, momentum, eps, pool, *outputs)
-        # kernels do not: autograd must notice that saved tensors were overwritten
-        torch.autograd.graph.increment_version([t for t in updated if t is not None and not t.is_inference()])
     else:
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        _forward_cpu(
-            x, weight, bias, residual, mean, var, *updated, momentum, eps, pool, y, index, statistics
-        )
+        _forward_cpu(x, weight, bias, residual, mean, var, updated, momentum, eps, pool, y, index, statistics)
+    # kernels do not: autograd must notice that saved tensors were overwritten
+    if changed := [t for t in updated if t is not None and not t.is_inference()]:
+        torch.autograd.graph.increment_version(changed)
     return y, index, statistics
 
 
 def _forward_cpu(
-    x, weight, bias, residual, mean, var, running_mean, running_var, num_batches, momentum, eps, pool, y,
-    index, statistics,
+    x, weight, bias, residual, mean, var, updated, momentum, eps, pool, y, index, statistics
 ):  # fmt: skip
-    compute = _compute_dtype(x)
-    weight, bias = _contiguous(weight, bias, dtype=compute)
-    batch = x.new_empty((2, x.shape[1]) if mean is None else 0, dtype=compute)
+    weight, bias = _contiguous(weight, bias, dtype=_compute_dtype(x))
     if mean is not None:
         statistics.copy_(torch.stack((mean, var)))
-    addresses = [_address(t) for t in (x, weight, bias, residual, statistics, batch)]
-    threads = torch.get_num_threads()
-    _cpu.batch_norm(_sizes(x, pool), *addresses, eps, y.data_ptr(), _address(index), dtype_name(x), threads)
-    if running_mean is not None:
-        made = batch if running_mean.dtype == compute else batch.to(running_mean.dtype)
-        torch._foreach_lerp_([running_mean, running_var], [made[0], made[1]], momentum)
-    if num_batches is not None:
-        num_batches.add_(1)
+    addresses = [_address(t) for t in (x, weight, bias, residual, statistics)]
+    outputs = y.data_ptr(), _address(index), [_address(t) for t in updated], momentum
+    stored = dtype_name(x if updated[0] is None else updated[0])
+    _cpu.batch_norm(
+        _sizes(x, pool), *addresses, mean is not None, eps, *outputs, stored, dtype_name(x),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 @torch.library.register_fake("hyperfast::batch_norm_relu_max_pool", lib=library)

@@ -399,6 +399,9 @@ class FactoredOptimizer(torch.optim.Optimizer):
     def _states(self, p: Tensor, state_dtype: torch.dtype | str | None = None) -> list[State]:
         """The states of p as `state_dtype` says: zeros at first, converted where they are in another form."""
         found, storage = self.state[p], STORAGES[state_dtype]
+        made = [found.get(name) for name in self.state_names]
+        if state_dtype is None and all(state is not None and state.dtype == p.dtype for state in made):
+            return made  # in every step but the first
         made = []
         for i, name in enumerate(self.state_names):
             state = found.get(name)
@@ -436,8 +439,9 @@ class FactoredOptimizer(torch.optim.Optimizer):
 
     def _has_kernel(self, p: Tensor, grad: Tensor, group: dict) -> bool:
         """Whether torch's fused kernel updates p: those walk through parameter, gradient and states alike."""
-        stored = [self.state.get(p, {}).get(name) for name in self.state_names]
-        alike = all(t is None or t.stride() == p.stride() for t in (grad, *stored))
+        state, strides = self.state.get(p, {}), p.stride()
+        stored = [state.get(name) for name in self.state_names]
+        alike = all(t is None or t.stride() == strides for t in (grad, *stored))
         return alike and p.device.type in ("cpu", "cuda") and p.is_floating_point()
 
     def _step_plain(

@@ -151,3 +151,16 @@ def test_bad_sizes(shape, K):
         TwoLayerGenerator((4, 2), backend="gpu")
     with pytest.raises(ValueError, match="generator of one weight"):
         HyperLinear(2, 5, generator=TwoLayerGenerator((4, 2)))
+
+
+def test_it_generates_in_the_memory_format_its_network_has():
+    generator = TwoLayerGenerator([(4, 6, 3, 3), (2, 3, 3, 3)], 5, 7, (2, 3, 3, 3))
+    before = generator()
+    generator.to(memory_format=torch.channels_last).double().float()
+    generator = copy.deepcopy(generator)
+    after = generator()
+    for old, new in zip(before, after, strict=True):
+        assert new.is_contiguous(memory_format=torch.channels_last) and not new.is_contiguous()
+        assert torch.equal(old, new)
+    generator.to(memory_format=torch.contiguous_format)
+    assert all(w.is_contiguous() for w in generator())

@@ -8,7 +8,8 @@ from hyperfast import ops, reference
 from hyperfast.ops._library import _cpu
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-# B, C, H, W: channels around the widths of vectors, windows that leave a row or column, several tiles
+# B, C, H, W: channels around the widths of vectors, windows that leave a row or column, several tiles, rows
+# of several panels
 SHAPES = [
     (2, 1, 2, 2),
     (3, 2, 5, 4),
@@ -20,6 +21,7 @@ SHAPES = [
     (3, 64, 17, 16),
     (2, 100, 12, 11),
     (9, 513, 5, 3),
+    (2, 24, 3, 150),
 ]
 
 
@@ -89,6 +91,24 @@ def test_values_and_gradients(dtype, pool, training, poison, assert_accurate):
     ):
         # of bfloat16 images, statistics and parameter gradients are float32
         assert_accurate(got, wanted, got[0].dtype, simple)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_statistics_and_count(dtype, momentum):
+    """They move as torch's do, in the dtype they are kept in; what was saved of them is seen to change."""
+    x = (channels_last(4, 19, 6, 5) + 0.3).to(dtype)
+    for kept in {dtype, torch.float64 if dtype == torch.float64 else torch.float32}:
+        before = torch.randn(19).to(kept), torch.rand(19).to(kept)
+        (mean, var), count = [t.clone() for t in before], torch.tensor(6)
+        options = {"training": True, "momentum": momentum, "pool": 1, "num_batches_tracked": count}
+        ops.batch_norm_relu_max_pool(x, mean, var, **options)
+        batch = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3))
+        bounds = {"rtol": 1e-2, "atol": 1e-2} if kept == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        for got, old, new in zip((mean, var), before, batch, strict=True):
+            torch.testing.assert_close(got.double(), torch.lerp(old.double(), new, momentum), **bounds)
+            assert got._version == 1
+        assert count.item() == 7 and count._version == 1
 
 
 @pytest.mark.parametrize("pool", [1, 2])
