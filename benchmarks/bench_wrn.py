@@ -12,6 +12,7 @@ LABELS = {
     "loop": "loop over embeddings, as the public code",
     "loop_channels_last_tuned": "the loop, channels_last, fused Adam, tuned allocator",
     "batched_tuned": "batched generation in plain PyTorch, channels_last, fused Adam, tuned allocator",
+    "batched_compiled_tuned": "the same, torch.compile",
     "plain": "plain WRN-40-1, main network and optimizer as hyperfast's",
     "hyperfast": "hyperfast",
 }

@@ -14,6 +14,7 @@ factored_reference   hyperfast.reference, factored, under torch.compile: the com
 hyperfast            factored gradients and fused kernels, channels_last, the tuned allocator
 hyperfast_compiled   the same under torch.compile (whole only)
 ..._untuned          with the allocator as it is
+batched              wrn: all kernels in two products, plain PyTorch
 loop                 wrn: a kernel for each embedding by itself, as the public code does, default Adam
 plain                wrn: the plain twin, all else as hyperfast
 """
@@ -47,7 +48,7 @@ WHOLE = (
 )
 WHOLE_BF16 = ("eager", "channels_last", "compiled", "channels_last_tuned", "compiled_tuned", "hyperfast")
 POOLED = ("eager", "compiled", "hyperfast_untuned", "eager_tuned", "compiled_tuned", "hyperfast")
-WRN = ("loop", "loop_channels_last_tuned", "batched_tuned", "plain", "hyperfast")
+WRN = ("loop", "loop_channels_last_tuned", "batched_tuned", "batched_compiled_tuned", "plain", "hyperfast")
 WRN_BATCH = 32
 PART = ("eager", "channels_last", "channels_last_tuned", "compiled_tuned", "factored_reference", "hyperfast")
 
@@ -254,7 +255,7 @@ def wrn(way: str) -> Callable[[], Tensor]:
         model: nn.Module = loop
     else:
         name = "wrn_40_1" if way == "plain" else "hyper_wrn_40_1"
-        model = build_wrn(name, fused=way != "batched_tuned")
+        model = build_wrn(name, fused=not way.startswith("batched"))
         if way != "plain":
             model.load_state_dict(loop.state_dict())
     torch.manual_seed(1)
@@ -266,10 +267,11 @@ def wrn(way: str) -> Callable[[], Tensor]:
         optimizer = hyperfast.optim.Adam(model, **options, max_grad_norm=100.0)
     else:
         optimizer = torch.optim.Adam(model.parameters(), **options, fused=None if way == "loop" else True)
+    forward = torch.compile(model) if "compiled" in way else model
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(forward(x), y)
         loss.backward()
         optimizer.step()
         return loss.detach()
