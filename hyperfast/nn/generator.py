@@ -19,7 +19,7 @@ from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.nn.per_sample import PerSampleWeight
-from hyperfast.ops._library import check_backend
+from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
 
@@ -112,11 +112,6 @@ class Generator(nn.Module):
         return z
 
 
-def weights_of_samples(generator: Generator, z: Tensor) -> tuple[PerSampleWeight, ...]:
-    """What any generator makes of z [B, *shape of its embeddings]: all weights of all samples."""
-    return tuple(PerSampleWeight.ready(w) for w in torch.vmap(generator.forward)(z))
-
-
 def check_shapes(shapes: Sequence[int] | Sequence[Sequence[int]], **sizes: int) -> tuple[torch.Size, ...]:
     """shapes, of one weight or of several, as a tuple. Raises ValueError for none, empty ones, and those or
     other `sizes` below 1, TypeError for what is no integer."""
@@ -192,7 +187,9 @@ class LinearGenerator(Generator):
         if not self.l2:
             path = "separate" if self.backend == "reference" else "auto"
             return PerSampleWeight.generated(shape, *operands, z, path)
-        w = penalize_l2(F.linear(z, *operands), self.l2)
+        with no_autocast([z]):
+            w = F.linear(z, *operands)
+        w = penalize_l2(w, self.l2).to(autocast_dtype(w) or w.dtype)
         return PerSampleWeight.ready(w.view(len(z), *shape))
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast import ops
+from hyperfast.ops._library import autocast_dtype, no_autocast
 
 
 class PerSampleWeight(Tensor):
@@ -53,11 +54,12 @@ class PerSampleWeight(Tensor):
         return len(self.weights if self.z is None else self.z)
 
     def dense(self) -> Tensor:
-        """All weights, [B, *shape]."""
+        """All weights, [B, *shape], in autocast's dtype under autocast."""
         if self.weights is not None:
             return self.weights
-        weight, bias = self.generator
-        return F.linear(self.z, weight, bias).view(self.samples, *self.shape)
+        with no_autocast([self.z]):  # as in `ops.generate`
+            w = F.linear(self.z, *self.generator)
+        return w.to(autocast_dtype(w) or w.dtype).view(self.samples, *self.shape)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types, args=(), kwargs=None):

@@ -81,6 +81,33 @@ def test_generators(name):
     assert_same_gradients(got, wanted, [z, *generator.parameters()])
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_no_samples(name, l2):
+    """Empty weights and zero gradients, whatever L2 adds for each sample."""
+    generator = generated_l2_(randomised(GENERATORS[name]()), l2)
+    z = batched(generator)[:0].detach().requires_grad_()
+    made = generator(z)
+    assert [w.dense().shape for w in made] == [(0, *shape) for shape in generator.shapes]
+    sum(w.dense().sum() for w in made).backward()
+    assert z.grad.shape == z.shape
+    assert not any(p.grad.any() for n, p in generator.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["two layers, units", "shared", "chunked"])
+def test_compiled_generators(name):
+    torch._dynamo.reset()
+    generator = randomised(GENERATORS[name]())
+    z, x = batched(generator), torch.randn(B, 6, dtype=torch.float64)
+
+    def call(z):
+        return F.linear(x, generator(z)[0])
+
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(got, call(z))
+    assert_same_gradients(got, call(z), [z])
+
+
 @pytest.mark.parametrize("kind", ["generated", "ready"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, kind):
