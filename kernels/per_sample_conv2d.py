@@ -51,6 +51,7 @@ from hyperfast.kernels.convolution import (
 from hyperfast.kernels.launch import Launch, dot_precision, dot_type
 
 GENERATION = 16  # a generated weight costs as much as so many multiplications on tensor cores, for each k
+EXPANDED_ROWS = 64  # of a sample
 PROGRAMS = 2 * 132  # blocks that 132 multiprocessors run at a time
 CHUNK_BYTES = 1 << 26  # of the weights of a chunk of samples
 MOST_SAMPLES = 65_535  # of a chunk: the second dimension of a grid
@@ -470,8 +471,9 @@ def per_sample_conv2d_bwd_z_kernel(
 
 def expands(rows: int, K: int, pointwise: bool) -> bool:
     """Whether a layer of `rows` rows a sample multiplies by the generator itself, K times the product by w,
-    rather than make w; only where columns are pixels, so that dx needs no scattering."""
-    return pointwise and rows * K <= rows + GENERATION * K
+    rather than make w; only where columns are pixels, so that dx needs no scattering. With K = 1
+    that always costs less, but dz is the sum of a share of each row, by few programs: up to EXPANDED_ROWS."""
+    return pointwise and rows <= EXPANDED_ROWS and rows * K <= rows + GENERATION * K
 
 
 def _block(size: int, most: int) -> int:

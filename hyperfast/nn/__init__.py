@@ -18,6 +18,7 @@ from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
 from hyperfast.nn.weights import named_generators, named_weights, parameter_counts, plain_state_dict
+from hyperfast.ops.generate import penalize_l2
 
 __all__ = [
     "BatchNormReLUMaxPool2d",
@@ -41,5 +42,6 @@ __all__ = [
     "named_generators",
     "named_weights",
     "parameter_counts",
+    "penalize_l2",
     "plain_state_dict",
 ]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
-from hyperfast.ops._library import check_backend
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes
+from hyperfast.nn.per_sample import PerSampleWeight
+from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast
 from hyperfast.ops.generate import penalize_l2
 
 
@@ -60,12 +61,17 @@ class ChunkedGenerator(Generator):
         """The weights, views of one tensor. z: other embeddings than the generator's own, of the same
         shape, or of each sample, [B, E, K]."""
         z = self._check_z(z)
-        if z.dim() > 2:
-            return weights_of_samples(self, z)
-        chunks = torch.addmm(self.bias, z, self.weight.t())
-        made = zip(chunks.split(self.counts), self.shapes, strict=True)
-        weights = (own.flatten()[: math.prod(shape)].view(shape) for own, shape in made)
-        return tuple(penalize_l2(w, self.l2) for w in weights)
+        *batch, _, K = z.shape
+        with no_autocast([z]):  # as in `ops.generate`: the product in the dtype of the parameters
+            chunks = torch.addmm(self.bias, z.reshape(-1, K), self.weight.t())
+        chunks = chunks.view(*z.shape[:-1], self.chunk_size).split(self.counts, dim=-2)
+        dtype = autocast_dtype(self.weight) or self.weight.dtype
+        weights = []
+        for own, shape in zip(chunks, self.shapes, strict=True):
+            w = own.flatten(-2)[..., : math.prod(shape)].reshape(*batch, *shape)
+            w = penalize_l2(w, self.l2).to(dtype)
+            weights.append(PerSampleWeight.ready(w) if batch else w)
+        return tuple(weights)
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.split(self.counts)

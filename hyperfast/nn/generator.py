@@ -19,7 +19,7 @@ from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.nn.per_sample import PerSampleWeight
-from hyperfast.ops._library import check_backend
+from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
 
@@ -40,7 +40,9 @@ class Generator(nn.Module):
     `factors()`. l2: the backward adds l2 w to the gradient of every generated weight w (`generated_l2_` sets
     it). per_layer: makes one weight, so that a network needs one generator for each layer.
 
-    A generator whose gradients are all dense has no factors and needs `forward` and `embeddings` alone.
+    A generator whose gradients are all dense has no factors and needs `forward` and `embeddings` alone. Its
+    forward must return `hyperfast.nn.penalize_l2(w, self.l2)` of each weight w, before any cast: nothing else
+    applies `l2`, since fused kernels add it in a pass they make anyway.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -112,11 +114,6 @@ class Generator(nn.Module):
         return z
 
 
-def weights_of_samples(generator: Generator, z: Tensor) -> tuple[PerSampleWeight, ...]:
-    """What any generator makes of z [B, *shape of its embeddings]: all weights of all samples."""
-    return tuple(PerSampleWeight.ready(w) for w in torch.vmap(generator.forward)(z))
-
-
 def check_shapes(shapes: Sequence[int] | Sequence[Sequence[int]], **sizes: int) -> tuple[torch.Size, ...]:
     """shapes, of one weight or of several, as a tuple. Raises ValueError for none, empty ones, and those or
     other `sizes` below 1, TypeError for what is no integer."""
@@ -179,7 +176,7 @@ class LinearGenerator(Generator):
         """The weight, [*shape]. z [K]: another embedding than the generator's own, [B, K]: one for each
         sample (`PerSampleWeight`); refused in factored mode."""
         if z is None:
-            return generate_together([self])[0]
+            return _generate_linear([self])[0]
         if self._check_z(z).dim() == 2:
             return (self.weight_of_samples(z),)
         options = {"l2": [self.l2], "backend": self.backend}
@@ -192,7 +189,9 @@ class LinearGenerator(Generator):
         if not self.l2:
             path = "separate" if self.backend == "reference" else "auto"
             return PerSampleWeight.generated(shape, *operands, z, path)
-        w = penalize_l2(F.linear(z, *operands), self.l2)
+        with no_autocast([z]):
+            w = F.linear(z, *operands)
+        w = penalize_l2(w, self.l2).to(autocast_dtype(w) or w.dtype)
         return PerSampleWeight.ready(w.view(len(z), *shape))
 
     @torch.no_grad()
@@ -306,7 +305,7 @@ class LinearGenerator(Generator):
 
 def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:
     """The weights of several generators, in their order; linear ones of one kind in one launch, each made
-    once."""
+    once. One with hooks or a forward of its own is called."""
     generators = list(generators)
     made: dict[int, tuple[Tensor, ...]] = {}
     batches: dict[tuple, list[LinearGenerator]] = {}
@@ -314,23 +313,36 @@ def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...
         if id(g) in made:
             continue
         made[id(g)] = ()
-        if isinstance(g, LinearGenerator):
+        if _is_plain_linear(g):
             batches.setdefault((g.factored, g.backend, g.weight.dtype, g.weight.device), []).append(g)
         else:
             made[id(g)] = g()
-    for (is_factored, backend, *_), batch in batches.items():
-        weights = ops.generate(
-            [g.weight for g in batch],
-            [g.gradient_bias for g in batch],
-            [g.z for g in batch],
-            next_weights=[g.next_weight for g in batch],
-            factored=is_factored,
-            l2=[g.l2 for g in batch],
-            backend=backend,
-        )
-        for g, w in zip(batch, weights, strict=True):
-            made[id(g)] = (w.view(g.shapes[0]),)
+    for batch in batches.values():
+        for g, weights in zip(batch, _generate_linear(batch), strict=True):
+            made[id(g)] = weights
     return [made[id(g)] for g in generators]
+
+
+def _is_plain_linear(g: Generator) -> bool:
+    """Whether calling g does just what `_generate_linear` does: no forward of its own, and no hooks."""
+    if type(g).forward is not LinearGenerator.forward or "forward" in g.__dict__:
+        return False
+    forward, backward = (g._forward_pre_hooks, g._forward_hooks), (g._backward_pre_hooks, g._backward_hooks)
+    return not any((*forward, *backward))
+
+
+def _generate_linear(batch: Sequence[LinearGenerator]) -> list[tuple[Tensor, ...]]:
+    """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch."""
+    weights = ops.generate(
+        [g.weight for g in batch],
+        [g.gradient_bias for g in batch],
+        [g.z for g in batch],
+        next_weights=[g.next_weight for g in batch],
+        factored=batch[0].factored,
+        l2=[g.l2 for g in batch],
+        backend=batch[0].backend,
+    )
+    return [(w.view(g.shapes[0]),) for g, w in zip(batch, weights, strict=True)]
 
 
 def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:

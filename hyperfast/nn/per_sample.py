@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast import ops
+from hyperfast.ops._library import autocast_dtype, no_autocast
 
 
 class PerSampleWeight(Tensor):
@@ -18,9 +19,10 @@ class PerSampleWeight(Tensor):
     `F.linear`, `F.conv1d` to `conv3d` and `F.conv_transpose1d` to `3d`, called with it as weight or as bias
     by any module, compute sample b of their input [B, ...] with the weight of sample b, without a loop:
     linear layers and convolutions in one and two dimensions on `ops.hyper_linear` and `ops.hyper_conv2d`,
-    others as groups of one convolution. Shape, dtype and device are those of one sample's weight; anything
-    else raises TypeError. A generator makes it from z with a batch dimension; `generated` and `ready` do it
-    by hand. It holds B embeddings or B weights and no numbers of its own.
+    others as groups of one convolution. Shape, dtype, device and strides are those of one sample's weight, a
+    gradient is required where what makes it requires one; anything else raises TypeError. A generator makes
+    it from z with a batch dimension; `generated` and `ready` do it by hand. It holds B embeddings or B
+    weights and no numbers of its own.
     """
 
     z: Tensor | None  # [B, K]
@@ -49,15 +51,21 @@ class PerSampleWeight(Tensor):
         return made
 
     @property
+    def requires_grad(self) -> bool:
+        parts = self.z, self.weights, *(self.generator or ())
+        return any(part is not None and part.requires_grad for part in parts)
+
+    @property
     def samples(self) -> int:
         return len(self.weights if self.z is None else self.z)
 
     def dense(self) -> Tensor:
-        """All weights, [B, *shape]."""
+        """All weights, [B, *shape], in autocast's dtype under autocast."""
         if self.weights is not None:
             return self.weights
-        weight, bias = self.generator
-        return F.linear(self.z, weight, bias).view(self.samples, *self.shape)
+        with no_autocast([self.z]):  # as in `ops.generate`
+            w = F.linear(self.z, *self.generator)
+        return w.to(autocast_dtype(w) or w.dtype).view(self.samples, *self.shape)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types, args=(), kwargs=None):
@@ -66,10 +74,11 @@ class PerSampleWeight(Tensor):
         if func in _READS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
+        if func in _STRIDES:
+            return func(torch.empty(args[0].shape, device="meta"), *args[1:], **(kwargs or {}))
         raise TypeError(
-            f"{name} is not computed with weights for each sample (PerSampleWeight): linear layers, "
-            "convolutions and transposed convolutions in 1 to 3 dimensions are"
+            f"{_name_of(func)} is not computed with weights for each sample (PerSampleWeight): linear "
+            "layers, convolutions and transposed convolutions in 1 to 3 dimensions are"
         )
 
     def __repr__(self) -> str:
@@ -77,6 +86,14 @@ class PerSampleWeight(Tensor):
         return f"PerSampleWeight({tuple(self.shape)}, {self.samples} samples, {kind})"
 
     __hash__ = object.__hash__
+
+
+def _name_of(func: Callable) -> str:
+    """The name of what __torch_function__ was given; an attribute's is that of its descriptor."""
+    descriptor = getattr(func, "__self__", None)
+    descriptor = getattr(descriptor, "fget", descriptor)  # a property of Python
+    named = descriptor if getattr(func, "__name__", "") in ("__get__", "__set__") else func
+    return getattr(named, "__name__", str(func))
 
 
 def _check_batch(x: Tensor, *parameters: Tensor | None) -> None:
@@ -93,7 +110,7 @@ def _with_bias(y: Tensor, bias: PerSampleWeight | None, channels: int) -> Tensor
         return y
     shape = [1] * y.dim()
     shape[0], shape[channels] = bias.samples, bias.shape[0]
-    return y + bias.dense().view(shape)
+    return y + bias.dense().to(y.dtype).view(shape)
 
 
 def _split_bias(bias: Tensor | None) -> tuple[Tensor | None, PerSampleWeight | None]:
@@ -110,7 +127,7 @@ def _linear(func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None =
         y = ops.hyper_linear(input, weight.z, *weight.generator, bias, path=weight.path)
     else:
         y = torch.einsum("b...i,boi->b...o", input, weight.weights)
-        y = y if bias is None else y + bias
+        y = y if bias is None else y + bias.to(y.dtype)
     return _with_bias(y, own_bias, -1)
 
 
@@ -177,7 +194,7 @@ def _grouped(func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None,
     images = input.reshape(1, -1, *input.shape[2:])
     y = func(images, w.flatten(0, 1), None, groups=len(w) * groups, **options)
     y = y.view(len(w), -1, *y.shape[2:])
-    return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
 
 
 _LAYERS = {
@@ -185,7 +202,14 @@ _LAYERS = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed),
 }
-_READS = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda")),
-    *(getattr(Tensor, name) for name in ("dim", "size", "numel", "is_floating_point")),
+_ATTRIBUTES = (
+    "device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_nested", "is_sparse",
+    "itemsize", "layout", "ndim", "shape", "_version",
+)  # fmt: skip
+_METHODS = (
+    "dim", "element_size", "is_complex", "is_floating_point", "is_inference", "is_signed", "numel", "size",
+)  # fmt: skip
+_READS = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {
+    getattr(Tensor, name) for name in _METHODS
 }
+_STRIDES = {Tensor.stride, Tensor.is_contiguous}  # of a weight that had memory

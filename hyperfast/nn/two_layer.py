@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn import init as initialisations
-from hyperfast.nn.generator import AffineMap, Generator, check_shapes, weights_of_samples
+from hyperfast.nn.generator import AffineMap, Generator, check_shapes
+from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.ops._library import check_backend
 from hyperfast.ops.generate_units import two_layer
 
@@ -80,10 +81,25 @@ class TwoLayerGenerator(Generator):
         [B, E, K], [B, K] where there is one unit."""
         z = self._check_z(z)
         if z.dim() > self.z.dim():
-            return weights_of_samples(self, z)
-        generator = z.reshape(-1, self.z_dim), self.w2, self.b2, self.w1, self.b1
-        options = {"l2": self.l2, "channels_last": self.channels_last, "backend": self.backend}
-        return two_layer(*generator, self.shapes, self.unit, **options)
+            return self._of_samples(z)
+        return self._make(z.reshape(-1, self.z_dim), self.shapes, self.l2)
+
+    def _make(self, z: Tensor, shapes: Sequence[Sequence[int]], l2: float) -> tuple[Tensor, ...]:
+        generator = self.w2, self.b2, self.w1, self.b1
+        options = {"l2": l2, "channels_last": self.channels_last, "backend": self.backend}
+        return two_layer(z, *generator, shapes, self.unit, **options)
+
+    def _of_samples(self, z: Tensor) -> tuple[PerSampleWeight, ...]:
+        """Of z [B, E, K] or [B, K]: the weights of a layer for all samples are tiled as one layer with B
+        times its outputs. No sample: one is made, and cut off."""
+        B, l2 = len(z), self.l2
+        if not B:
+            z, l2 = torch.cat([z, z.new_zeros(1, *z.shape[1:])]), 0.0
+        layers = z.reshape(len(z), -1, self.z_dim).split(self.counts, dim=1)
+        shapes = [(len(z) * shape[0], *shape[1:]) for shape in self.shapes]
+        made = self._make(torch.cat([own.flatten(0, 1) for own in layers]), shapes, l2)
+        weights = (w.unflatten(0, (-1, shape[0]))[:B] for w, shape in zip(made, self.shapes, strict=True))
+        return tuple(PerSampleWeight.ready(w) for w in weights)
 
     def _apply(self, fn, recurse=True):
         """`.to(memory_format=)` means the weights made here too, whose layout no parameter has."""

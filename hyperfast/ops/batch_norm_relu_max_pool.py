@@ -244,16 +244,22 @@ def _check_count(count: Tensor | None, x: Tensor) -> None:
 
 
 def _check_residual(residual: Tensor | None, x: Tensor) -> None:
-    """ValueError or TypeError unless `residual` is None or like x."""
+    """ValueError or TypeError unless `residual` is None or like x, under autocast in another dtype than
+    float64 if x is."""
     if residual is None:
         return
     check_dense("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual must be {list(x.shape)} like x, got shape {list(residual.shape)}")
-    if residual.dtype != x.dtype:
+    narrow = all(t.dtype.is_floating_point and t.dtype.itemsize <= 4 for t in (x, residual))
+    if residual.dtype != x.dtype and not (narrow and _is_autocast(x)):
         raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
     if residual.device != x.device:
         raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _has_kernel(x: Tensor, pool: int, with_residual: bool) -> bool:
@@ -284,7 +290,8 @@ def batch_norm_relu_max_pool(
 ) -> Tensor:
     """`F.max_pool2d(F.relu(F.batch_norm(x, ...)), pool)`: x [B, C, H, W] -> [B, C, H // pool, W // pool].
 
-    residual: like x, added before the ReLU, as at the end of a residual block.
+    residual: like x, added before the ReLU, as at the end of a residual block. Under autocast, where layers
+    differ in dtype, it is converted to x's.
 
     The arguments before `pool` are those of `torch.nn.functional.batch_norm`: running_mean, running_var,
     weight, bias [C] or None; with `training` the statistics are those of x, and running statistics are
@@ -303,6 +310,7 @@ def batch_norm_relu_max_pool(
     _check(x, training, pool, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_count(num_batches_tracked, x)
     _check_residual(residual, x)
+    residual = None if residual is None else residual.to(x.dtype)
     # running statistics are constants, whatever they are marked as
     running_mean, running_var = (None if t is None else t.detach() for t in (running_mean, running_var))
     with_function = needs_function(x, weight, bias, running_mean, running_var, residual)

@@ -196,7 +196,8 @@ class PenalizeL2(torch.autograd.Function):
 
 
 def penalize_l2(w: Tensor, l2: float) -> Tensor:
-    """w; its backward adds the gradient of l2 / 2 |w|^2, as if the loss had that term."""
+    """w; its backward adds the gradient of l2 / 2 |w|^2, as if the loss had that term. A `Generator` applies
+    it to what it makes, with its `l2`."""
     return PenalizeL2.apply(w, l2) if l2 and torch.is_grad_enabled() else w
 
 

@@ -35,8 +35,9 @@ library.define(
 
 
 def _kernels(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """[B, O, C / groups R S]."""
-    w = F.linear(z, weight, bias).to(x.dtype)
+    """[B, O, C / groups R S]; under autocast the product that uses them is in its dtype, not theirs."""
+    with no_autocast([z]):
+        w = F.linear(z, weight, bias).to(x.dtype)
     return w.view(len(x), geometry.outputs(x, weight), weight.shape[0] // geometry.outputs(x, weight))
 
 

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import hyperfast
-from hyperfast.nn import HyperLinear, LinearGenerator
+from hyperfast import ops
+from hyperfast.nn import (
+    Generator,
+    HyperLinear,
+    LinearGenerator,
+    generate_together,
+    generated_l2_,
+    penalize_l2,
+)
 from hyperfast.optim import AdamW
 
 MARK = 7.0  # next weights are overwritten with it behind autograd's back: their use shows
@@ -61,6 +69,56 @@ def test_another_embedding():
         g(torch.randn(5))
     with pytest.raises(ValueError, match="factored mode generates from its own z"):
         hyperfast.factored_(g)(z)
+
+
+class Tenfold(LinearGenerator):
+    def forward(self, z=None):
+        return (10 * super().forward(z)[0],)
+
+
+def test_a_forward_of_its_own_and_hooks_are_called():
+    """Beside others made together, and on their own."""
+    generators = LinearGenerator((2, 3), 4), Tenfold((2, 3), 4), LinearGenerator((2, 3), 4)
+    plain, subclass, hooked = generators
+    calls = []
+    hooked.register_forward_hook(lambda module, args, made: calls.append(made))
+    patched = LinearGenerator((2, 3), 4)
+    patched.forward = lambda z=None: ("patched",)
+    for a, b, c, d in (generate_together((*generators, patched)), [g() for g in (*generators, patched)]):
+        torch.testing.assert_close(a[0], expected(plain))
+        torch.testing.assert_close(b[0], 10 * expected(subclass))
+        torch.testing.assert_close(c[0], expected(hooked))
+        assert d == ("patched",)
+    assert len(calls) == 2
+
+
+def test_linear_generators_are_made_in_one_launch(monkeypatch):
+    launches, generate = [], ops.generate
+    monkeypatch.setattr(ops, "generate", lambda *a, **o: launches.append(len(a[0])) or generate(*a, **o))
+    generate_together([LinearGenerator((2, 3), 4), Tenfold((2, 3), 4), LinearGenerator((4,), 2)])
+    assert launches == [1, 2]
+
+
+class Squared(Generator):
+    """A generator as a user writes it: w = z z^T."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.z, self.backend = (torch.Size((3, 3)),), nn.Parameter(torch.randn(3)), "auto"
+
+    def forward(self, z=None):
+        z = self._check_z(z)
+        return (penalize_l2(torch.outer(z, z), self.l2),)
+
+    def embeddings(self):
+        return (self.z.view(1, -1),)
+
+
+def test_l2_of_a_generator_of_ones_own():
+    g = generated_l2_(Squared(), 0.3)
+    (got,) = torch.autograd.grad(g()[0].sum(), g.z)
+    w = torch.outer(g.z, g.z)
+    torch.testing.assert_close(got, torch.autograd.grad(w.sum() + 0.15 * w.square().sum(), g.z)[0])
 
 
 def test_bad_sizes():

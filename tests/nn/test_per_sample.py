@@ -81,6 +81,33 @@ def test_generators(name):
     assert_same_gradients(got, wanted, [z, *generator.parameters()])
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_no_samples(name, l2):
+    """Empty weights and zero gradients, whatever L2 adds for each sample."""
+    generator = generated_l2_(randomised(GENERATORS[name]()), l2)
+    z = batched(generator)[:0].detach().requires_grad_()
+    made = generator(z)
+    assert [w.dense().shape for w in made] == [(0, *shape) for shape in generator.shapes]
+    sum(w.dense().sum() for w in made).backward()
+    assert z.grad.shape == z.shape
+    assert not any(p.grad.any() for n, p in generator.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["two layers, units", "shared", "chunked"])
+def test_compiled_generators(name):
+    torch._dynamo.reset()
+    generator = randomised(GENERATORS[name]())
+    z, x = batched(generator), torch.randn(B, 6, dtype=torch.float64)
+
+    def call(z):
+        return F.linear(x, generator(z)[0])
+
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(got, call(z))
+    assert_same_gradients(got, call(z), [z])
+
+
 @pytest.mark.parametrize("kind", ["generated", "ready"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, kind):
@@ -110,6 +137,21 @@ def test_a_bias_for_each_sample_beside_one_weight():
     biases = torch.randn(B, 3, dtype=torch.float64)
     got = torch.func.functional_call(layer, {"bias": PerSampleWeight.ready(biases)}, x)
     torch.testing.assert_close(got, F.conv2d(x, layer.weight) + biases.view(B, 3, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5, 5), (2, 3, 3, 3)])
+def test_a_bias_under_autocast(shape):
+    """Its sum stays in autocast's dtype, as in the layers of torch: one bias, and one for each sample."""
+    x = torch.randn(B, *shape)
+    weights = torch.randn(B, 6, shape[0], *[3] * (len(shape) - 1))
+    layer = [F.linear, None, F.conv2d, F.conv3d][len(shape) - 1]
+    bias = torch.randn(6)
+    for own in (bias, PerSampleWeight.ready(bias.expand(B, 6))):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = layer(x, PerSampleWeight.ready(weights), own)
+            wanted = torch.cat([layer(x[b : b + 1], weights[b], bias) for b in range(B)])
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        assert (got - wanted).norm() <= 0.01 * wanted.norm()
 
 
 def test_a_network():
@@ -239,8 +281,11 @@ class TestRefused:
             (lambda: torch.add(w, 1), "add"),
             (lambda: w.sum(), "sum"),
             (lambda: torch.relu(w), "relu"),
+            (lambda: w.T, "T"),
+            (lambda: w.data, "data"),
+            (lambda: setattr(w, "grad", None), "grad"),
         ):
-            with pytest.raises(TypeError, match=f"{name}.* is not computed with weights for each sample"):
+            with pytest.raises(TypeError, match=f"^{name} is not computed with weights for each sample"):
                 call()
 
     def test_attention(self):
@@ -280,3 +325,6 @@ def test_what_it_says_of_itself():
     assert repr(w) == "PerSampleWeight((4, 6), 3 samples, generated)"
     assert w.shape == (4, 6) and w.dim() == w.ndim == 2 and w.size(1) == 6 and w.numel() == 24
     assert w.device.type == "cpu" and w.is_floating_point() and len({w, w}) == 1
+    assert w.requires_grad and w.is_leaf and w.grad is None and w.element_size() == 4
+    assert w.is_contiguous() and w.stride() == (6, 1) and w.stride(0) == 6
+    assert not PerSampleWeight.ready(torch.randn(B, 4, 6)).requires_grad

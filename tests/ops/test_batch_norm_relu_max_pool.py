@@ -323,6 +323,27 @@ def test_bad_residuals(residual, error, message, no_native):
         ops.batch_norm_relu_max_pool(x, mean, var, pool=1, residual=residual)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_residual_of_another_dtype_under_autocast(dtypes, backend):
+    x, mean, var, weight, bias, *_ = problem((2, 3, 4, 4), torch.float32)
+    x, residual = x.to(dtypes[0]), torch.randn(2, 3, 4, 4).to(dtypes[1]).requires_grad_()
+    options = {"pool": 1, "backend": backend}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, residual=residual, **options)
+        with pytest.raises(TypeError, match="residual must be torch.* like x, got torch.float64"):
+            ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, residual=residual.double(), **options)
+    alike = residual.detach().to(x.dtype)
+    wanted = ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, residual=alike, **options)
+    assert y.dtype == x.dtype and torch.equal(y, wanted)
+    (dresidual,) = torch.autograd.grad(y.float().sum(), residual)
+    assert torch.equal(dresidual, (wanted > 0).to(residual.dtype))
+    with pytest.raises(TypeError, match="residual must be torch.* like x"):
+        ops.batch_norm_relu_max_pool(x, mean, var, weight, bias, residual=residual, **options)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck_of_a_residual(training):
     running = [torch.randn(3).double(), torch.rand(3).double() + 0.5]

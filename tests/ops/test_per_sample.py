@@ -295,6 +295,20 @@ class TestTransforms:
             for a, b in zip(got, torch.autograd.grad(wanted, leaves, dy), strict=True):
                 assert a.dtype == torch.float32 and (a - b).norm() <= 0.02 * b.norm()
 
+    def test_autocast_leaves_the_generation_in_float32(self):
+        """Separately: what comes out is the layer of autocast with weights made in float32, bit for bit."""
+        x, z, weight = torch.randn(3, 4, 5), torch.randn(3, 16), torch.randn(30, 16)
+        w = (z @ weight.t()).view(3, 6, 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ops.hyper_linear(x, z, weight, path="separate")
+            assert torch.equal(y, (w @ x.mT).mT)
+        images, weight = torch.randn(3, 2, 6, 6), torch.randn(36, 16)
+        w = (z @ weight.t()).view(6, 2, 3, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ops.hyper_conv2d(images, z, weight, None, None, 3, path="separate")
+            wanted = torch.nn.functional.conv2d(images.view(1, 6, 6, 6), w, groups=3)
+        assert torch.equal(y, wanted.view(3, 2, 4, 4))
+
 
 def broken(name=None):
     x, z, weight, bias, layer_bias = per_sample_linear(3, (), 5, 4, 2, dtype=torch.float32)
