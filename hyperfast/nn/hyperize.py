@@ -124,8 +124,9 @@ class HyperModule(Host):
 
     @contextmanager
     def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        _remove_left(self)
-        before = _put(self.module, weights)
+        if self._left and torch._C._current_graph_task_id() == -1:
+            _remove_left(self)
+        before = _put(self.module, weights)  # within a backward, which a checkpoint around needs again
         try:
             yield
         finally:
@@ -135,11 +136,12 @@ class HyperModule(Host):
         """Activation checkpoints run parts of the network again during the backward."""
 
         def put(_: Tensor) -> None:
-            if any(w is not None for w in _get(self.module, weights).values()):
-                return  # another output came first, or the backward runs within `generated`
-            self._left = True
-            Variable._execution_engine.queue_callback(lambda: _remove_left(self))
-            _put(self.module, weights)
+            if not self._left:
+                if any(w is not None for w in _get(self.module, weights).values()):
+                    return  # the backward runs within `generated`
+                self._left = True
+                Variable._execution_engine.queue_callback(lambda: _remove_left(self))
+            _put(self.module, weights)  # in the place of those of a later forward
 
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:

@@ -488,8 +488,60 @@ def test_compiled_as_a_whole(generator):
     torch._dynamo.reset()
 
 
+class Checkpointed(nn.Module):
+    """[B, 6] -> [B, 6], so that it can be applied to its own output."""
+
+    def __init__(self, use_reentrant: bool | None):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.use_reentrant = use_reentrant
+
+    def layers(self, x):
+        return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+    def forward(self, x):
+        if self.use_reentrant is None:
+            return self.layers(x)
+        return checkpoint(self.layers, x, use_reentrant=self.use_reentrant)
+
+
+COMBINED = {
+    "one after the other": lambda h, x, z1, z2: h(h(x, z=z1), z=z2),
+    "side by side": lambda h, x, z1, z2: h(x, z=z1) + 2 * h(2 * x, z=z2),
+    "checkpoint around": lambda h, x, z1, z2: (
+        h(checkpoint(lambda x: h(x, z=z1), x, use_reentrant=False), z=z2) + h(x, z=z1)
+    ),
+}
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("combined", COMBINED)
 @pytest.mark.parametrize("generator", NAMED)
-def test_checkpoints_inside(generator):
+def test_checkpoints_inside(generator, combined, per_sample):
+    """Every forward is run again with the weights it had."""
+
+    def grads(use_reentrant):
+        torch.manual_seed(0)
+        model = hyperfast.hyperize(Checkpointed(use_reentrant).double(), generator, 3, init="hyperfan")
+        batch = (2,) if per_sample else ()
+        zs = [
+            {
+                name: torch.randn(*batch, *g.z.shape, dtype=torch.float64, requires_grad=True)
+                for name, g in model.generators.items()
+            }
+            for _ in range(2)
+        ]
+        x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+        COMBINED[combined](model, x, *zs).square().sum().backward()
+        assert model.module.first.weight is None
+        inputs = {"x": x} | {f"{i}/{name}": z for i, own in enumerate(zs) for name, z in own.items()}
+        return {name: t.grad for name, t in inputs.items()} | gradients(model)
+
+    assert_same(grads(False), grads(None))
+
+
+@pytest.mark.parametrize("generator", NAMED)
+def test_checkpoints_inside_with_its_own_embeddings(generator):
     model = grow_z_(hyper(generator))
     model(X).square().sum().backward()
     expected = gradients(model)
