@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,8 +58,9 @@ class HyperModule(Host):
         self.module = module
         self.generators = nn.ModuleDict(generators)
         self.targets = tuple(map(tuple, targets))
-        self._left = False  # whether a backward that failed left weights in `module`
+        self._backward: int | None = None  # the backward during which weights stand in `module`
         self.register_state_dict_pre_hook(_remove_left)
+        self.register_load_state_dict_pre_hook(_remove_left)
 
     def generate(self, z: Tensor | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The generated weights by the names of the parameters of `module` they stand for; z as in
@@ -116,6 +119,7 @@ class HyperModule(Host):
                     yield join(self.network, name), generator, index
 
     def frozen(self, weights: Callable[[Generator], Sequence[nn.Parameter]], memo: dict) -> nn.Module:
+        _remove_left(self)
         plain = copy.deepcopy(self.module, memo)
         for generator, own in zip(self.generators.values(), self.targets, strict=True):
             for weight, names in zip(weights(generator), own, strict=True):
@@ -124,28 +128,23 @@ class HyperModule(Host):
 
     @contextmanager
     def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        if self._left and torch._C._current_graph_task_id() == -1:
+        if self._backward is not None and torch._C._current_graph_task_id() == -1:
             _remove_left(self)
-        before = _put(self.module, weights)  # within a backward, which a checkpoint around needs again
+        before = _put(self.module, weights)
         try:
             yield
         finally:
-            _put(self.module, before)
+            _put(self.module, before)  # some in `generated`, and in a backward: of a checkpoint around this
 
     def _hold_in_backward(self, weights: Mapping[str, Tensor], out: Any) -> None:
         """Activation checkpoints run parts of the network again during the backward."""
-
-        def put(_: Tensor) -> None:
-            if not self._left:
-                if any(w is not None for w in _get(self.module, weights).values()):
-                    return  # the backward runs within `generated`
-                self._left = True
-                Variable._execution_engine.queue_callback(lambda: _remove_left(self))
-            _put(self.module, weights)  # in the place of those of a later forward
-
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                tensor.register_hook(put)
+                tensor.register_hook(_PutBack(self, weights))
+
+    def _end_backward(self, backward: int) -> None:
+        if self._backward == backward:
+            _remove_left(self)
 
     def __getstate__(self) -> dict[str, Any]:
         _remove_left(self)
@@ -155,10 +154,38 @@ class HyperModule(Host):
         return f"{sum(map(len, self.targets))} generated weights"
 
 
-def _remove_left(module: HyperModule, *_: Any) -> None:
-    if module._left:
-        module._left = False
-        _put(module.module, {n: None for own in module.targets for names in own for n in names})
+class _PutBack:
+    """Hook of an output of forward: its weights stand in the network until the backward ends, in the place of
+    those of a later forward. Holds them for as long as the graph of the output does."""
+
+    def __init__(self, model: HyperModule, weights: Mapping[str, Tensor]):
+        self.model = model
+        self.weights: Mapping[str, Tensor] | None = weights
+
+    def __call__(self, _: Tensor) -> None:
+        model, engine = self.model, Variable._execution_engine
+        if self.weights is None:
+            return
+        if model._backward is None:
+            if any(w is not None for w in _get(model.module, self.weights).values()):
+                return  # within `generated`
+            model._backward = torch._C._current_graph_task_id()
+            end = partial(model._end_backward, model._backward)
+            weakref.finalize(end, model._end_backward, model._backward)  # also called where it fails
+            engine.queue_callback(end)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            engine.queue_callback(self.clear)
+        _put(model.module, self.weights)
+
+    def clear(self) -> None:
+        self.weights = None
+
+
+def _remove_left(model: HyperModule, *_: Any) -> None:
+    """Takes the weights of a backward out of the network."""
+    if model._backward is not None:
+        model._backward = None
+        _put(model.module, {n: None for own in model.targets for names in own for n in names})
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

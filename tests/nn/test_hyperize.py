@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import types
+import weakref
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hyperfast.nn import (
     TwoLayerGenerator,
     named_weights,
 )
+from hyperfast.nn.hyperize import _put
 from hyperfast.ops._library import _cpu
 from hyperfast.optim import AdamW
 
@@ -552,20 +554,67 @@ def test_checkpoints_inside_with_its_own_embeddings(generator):
     assert model.module.conv.weight is None
 
 
+def fail(_):
+    raise RuntimeError("stop")
+
+
 def test_a_backward_that_fails_leaves_the_model_usable():
     model = hyper()
-
-    def fail(_):
-        raise RuntimeError("stop")
-
-    expected = model.eval()(X)
+    expected, names = model.eval()(X), [name for name, _ in model.named_parameters()]
     handle = model.module.up.register_forward_hook(lambda *a: a[2].register_hook(fail) and None)
     with pytest.raises(RuntimeError, match="stop"):
         model(X).sum().backward()
     handle.remove()
+    assert [name for name, _ in model.named_parameters()] == names
+    AdamW(model)
     assert not set(model.state_dict()) & {f"module.{name}" for name in WEIGHTS}
     assert torch.equal(copy.deepcopy(model)(X), expected)
     assert torch.equal(model(X), expected) and model.module.conv.weight is None
+
+
+@pytest.mark.parametrize("use", ["freeze", "load", "save", "copy", "forward"])
+def test_weights_that_a_failed_backward_has_not_let_go_of(use):
+    """Another thread of the engine may hold it for a moment."""
+    model = hyper().eval()
+    expected, state = model(X), copy.deepcopy(model.state_dict())
+    _put(model.module, model.generate())
+    model._backward = 1 << 40
+    if use == "freeze":
+        assert torch.equal(hyperfast.freeze(model)(X), expected)
+    elif use == "load":
+        model.load_state_dict(state)
+    elif use == "save":
+        assert list(model.state_dict()) == list(state)
+    else:
+        assert torch.equal((copy.deepcopy(model) if use == "copy" else model)(X), expected)
+    model._end_backward(1 << 40)
+    assert model.module.conv.weight is None and torch.equal(model(X), expected)
+
+
+def test_weights_go_with_the_graph(monkeypatch):
+    model, made = grow_z_(hyper()), []
+    generate = HyperModule.generate
+
+    def watched(self, z=None):
+        weights = generate(self, z)
+        made.append([weakref.ref(w) for w in weights.values()])
+        return weights
+
+    monkeypatch.setattr(HyperModule, "generate", watched)
+
+    def alive(weights):
+        return sum(w() is not None for w in weights)
+
+    model.module.checkpointed = True
+    out = model(X)
+    loss = out.square().sum()
+    first = torch.autograd.grad(loss, model.generators["conv/weight"].z, retain_graph=True)
+    assert alive(made[0]) == len(WEIGHTS) + 1  # for another backward
+    assert torch.equal(*first, *torch.autograd.grad(loss, model.generators["conv/weight"].z))
+    assert alive(made[0]) == 0 and out.grad_fn is not None
+    with torch.no_grad():
+        model(X)
+    assert alive(made[1]) == 0
 
 
 def test_an_exception_inside_forward_leaves_the_model_usable():
