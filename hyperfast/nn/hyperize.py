@@ -23,7 +23,7 @@ from hyperfast.nn.chunked import ChunkedGenerator
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together, generators
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
-from hyperfast.nn.weights import Host, join
+from hyperfast.nn.weights import Host, join, plain_namer
 from hyperfast.ops._library import _DTYPES, is_transformed
 
 GENERATORS: dict[str, type[Generator]] = {
@@ -120,10 +120,10 @@ class HyperModule(Host):
 
     def frozen(self, weights: Callable[[Generator], Sequence[nn.Parameter]], memo: dict) -> nn.Module:
         _remove_left(self)
-        plain = copy.deepcopy(self.module, memo)
+        plain, plain_name = copy.deepcopy(self.module, memo), plain_namer(self.module)
         for generator, own in zip(self.generators.values(), self.targets, strict=True):
             for weight, names in zip(weights(generator), own, strict=True):
-                _put(plain, dict.fromkeys(names, weight))
+                _put(plain, dict.fromkeys(map(plain_name, names), weight))
         return plain
 
     @contextmanager

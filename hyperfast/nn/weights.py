@@ -44,7 +44,7 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _plain_namer(model: nn.Module) -> Callable[[str], str]:
+def plain_namer(model: nn.Module) -> Callable[[str], str]:
     """From names in `model` to names in the plain network."""
     hosts = [(name, m.network) for name, m in model.named_modules(remove_duplicate=False) if _is_wrapper(m)]
     hosts.sort(key=lambda host: -len(host[0]))  # from the inside out
@@ -66,7 +66,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 def generated_parameters(model: nn.Module) -> Iterator[tuple[str, Generator, int]]:
     """(name, generator, index) of every parameter of the plain network that is `generator()[index]` here; a
     weight that layers share comes under each of its names."""
-    plain = _plain_namer(model)
+    plain = plain_namer(model)
     for prefix, host in model.named_modules(remove_duplicate=False):
         if isinstance(host, Host):
             for name, generator, index in host.generated_parameters():

@@ -146,6 +146,22 @@ def test_parts_of_larger_networks():
     assert type(hyperfast.freeze(plain)) is nn.Linear and hyperfast.freeze(plain) is not plain
 
 
+def test_nested_hyper_modules():
+    inner = hyperfast.hyperize(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)), targets=["0"])
+    model = hyperfast.hyperize(nn.Sequential(inner, HyperLinear(6, 3)), targets=["0.module.1", "1.bias"])
+    assert [name for name, *_ in named_weights(model)] == ["0.1", "1.bias", "0.0", "1"]
+    x = torch.randn(2, 4)
+    plain = hyperfast.freeze(model)
+    assert repr(plain[0]) == repr(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)))
+    weight = model.module[1].generated_weight()
+    with model.generated() as module:
+        assert torch.equal(plain(x), module[1](module[0](x), weight))
+    assert_plain_copy(plain.eval(), model)
+    assert list(hyperfast.nn.plain_state_dict(model)) == [
+        f"{n}.{p}" for n in ("0.0", "0.1", "1") for p in ("weight", "bias")
+    ]
+
+
 def test_at_another_embedding():
     model = nn.Sequential(HyperLinear(4, 5, z_dim=3), nn.Tanh(), HyperLinear(5, 2, z_dim=3))
     z, x = torch.randn(3), torch.randn(2, 4)
