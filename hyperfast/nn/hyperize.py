@@ -294,10 +294,14 @@ def _find(module: nn.Module, targets: Iterable[str] | None) -> list[tuple[str, .
 
 
 def _default_targets(module: nn.Module) -> list[str]:
-    """The weights of linear layers, convolutions and attentions that are not generated yet."""
+    """The weights of linear layers, convolutions and attentions that are not generated yet, nor parts of a
+    generator."""
     kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+    inside = {id(part) for _, maker in generators(module) for part in maker.modules()}
     found = []
     for prefix, m in module.named_modules(remove_duplicate=False):
+        if id(m) in inside:
+            continue
         own = ["weight"] if isinstance(m, kinds) else []
         own += ATTENTION_WEIGHTS if isinstance(m, nn.MultiheadAttention) else []
         found += [join(prefix, name) for name in own if getattr(m, name) is not None]

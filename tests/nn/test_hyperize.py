@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import hyperfast
 from hyperfast.nn import (
     ChunkedGenerator,
+    Generator,
     HyperConv2d,
     HyperLinear,
     HyperModule,
@@ -196,6 +197,35 @@ def test_targets_and_sizes():
     model = hyperfast.hyperize(net, z_dim={"2": 7, "0.bias": 2}, targets=twice)
     assert [(name, g.z_dim) for name, g, _ in named_weights(model)] == [("2", 7), ("0.bias", 2)]
     assert isinstance(net[0].weight, nn.Parameter) and net[0].bias is None
+
+
+class Perceptron(Generator):
+    """A user's own generator, which has layers of its own."""
+
+    per_layer = True
+
+    def __init__(self, shape, z_dim=3, **_):
+        super().__init__()
+        self.shapes = (torch.Size(shape),)
+        self.z = nn.Parameter(torch.randn(z_dim))
+        self.layers = nn.Sequential(nn.Linear(z_dim, 5), nn.Tanh(), nn.Linear(5, math.prod(shape)))
+
+    def forward(self, z=None):
+        return (self.layers(self._check_z(z)).view(self.shapes[0]),)
+
+    def embeddings(self):
+        return (self.z.view(1, -1),)
+
+
+def test_layers_of_generators_are_no_targets():
+    net = nn.Sequential(HyperLinear(4, 3, generator=Perceptron((3, 4))), nn.Linear(3, 2), nn.Linear(2, 2))
+    model = hyperfast.hyperize(net, Perceptron, targets=["1"], init="hyperfan")
+    model = hyperfast.hyperize(model)
+    assert [name for name, _ in named_weights_of(model)] == ["1.weight", "2.weight"]
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(hyperfast.freeze(model)(x), model(x))
+    with pytest.raises(ValueError, match="'0.generator.layers.0.weight' belongs to a generator"):
+        hyperfast.hyperize(model, targets=["0.generator.layers.0"])
 
 
 def test_a_hyper_module_gets_more_generators():
