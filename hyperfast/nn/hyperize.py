@@ -19,6 +19,7 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from hyperfast.nn import init as initialisations
 from hyperfast.nn.chunked import ChunkedGenerator
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together, generators
 from hyperfast.nn.shared_core import SharedCoreGenerator
@@ -236,7 +237,7 @@ def hyperize(
 
     Raises ValueError or TypeError, `module` unchanged, for a target that does not exist, belongs to a
     generator, is parametrised, not initialised yet or no floating-point number; weights of several dtypes or
-    devices for one generator; a generator of other shapes; "keep" with a generator that cannot start from a
+    devices for one generator; a generator of other shapes; a z_dim of what is no target; "keep" with a generator that cannot start from a
     given weight; and what the generators refuse.
     """
     network, before, own = module, {}, []
@@ -249,6 +250,7 @@ def hyperize(
     if isinstance(generator, Generator):
         if options:
             raise TypeError(f"a generator that is made already takes no {', '.join(options)}")
+        initialisations.check(None if init == "keep" else init)
         made = {_free_name(before): generator}
     else:
         options |= {"init": None if init == "keep" else init, "backend": backend}
@@ -359,6 +361,8 @@ def _make(
     fans = [_fans(module, names[0]) for names in found]
     weights = [module.get_parameter(names[0]) for names in found]
     if kind.per_layer and options.get("unit") is None:
+        if isinstance(z_dim, Mapping):
+            _check_sizes(z_dim, found)
         made = {}
         for names, w, (fan_in, fan_out) in zip(found, weights, fans, strict=True):
             own = options | {"fan_in": fan_in, "fan_out": fan_out, "dtype": w.dtype, "device": w.device}
@@ -400,6 +404,14 @@ def _keep_(made: Iterable[Generator], weights: Iterable[Tensor]) -> None:
             raise ValueError(
                 f'{error}: init="keep" needs "linear" or "shared"; init="hyperfan" starts anew'
             ) from None
+
+
+def _check_sizes(z_dim: Mapping[str, int], found: Iterable[tuple[str, ...]]) -> None:
+    known = {name for names in found for name in names}
+    known |= {name.removesuffix(".weight") for name in known}
+    for name in z_dim:
+        if name not in known:
+            raise ValueError(f"z_dim of {name!r}: no such target")
 
 
 def _size(z_dim: int | Mapping[str, int], names: Sequence[str]) -> int:

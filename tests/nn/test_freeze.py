@@ -1,5 +1,7 @@
 """Hypernetworks turned into plain networks: equal outputs, nothing of a generator left, exports."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,8 +177,18 @@ def test_at_another_embedding():
     assert torch.equal(hyperfast.freeze(net, z={"": z}).weight, net.generators["all"](z)[0])
     with pytest.raises(ValueError, match="z has no generator 'fc'; there are 0, 2"):
         hyperfast.freeze(model, z={"fc": z})
-    with pytest.raises(ValueError, match=r"z must be \[3\], got shape \[2\]"):
-        hyperfast.freeze(model, z={"0": torch.randn(2)})
+    for shape in ([2], [4, 3]):
+        with pytest.raises(ValueError, match=rf"z of '0' must be \[3\], got shape {re.escape(str(shape))}"):
+            hyperfast.freeze(model, z={"0": torch.randn(shape)})
+
+
+def test_within_inference_mode():
+    model, x = nn.Sequential(HyperLinear(4, 5, z_dim=3), nn.BatchNorm1d(5)), torch.randn(3, 4)
+    with torch.inference_mode():
+        plain = hyperfast.freeze(model)
+    plain(x).square().sum().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert all(p.grad is not None for p in plain.parameters())
 
 
 def test_what_cannot_be_frozen():

@@ -336,6 +336,18 @@ BAD = {
     "nothing to generate": (nn.ReLU, {}, ValueError, "no layer to generate"),
     "no bias": (Net, {"targets": ["up.bias"]}, ValueError, "'up.bias' is generated already, or None"),
     "sizes": (Net, {"z_dim": {"conv": 2}}, ValueError, "z_dim has no size for 'up.weight', it names conv"),
+    "size of no target": (
+        lambda: nn.Sequential(nn.Linear(3, 3)),
+        {"z_dim": {"0": 2, "typo": 4}},
+        ValueError,
+        "z_dim of 'typo': no such target",
+    ),
+    "init beside a generator": (
+        Net,
+        {"generator": LinearGenerator((6, 6)), "targets": ["first"], "init": "xavier"},
+        ValueError,
+        "init must be one of report",
+    ),
     "size 0": (Net, {"z_dim": 0}, ValueError, "conv.weight: shape and z_dim must be at least 1"),
     "several sizes": (
         Net,
