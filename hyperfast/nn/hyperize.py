@@ -124,18 +124,20 @@ class HyperModule(Host):
         plain, plain_name = copy.deepcopy(self.module, memo), plain_namer(self.module)
         for generator, own in zip(self.generators.values(), self.targets, strict=True):
             for weight, names in zip(weights(generator), own, strict=True):
-                _put(plain, dict.fromkeys(map(plain_name, names), weight))
+                _Places(plain, map(plain_name, names)).put([weight] * len(names))
         return plain
 
     @contextmanager
     def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         if self._backward is not None and torch._C._current_graph_task_id() == -1:
             _remove_left(self)
-        before = _put(self.module, weights)
+        places = _Places(self.module, weights)
+        before = places.get()
+        places.put(weights.values())
         try:
             yield
         finally:
-            _put(self.module, before)  # some in `generated`, and in a backward: of a checkpoint around this
+            places.put(before)  # some in `generated`, and in a backward: of a checkpoint around this
 
     def _hold_in_backward(self, weights: Mapping[str, Tensor], out: Any) -> None:
         """Activation checkpoints run parts of the network again during the backward."""
@@ -167,8 +169,9 @@ class _PutBack:
         model, engine = self.model, Variable._execution_engine
         if self.weights is None:
             return
+        places = _Places(model.module, self.weights)
         if model._backward is None:
-            if any(w is not None for w in _get(model.module, self.weights).values()):
+            if any(w is not None for w in places.get()):
                 return  # within `generated`
             model._backward = torch._C._current_graph_task_id()
             end = partial(model._end_backward, model._backward)
@@ -176,7 +179,7 @@ class _PutBack:
             engine.queue_callback(end)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             engine.queue_callback(self.clear)
-        _put(model.module, self.weights)
+        places.put(self.weights.values())
 
     def clear(self) -> None:
         self.weights = None
@@ -186,7 +189,7 @@ def _remove_left(model: HyperModule, *_: Any) -> None:
     """Takes the weights of a backward out of the network."""
     if model._backward is not None:
         model._backward = None
-        _put(model.module, {n: None for own in model.targets for names in own for n in names})
+        _Places(model.module, (n for own in model.targets for names in own for n in names)).clear()
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -194,20 +197,28 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(parent), last
 
 
-def _get(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor | None]:
-    return {name: owner._parameters[last] for name in names for owner, last in [_owner(module, name)]}
+class _Places:
+    """Where parameters of a module stand, found once for several uses."""
 
+    def __init__(self, module: nn.Module, names: Iterable[str]):
+        self.owners: list[tuple[nn.Module, str]] = []
+        for name in names:
+            owner, (*path, last) = module, name.split(".")
+            for part in path:  # get_submodule takes ten times as long, for its errors
+                owner = owner._modules[part]
+            self.owners.append((owner, last))
 
-def _put(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Puts tensors where parameters of `module` stand; returns what was there."""
-    before = {}
-    for name, tensor in tensors.items():
-        owner, last = _owner(module, name)
-        before[name] = owner._parameters[last]
-        owner._parameters[last] = tensor
-        if isinstance(owner, nn.RNNBase):  # computes with a list of its own
-            owner._flat_weights = [owner._parameters[n] for n in owner._flat_weights_names]
-    return before
+    def get(self) -> list[Tensor | None]:
+        return [owner._parameters[last] for owner, last in self.owners]
+
+    def put(self, tensors: Iterable[Tensor | None]) -> None:
+        for (owner, last), tensor in zip(self.owners, tensors, strict=True):
+            owner._parameters[last] = tensor
+            if isinstance(owner, nn.RNNBase):  # computes with a list of its own
+                owner._flat_weights = [owner._parameters[n] for n in owner._flat_weights_names]
+
+    def clear(self) -> None:
+        self.put([None] * len(self.owners))
 
 
 def hyperize(
@@ -237,8 +248,8 @@ def hyperize(
 
     Raises ValueError or TypeError, `module` unchanged, for a target that does not exist, belongs to a
     generator, is parametrised, not initialised yet or no floating-point number; weights of several dtypes or
-    devices for one generator; a generator of other shapes; a z_dim of what is no target; "keep" with a generator that cannot start from a
-    given weight; and what the generators refuse.
+    devices for one generator; a generator of other shapes; a z_dim of what is no target; "keep" with a
+    generator that cannot start from a given weight; and what the generators refuse.
     """
     network, before, own = module, {}, []
     if isinstance(module, HyperModule):
@@ -264,7 +275,7 @@ def hyperize(
     for name in (name for names in found for name in names):
         owner, last = _owner(network, name)
         owner.register_parameter(last, None)
-        _put(network, {name: None})
+        _Places(network, [name]).clear()
     result.training = module.training  # submodules keep their own modes
     result.generators.train(module.training)
     return result

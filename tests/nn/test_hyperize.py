@@ -24,7 +24,7 @@ from hyperfast.nn import (
     TwoLayerGenerator,
     named_weights,
 )
-from hyperfast.nn.hyperize import _put
+from hyperfast.nn.hyperize import _Places
 from hyperfast.ops._library import _cpu
 from hyperfast.optim import AdamW
 
@@ -619,7 +619,8 @@ def test_weights_that_a_failed_backward_has_not_let_go_of(use):
     """Another thread of the engine may hold it for a moment."""
     model = hyper().eval()
     expected, state = model(X), copy.deepcopy(model.state_dict())
-    _put(model.module, model.generate())
+    weights = model.generate()
+    _Places(model.module, weights).put(weights.values())
     model._backward = 1 << 40
     if use == "freeze":
         assert torch.equal(hyperfast.freeze(model)(X), expected)
@@ -697,6 +698,19 @@ def test_without_gradients():
         with mode():
             torch.testing.assert_close(model(X), expected)
     assert torch.equal(model(X), expected)
+
+
+def test_an_inner_layer_is_replaced():
+    """Nobody keeps the old one."""
+    model = hyper().eval()
+    model(X)
+    old, model.module.first = model.module.first, copy.deepcopy(model.module.first)
+    expected = model(X)
+    with torch.no_grad():
+        old.bias.add_(1)
+    assert torch.equal(model(X), expected)
+    model.module.first.bias = None
+    assert not torch.equal(model(X), expected)
 
 
 def test_hooks_of_inner_layers():
