@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from hyperfast.nn import init as initialisations
 from hyperfast.nn.chunked import ChunkedGenerator
 from hyperfast.nn.generator import Generator, LinearGenerator, generate_together, generators
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
-from hyperfast.nn.weights import Host, join
+from hyperfast.nn.weights import Host, join, plain_namer
 from hyperfast.ops._library import _DTYPES, is_transformed
 
 GENERATORS: dict[str, type[Generator]] = {
@@ -56,8 +59,9 @@ class HyperModule(Host):
         self.module = module
         self.generators = nn.ModuleDict(generators)
         self.targets = tuple(map(tuple, targets))
-        self._left = False  # whether a backward that failed left weights in `module`
+        self._backward: int | None = None  # the backward during which weights stand in `module`
         self.register_state_dict_pre_hook(_remove_left)
+        self.register_load_state_dict_pre_hook(_remove_left)
 
     def generate(self, z: Tensor | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The generated weights by the names of the parameters of `module` they stand for; z as in
@@ -116,34 +120,34 @@ class HyperModule(Host):
                     yield join(self.network, name), generator, index
 
     def frozen(self, weights: Callable[[Generator], Sequence[nn.Parameter]], memo: dict) -> nn.Module:
-        plain = copy.deepcopy(self.module, memo)
+        _remove_left(self)
+        plain, plain_name = copy.deepcopy(self.module, memo), plain_namer(self.module)
         for generator, own in zip(self.generators.values(), self.targets, strict=True):
             for weight, names in zip(weights(generator), own, strict=True):
-                _put(plain, dict.fromkeys(names, weight))
+                _Places(plain, map(plain_name, names)).put([weight] * len(names))
         return plain
 
     @contextmanager
     def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        _remove_left(self)
-        before = _put(self.module, weights)
+        if self._backward is not None and torch._C._current_graph_task_id() == -1:
+            _remove_left(self)
+        places = _Places(self.module, weights)
+        before = places.get()
+        places.put(weights.values())
         try:
             yield
         finally:
-            _put(self.module, before)
+            places.put(before)  # some in `generated`, and in a backward: of a checkpoint around this
 
     def _hold_in_backward(self, weights: Mapping[str, Tensor], out: Any) -> None:
         """Activation checkpoints run parts of the network again during the backward."""
-
-        def put(_: Tensor) -> None:
-            if any(w is not None for w in _get(self.module, weights).values()):
-                return  # another output came first, or the backward runs within `generated`
-            self._left = True
-            Variable._execution_engine.queue_callback(lambda: _remove_left(self))
-            _put(self.module, weights)
-
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                tensor.register_hook(put)
+                tensor.register_hook(_PutBack(self, weights))
+
+    def _end_backward(self, backward: int) -> None:
+        if self._backward == backward:
+            _remove_left(self)
 
     def __getstate__(self) -> dict[str, Any]:
         _remove_left(self)
@@ -153,10 +157,39 @@ class HyperModule(Host):
         return f"{sum(map(len, self.targets))} generated weights"
 
 
-def _remove_left(module: HyperModule, *_: Any) -> None:
-    if module._left:
-        module._left = False
-        _put(module.module, {n: None for own in module.targets for names in own for n in names})
+class _PutBack:
+    """Hook of an output of forward: its weights stand in the network until the backward ends, in the place of
+    those of a later forward. Holds them for as long as the graph of the output does."""
+
+    def __init__(self, model: HyperModule, weights: Mapping[str, Tensor]):
+        self.model = model
+        self.weights: Mapping[str, Tensor] | None = weights
+
+    def __call__(self, _: Tensor) -> None:
+        model, engine = self.model, Variable._execution_engine
+        if self.weights is None:
+            return
+        places = _Places(model.module, self.weights)
+        if model._backward is None:
+            if any(w is not None for w in places.get()):
+                return  # within `generated`
+            model._backward = torch._C._current_graph_task_id()
+            end = partial(model._end_backward, model._backward)
+            weakref.finalize(end, model._end_backward, model._backward)  # also called where it fails
+            engine.queue_callback(end)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            engine.queue_callback(self.clear)
+        places.put(self.weights.values())
+
+    def clear(self) -> None:
+        self.weights = None
+
+
+def _remove_left(model: HyperModule, *_: Any) -> None:
+    """Takes the weights of a backward out of the network."""
+    if model._backward is not None:
+        model._backward = None
+        _Places(model.module, (n for own in model.targets for names in own for n in names)).clear()
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -164,20 +197,28 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(parent), last
 
 
-def _get(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor | None]:
-    return {name: owner._parameters[last] for name in names for owner, last in [_owner(module, name)]}
+class _Places:
+    """Where parameters of a module stand, found once for several uses."""
 
+    def __init__(self, module: nn.Module, names: Iterable[str]):
+        self.owners: list[tuple[nn.Module, str]] = []
+        for name in names:
+            owner, (*path, last) = module, name.split(".")
+            for part in path:  # get_submodule takes ten times as long, for its errors
+                owner = owner._modules[part]
+            self.owners.append((owner, last))
 
-def _put(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Puts tensors where parameters of `module` stand; returns what was there."""
-    before = {}
-    for name, tensor in tensors.items():
-        owner, last = _owner(module, name)
-        before[name] = owner._parameters[last]
-        owner._parameters[last] = tensor
-        if isinstance(owner, nn.RNNBase):  # computes with a list of its own
-            owner._flat_weights = [owner._parameters[n] for n in owner._flat_weights_names]
-    return before
+    def get(self) -> list[Tensor | None]:
+        return [owner._parameters[last] for owner, last in self.owners]
+
+    def put(self, tensors: Iterable[Tensor | None]) -> None:
+        for (owner, last), tensor in zip(self.owners, tensors, strict=True):
+            owner._parameters[last] = tensor
+            if isinstance(owner, nn.RNNBase):  # computes with a list of its own
+                owner._flat_weights = [owner._parameters[n] for n in owner._flat_weights_names]
+
+    def clear(self) -> None:
+        self.put([None] * len(self.owners))
 
 
 def hyperize(
@@ -207,8 +248,8 @@ def hyperize(
 
     Raises ValueError or TypeError, `module` unchanged, for a target that does not exist, belongs to a
     generator, is parametrised, not initialised yet or no floating-point number; weights of several dtypes or
-    devices for one generator; a generator of other shapes; "keep" with a generator that cannot start from a
-    given weight; and what the generators refuse.
+    devices for one generator; a generator of other shapes; a z_dim of what is no target; "keep" with a
+    generator that cannot start from a given weight; and what the generators refuse.
     """
     network, before, own = module, {}, []
     if isinstance(module, HyperModule):
@@ -220,6 +261,7 @@ def hyperize(
     if isinstance(generator, Generator):
         if options:
             raise TypeError(f"a generator that is made already takes no {', '.join(options)}")
+        initialisations.check(None if init == "keep" else init)
         made = {_free_name(before): generator}
     else:
         options |= {"init": None if init == "keep" else init, "backend": backend}
@@ -233,7 +275,7 @@ def hyperize(
     for name in (name for names in found for name in names):
         owner, last = _owner(network, name)
         owner.register_parameter(last, None)
-        _put(network, {name: None})
+        _Places(network, [name]).clear()
     result.training = module.training  # submodules keep their own modes
     result.generators.train(module.training)
     return result
@@ -265,10 +307,14 @@ def _find(module: nn.Module, targets: Iterable[str] | None) -> list[tuple[str, .
 
 
 def _default_targets(module: nn.Module) -> list[str]:
-    """The weights of linear layers, convolutions and attentions that are not generated yet."""
+    """The weights of linear layers, convolutions and attentions that are not generated yet, nor parts of a
+    generator."""
     kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+    inside = {id(part) for _, maker in generators(module) for part in maker.modules()}
     found = []
     for prefix, m in module.named_modules(remove_duplicate=False):
+        if id(m) in inside:
+            continue
         own = ["weight"] if isinstance(m, kinds) else []
         own += ATTENTION_WEIGHTS if isinstance(m, nn.MultiheadAttention) else []
         found += [join(prefix, name) for name in own if getattr(m, name) is not None]
@@ -326,6 +372,8 @@ def _make(
     fans = [_fans(module, names[0]) for names in found]
     weights = [module.get_parameter(names[0]) for names in found]
     if kind.per_layer and options.get("unit") is None:
+        if isinstance(z_dim, Mapping):
+            _check_sizes(z_dim, found)
         made = {}
         for names, w, (fan_in, fan_out) in zip(found, weights, fans, strict=True):
             own = options | {"fan_in": fan_in, "fan_out": fan_out, "dtype": w.dtype, "device": w.device}
@@ -367,6 +415,14 @@ def _keep_(made: Iterable[Generator], weights: Iterable[Tensor]) -> None:
             raise ValueError(
                 f'{error}: init="keep" needs "linear" or "shared"; init="hyperfan" starts anew'
             ) from None
+
+
+def _check_sizes(z_dim: Mapping[str, int], found: Iterable[tuple[str, ...]]) -> None:
+    known = {name for names in found for name in names}
+    known |= {name.removesuffix(".weight") for name in known}
+    for name in z_dim:
+        if name not in known:
+            raise ValueError(f"z_dim of {name!r}: no such target")
 
 
 def _size(z_dim: int | Mapping[str, int], names: Sequence[str]) -> int:

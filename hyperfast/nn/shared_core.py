@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperfast import factored
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.nn.generator import (
@@ -18,11 +19,11 @@ from hyperfast.nn.generator import (
     check_shapes,
     generate_together,
 )
-from hyperfast.ops._library import check_backend, no_autocast
+from hyperfast.ops._library import check_backend, is_transformed, no_autocast
 
 
 class Head(LinearGenerator):
-    """w = weight z + bias, where z [K] is no parameter but what another module made last.
+    """w = weight z + bias, where z [K] is no parameter but what another module made last, for a backward.
 
     The gradient of weight is dw outer z as in any linear generator, but the optimizer does not know the z of
     the next step, so every forward generates.
@@ -102,12 +103,29 @@ class SharedCoreGenerator(Generator):
             return tuple(head.weight_of_samples(h) for head, h in zip(self.heads, hidden, strict=True))
         with no_autocast([z]):
             hidden = torch.addmm(self.core_bias, z, self.core_weight.t()).unbind()
-        for head, h in zip(self.heads, hidden, strict=True):
-            head.z = h
-        made = generate_together(self.heads)
-        for head, h in zip(self.heads, hidden, strict=True):
-            head.z = h.detach()
+        last = [head.z for head in self.heads]
+        try:
+            for head, h in zip(self.heads, hidden, strict=True):
+                head.z = h
+            made = generate_together(self.heads)
+        finally:
+            for head, h in zip(self.heads, last, strict=True):
+                head.z = h
+        if self._is_trained(z):
+            for head, h in zip(self.heads, hidden, strict=True):
+                head.z = h.detach()
         return tuple(w for (w,) in made)
+
+    def _is_trained(self, z: Tensor) -> bool:
+        """Whether a backward may bring the heads' own biases the dw that go with this forward's z: not in an
+        evaluation, under a transform, or with parameters of somebody else (`torch.func.functional_call`)."""
+        own = all(isinstance(p, nn.Parameter) for p in (z, self.core_weight, self.core_bias))
+        if not own or not torch.is_grad_enabled() or is_transformed():
+            return False
+        head = self.heads[0]
+        return (
+            not self.factored or torch.compiler.is_compiling() or factored.generator_of(head.weight) is head
+        )
 
     def embeddings(self) -> tuple[Tensor, ...]:
         return self.z.split(1)

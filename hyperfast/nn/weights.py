@@ -44,7 +44,7 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _plain_namer(model: nn.Module) -> Callable[[str], str]:
+def plain_namer(model: nn.Module) -> Callable[[str], str]:
     """From names in `model` to names in the plain network."""
     hosts = [(name, m.network) for name, m in model.named_modules(remove_duplicate=False) if _is_wrapper(m)]
     hosts.sort(key=lambda host: -len(host[0]))  # from the inside out
@@ -66,7 +66,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 def generated_parameters(model: nn.Module) -> Iterator[tuple[str, Generator, int]]:
     """(name, generator, index) of every parameter of the plain network that is `generator()[index]` here; a
     weight that layers share comes under each of its names."""
-    plain = _plain_namer(model)
+    plain = plain_namer(model)
     for prefix, host in model.named_modules(remove_duplicate=False):
         if isinstance(host, Host):
             for name, generator, index in host.generated_parameters():
@@ -93,6 +93,7 @@ def named_generators(model: nn.Module) -> Iterator[tuple[str, Generator]]:
     return ((name, generator) for name, generator, index in named_weights(model) if index == 0)
 
 
+@torch.inference_mode(False)  # parameters made within it would never train
 @torch.no_grad()
 def freeze(model: nn.Module, z: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A plain copy of `model`: every generated weight an ordinary parameter, and no generator left.
@@ -135,6 +136,10 @@ def _made(
     for name in z:
         if name not in names:
             raise ValueError(f"z has no generator {name!r}; there are {', '.join(names) or 'none'}")
+        shape = used[names[name]].z.shape
+        if z[name].shape != shape:
+            got = f"{list(z[name].shape)}: a plain network has one weight for all samples"
+            raise ValueError(f"z of {name!r} must be {list(shape)}, got shape {got}")
     given = {names[name]: own for name, own in z.items()}
     own = {key: generator for key, generator in used.items() if key not in given}
     with no_autocast(list(model.parameters())):

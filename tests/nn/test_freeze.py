@@ -1,5 +1,7 @@
 """Hypernetworks turned into plain networks: equal outputs, nothing of a generator left, exports."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,22 @@ def test_parts_of_larger_networks():
     assert type(hyperfast.freeze(plain)) is nn.Linear and hyperfast.freeze(plain) is not plain
 
 
+def test_nested_hyper_modules():
+    inner = hyperfast.hyperize(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)), targets=["0"])
+    model = hyperfast.hyperize(nn.Sequential(inner, HyperLinear(6, 3)), targets=["0.module.1", "1.bias"])
+    assert [name for name, *_ in named_weights(model)] == ["0.1", "1.bias", "0.0", "1"]
+    x = torch.randn(2, 4)
+    plain = hyperfast.freeze(model)
+    assert repr(plain[0]) == repr(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)))
+    weight = model.module[1].generated_weight()
+    with model.generated() as module:
+        assert torch.equal(plain(x), module[1](module[0](x), weight))
+    assert_plain_copy(plain.eval(), model)
+    assert list(hyperfast.nn.plain_state_dict(model)) == [
+        f"{n}.{p}" for n in ("0.0", "0.1", "1") for p in ("weight", "bias")
+    ]
+
+
 def test_at_another_embedding():
     model = nn.Sequential(HyperLinear(4, 5, z_dim=3), nn.Tanh(), HyperLinear(5, 2, z_dim=3))
     z, x = torch.randn(3), torch.randn(2, 4)
@@ -159,8 +177,18 @@ def test_at_another_embedding():
     assert torch.equal(hyperfast.freeze(net, z={"": z}).weight, net.generators["all"](z)[0])
     with pytest.raises(ValueError, match="z has no generator 'fc'; there are 0, 2"):
         hyperfast.freeze(model, z={"fc": z})
-    with pytest.raises(ValueError, match=r"z must be \[3\], got shape \[2\]"):
-        hyperfast.freeze(model, z={"0": torch.randn(2)})
+    for shape in ([2], [4, 3]):
+        with pytest.raises(ValueError, match=rf"z of '0' must be \[3\], got shape {re.escape(str(shape))}"):
+            hyperfast.freeze(model, z={"0": torch.randn(shape)})
+
+
+def test_within_inference_mode():
+    model, x = nn.Sequential(HyperLinear(4, 5, z_dim=3), nn.BatchNorm1d(5)), torch.randn(3, 4)
+    with torch.inference_mode():
+        plain = hyperfast.freeze(model)
+    plain(x).square().sum().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert all(p.grad is not None for p in plain.parameters())
 
 
 def test_what_cannot_be_frozen():

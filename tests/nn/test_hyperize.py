@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import types
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import hyperfast
 from hyperfast.nn import (
     ChunkedGenerator,
+    Generator,
     HyperConv2d,
     HyperLinear,
     HyperModule,
@@ -22,6 +24,7 @@ from hyperfast.nn import (
     TwoLayerGenerator,
     named_weights,
 )
+from hyperfast.nn.hyperize import _Places
 from hyperfast.ops._library import _cpu
 from hyperfast.optim import AdamW
 
@@ -196,6 +199,35 @@ def test_targets_and_sizes():
     assert isinstance(net[0].weight, nn.Parameter) and net[0].bias is None
 
 
+class Perceptron(Generator):
+    """A user's own generator, which has layers of its own."""
+
+    per_layer = True
+
+    def __init__(self, shape, z_dim=3, **_):
+        super().__init__()
+        self.shapes = (torch.Size(shape),)
+        self.z = nn.Parameter(torch.randn(z_dim))
+        self.layers = nn.Sequential(nn.Linear(z_dim, 5), nn.Tanh(), nn.Linear(5, math.prod(shape)))
+
+    def forward(self, z=None):
+        return (self.layers(self._check_z(z)).view(self.shapes[0]),)
+
+    def embeddings(self):
+        return (self.z.view(1, -1),)
+
+
+def test_layers_of_generators_are_no_targets():
+    net = nn.Sequential(HyperLinear(4, 3, generator=Perceptron((3, 4))), nn.Linear(3, 2), nn.Linear(2, 2))
+    model = hyperfast.hyperize(net, Perceptron, targets=["1"], init="hyperfan")
+    model = hyperfast.hyperize(model)
+    assert [name for name, _ in named_weights_of(model)] == ["1.weight", "2.weight"]
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(hyperfast.freeze(model)(x), model(x))
+    with pytest.raises(ValueError, match="'0.generator.layers.0.weight' belongs to a generator"):
+        hyperfast.hyperize(model, targets=["0.generator.layers.0"])
+
+
 def test_a_hyper_module_gets_more_generators():
     net = Net().double()
     expected = net(X)
@@ -304,6 +336,18 @@ BAD = {
     "nothing to generate": (nn.ReLU, {}, ValueError, "no layer to generate"),
     "no bias": (Net, {"targets": ["up.bias"]}, ValueError, "'up.bias' is generated already, or None"),
     "sizes": (Net, {"z_dim": {"conv": 2}}, ValueError, "z_dim has no size for 'up.weight', it names conv"),
+    "size of no target": (
+        lambda: nn.Sequential(nn.Linear(3, 3)),
+        {"z_dim": {"0": 2, "typo": 4}},
+        ValueError,
+        "z_dim of 'typo': no such target",
+    ),
+    "init beside a generator": (
+        Net,
+        {"generator": LinearGenerator((6, 6)), "targets": ["first"], "init": "xavier"},
+        ValueError,
+        "init must be one of report",
+    ),
     "size 0": (Net, {"z_dim": 0}, ValueError, "conv.weight: shape and z_dim must be at least 1"),
     "several sizes": (
         Net,
@@ -488,8 +532,60 @@ def test_compiled_as_a_whole(generator):
     torch._dynamo.reset()
 
 
+class Checkpointed(nn.Module):
+    """[B, 6] -> [B, 6], so that it can be applied to its own output."""
+
+    def __init__(self, use_reentrant: bool | None):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.use_reentrant = use_reentrant
+
+    def layers(self, x):
+        return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+    def forward(self, x):
+        if self.use_reentrant is None:
+            return self.layers(x)
+        return checkpoint(self.layers, x, use_reentrant=self.use_reentrant)
+
+
+COMBINED = {
+    "one after the other": lambda h, x, z1, z2: h(h(x, z=z1), z=z2),
+    "side by side": lambda h, x, z1, z2: h(x, z=z1) + 2 * h(2 * x, z=z2),
+    "checkpoint around": lambda h, x, z1, z2: (
+        h(checkpoint(lambda x: h(x, z=z1), x, use_reentrant=False), z=z2) + h(x, z=z1)
+    ),
+}
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("combined", COMBINED)
 @pytest.mark.parametrize("generator", NAMED)
-def test_checkpoints_inside(generator):
+def test_checkpoints_inside(generator, combined, per_sample):
+    """Every forward is run again with the weights it had."""
+
+    def grads(use_reentrant):
+        torch.manual_seed(0)
+        model = hyperfast.hyperize(Checkpointed(use_reentrant).double(), generator, 3, init="hyperfan")
+        batch = (2,) if per_sample else ()
+        zs = [
+            {
+                name: torch.randn(*batch, *g.z.shape, dtype=torch.float64, requires_grad=True)
+                for name, g in model.generators.items()
+            }
+            for _ in range(2)
+        ]
+        x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+        COMBINED[combined](model, x, *zs).square().sum().backward()
+        assert model.module.first.weight is None
+        inputs = {"x": x} | {f"{i}/{name}": z for i, own in enumerate(zs) for name, z in own.items()}
+        return {name: t.grad for name, t in inputs.items()} | gradients(model)
+
+    assert_same(grads(False), grads(None))
+
+
+@pytest.mark.parametrize("generator", NAMED)
+def test_checkpoints_inside_with_its_own_embeddings(generator):
     model = grow_z_(hyper(generator))
     model(X).square().sum().backward()
     expected = gradients(model)
@@ -500,20 +596,68 @@ def test_checkpoints_inside(generator):
     assert model.module.conv.weight is None
 
 
+def fail(_):
+    raise RuntimeError("stop")
+
+
 def test_a_backward_that_fails_leaves_the_model_usable():
     model = hyper()
-
-    def fail(_):
-        raise RuntimeError("stop")
-
-    expected = model.eval()(X)
+    expected, names = model.eval()(X), [name for name, _ in model.named_parameters()]
     handle = model.module.up.register_forward_hook(lambda *a: a[2].register_hook(fail) and None)
     with pytest.raises(RuntimeError, match="stop"):
         model(X).sum().backward()
     handle.remove()
+    assert [name for name, _ in model.named_parameters()] == names
+    AdamW(model)
     assert not set(model.state_dict()) & {f"module.{name}" for name in WEIGHTS}
     assert torch.equal(copy.deepcopy(model)(X), expected)
     assert torch.equal(model(X), expected) and model.module.conv.weight is None
+
+
+@pytest.mark.parametrize("use", ["freeze", "load", "save", "copy", "forward"])
+def test_weights_that_a_failed_backward_has_not_let_go_of(use):
+    """Another thread of the engine may hold it for a moment."""
+    model = hyper().eval()
+    expected, state = model(X), copy.deepcopy(model.state_dict())
+    weights = model.generate()
+    _Places(model.module, weights).put(weights.values())
+    model._backward = 1 << 40
+    if use == "freeze":
+        assert torch.equal(hyperfast.freeze(model)(X), expected)
+    elif use == "load":
+        model.load_state_dict(state)
+    elif use == "save":
+        assert list(model.state_dict()) == list(state)
+    else:
+        assert torch.equal((copy.deepcopy(model) if use == "copy" else model)(X), expected)
+    model._end_backward(1 << 40)
+    assert model.module.conv.weight is None and torch.equal(model(X), expected)
+
+
+def test_weights_go_with_the_graph(monkeypatch):
+    model, made = grow_z_(hyper()), []
+    generate = HyperModule.generate
+
+    def watched(self, z=None):
+        weights = generate(self, z)
+        made.append([weakref.ref(w) for w in weights.values()])
+        return weights
+
+    monkeypatch.setattr(HyperModule, "generate", watched)
+
+    def alive(weights):
+        return sum(w() is not None for w in weights)
+
+    model.module.checkpointed = True
+    out = model(X)
+    loss = out.square().sum()
+    first = torch.autograd.grad(loss, model.generators["conv/weight"].z, retain_graph=True)
+    assert alive(made[0]) == len(WEIGHTS) + 1  # for another backward
+    assert torch.equal(*first, *torch.autograd.grad(loss, model.generators["conv/weight"].z))
+    assert alive(made[0]) == 0 and out.grad_fn is not None
+    with torch.no_grad():
+        model(X)
+    assert alive(made[1]) == 0
 
 
 def test_an_exception_inside_forward_leaves_the_model_usable():
@@ -554,6 +698,19 @@ def test_without_gradients():
         with mode():
             torch.testing.assert_close(model(X), expected)
     assert torch.equal(model(X), expected)
+
+
+def test_an_inner_layer_is_replaced():
+    """Nobody keeps the old one."""
+    model = hyper().eval()
+    model(X)
+    old, model.module.first = model.module.first, copy.deepcopy(model.module.first)
+    expected = model(X)
+    with torch.no_grad():
+        old.bias.add_(1)
+    assert torch.equal(model(X), expected)
+    model.module.first.bias = None
+    assert not torch.equal(model(X), expected)
 
 
 def test_hooks_of_inner_layers():

@@ -223,6 +223,61 @@ def test_factored_heads_train_as_dense_ones(ours, theirs):
         assert (a - b).abs().max() < 1e-9
 
 
+def evaluate_with_copies(model, x):
+    others = {name: nn.Parameter(p + 0.1) for name, p in model.named_parameters()}
+    torch.func.functional_call(model, others, x)
+
+
+def evaluate_with_another_core(model, x):
+    torch.func.functional_call(model, {"generator.core_weight": torch.zeros(5, 2).double()}, x)
+
+
+def evaluate_after_an_edit(model, x):
+    with torch.no_grad():
+        model.generator.core_bias.add_(1)
+        model(x)
+        model.generator.core_bias.sub_(1)
+
+
+def per_sample_gradients(model, x):
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, x).square().sum()
+
+    parameters = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    copy.deepcopy(model)
+
+
+def fail_to_generate(model, x):
+    bias, model.generator.heads[1].bias = model.generator.heads[1].bias, nn.Parameter(torch.zeros(2))
+    with pytest.raises((ValueError, TypeError)):
+        model(x)
+    model.generator.heads[1].bias = bias
+    copy.deepcopy(model)
+
+
+BETWEEN = (
+    evaluate_with_copies,
+    evaluate_with_another_core,
+    evaluate_after_an_edit,
+    per_sample_gradients,
+    fail_to_generate,
+)
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_the_step_takes_the_z_of_the_forward_that_was_trained(between):
+    model = hyperfast.factored_(Net().double())
+    twin, x = copy.deepcopy(model), torch.randn(8, 4, dtype=torch.float64)
+    for m in (model, twin):
+        m(x).square().sum().backward()
+        if m is model:
+            between(m, x)
+        SGD(m, lr=0.1).step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_factored_heads_refuse_other_embeddings():
     g = hyperfast.factored_(shared())
     with pytest.raises(ValueError, match="SharedCoreGenerator in factored mode generates from its own z"):
