@@ -145,10 +145,10 @@ def add_recipe_options(
 ) -> Callable[..., argparse.Action]:
     """The options of `Recipe`, None where the recipe decides; returns what adds more of them.
 
-    help: what the `recipes` are.
+    help: what the `recipes` are; the first is the default.
     """
     add = p.add_argument_group("recipe (each model has its own, see below)").add_argument
-    add("--recipe", choices=list(recipes), default="report", help=help)
+    add("--recipe", choices=list(recipes), default=next(iter(recipes)), help=help)
     add("--optimizer", choices=list(OPTIMIZERS))
     add("--schedule", choices=list(schedules), help="of the learning rate")
     add("--epochs", type=COUNT)

@@ -1,5 +1,5 @@
 """report.md of a hypernetwork and its plain twin, trained with one recipe: accuracy by epoch, filters,
-embeddings, parameters, time, and the published figures beside."""
+embeddings, parameters, time, the recipe with any option that differs, and the published figures beside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hyperfast.analysis import filter_sheet, generator_costs, layer_weight, tabl
 from hyperfast.analysis.pictures import style
 from hyperfast.nn import SharedCoreGenerator, named_generators, parameter_counts
 from train.checkpoint import write_atomically
-from train.comparison import look
+from train.comparison import look, recipe_section
 from train.report import percent, save_figure
 from train.summary import MB, Run
 
@@ -53,6 +53,7 @@ def write(
         embeddings_section(hyper, out),
         f"{z_report(hyper).to_markdown()}\n\n![entries of z](z_bars.png)\n",
         _time(runs),
+        recipe_section({run.model: run for run in runs}),
         f"## Command\n\n```\n{command}\n```\n",
     ]
     path = out / "report.md"

@@ -144,22 +144,48 @@ def test_unknown_names():
 # ---- options ----
 
 
-def test_defaults_are_the_report():
+def test_recipe_of_the_report():
+    """The same for every model."""
     wanted = {"optimizer": "adam", "schedule": "decay", "epochs": 10, "batch_size": 1000, "lr_decay": 0.999,
               "min_lr": 1e-4, "weight_decay": 0.0, "clip": 100.0, "patience": 0, "augment": "none",
-              "seed": 42, "save_frozen": True, "twin": True}  # fmt: skip
+              "lr": 5e-3, "seed": 42, "save_frozen": True, "twin": True}  # fmt: skip
     for name in MODELS:
-        args = mnist.parse(["--model", name])
-        own = {"lr": mnist.SHARED.lr, "lr_decay": mnist.SHARED.lr_decay} if name == "shared" else {"lr": 5e-3}
-        assert {key: getattr(args, key) for key in wanted | own} == wanted | own
+        args = mnist.parse(["--model", name, "--recipe", "report"])
+        assert {key: getattr(args, key) for key in wanted} == wanted
         assert str(args.out) == f"runs/mnist_{name}"
     assert mnist.VALIDATION == 10_000
+
+
+def test_the_default_is_the_tuned_recipe():
+    args = mnist.parse([])
+    assert (args.model, args.recipe, args.lr, args.lr_decay, args.min_lr) == (
+        "shared",
+        "tuned",
+        2e-3,
+        0.995,
+        1e-4,
+    )
+    assert (args.epochs, args.batch_size, args.optimizer, args.augment) == (10, 1000, "adam", "none")
+    single = mnist.parse(["--model", "single"])
+    assert (single.schedule, single.epochs, single.augment) == ("one_cycle", 20, "shift")
+
+
+@pytest.mark.parametrize("kind", mnist.RECIPES)
+def test_twins_have_one_recipe(kind):
+    recipes = mnist.RECIPES[kind]
+    assert set(recipes) == set(MODELS)
+    for name, model in MODELS.items():
+        if model.twin:
+            assert recipes[name] == recipes[model.twin]
+
+
+def test_each_model_has_its_start():
     inits = {name: mnist.parse(["--model", name]).init for name in MODELS}
     assert inits["shared"] == "keep" and inits["single"] == "hyperfan"
 
 
 def test_schedules():
-    args = mnist.parse(["--model", "shared_plain"])
+    args = mnist.parse(["--model", "shared_plain", "--recipe", "report"])
     rate = mnist.SCHEDULES[args.schedule](args, 50)
     assert [rate(0, step) for step in (0, 1, 10_000)] == pytest.approx([5e-3, 4.995e-3, 1e-4])
     args = mnist.parse(["--model", "single", "--recipe", "tuned", "--epochs", "2", "--warm-up", "0.5"])
@@ -170,7 +196,7 @@ def test_schedules():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--recipe", "tuned"], "--recipe tuned is for single, single_plain, not for shared"),
+        (["--recipe", "fast"], "argument --recipe: invalid choice: 'fast'"),
         (["--model", "single", "--init", "keep"], "--init keep: the generator of single"),
         (["--min-lr", "1"], "--min-lr 1.0 is larger than --lr"),
     ],
@@ -221,6 +247,8 @@ def test_trains_and_compares_twins(trained, tmp_path, options):
     assert "| shared | 12 | 2,015 | 379 | 2,406 | 500 |" in section(text, "Parameters")
     assert "**27**" in section(text, "Two ways to count")
     assert "--resume" not in section(text, "Command")
+    recipe = section(text, "Recipe")
+    assert "lr 0.002" in recipe and "lr decay 0.995" in recipe and "| option |" not in recipe  # none differs
 
 
 def test_single_and_its_twin(trained, tmp_path):
