@@ -20,7 +20,7 @@ from hyperfast.analysis.pictures import style
 from hyperfast.nn import SharedCoreGenerator, named_generators, parameter_counts
 from train.checkpoint import write_atomically
 from train.comparison import look, recipe_section
-from train.report import percent, save_figure
+from train.report import COSTS, percent, save_figure
 from train.summary import MB, Run
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def write(
         _accuracy(runs, published, out),
         _parameters(runs),
         counting_section(hyper),
-        f"## Generators\n\n{generator_costs(hyper).to_markdown()}\n",
+        f"## Generators\n\n{generator_costs(hyper).to_markdown()}\n\n{COSTS}\n",
         _filters(runs, models, out),
     ]
     save_figure(z_bars(hyper), out / "z_bars.png")
@@ -103,8 +103,10 @@ def _parameters(runs: Sequence[Run]) -> str:
         mb = [f"{sizes[key] / MB:.2f}" for key in ("best", "plain")]
         rows.append([run.model, *(f"{n:,}" for n in counts), f"{p['total'] / plain:.2f}", *mb])
     header = ["model", "z", "generator", "other", "**total**", "generated weights", "total / main network"]
-    header += ["best.pt, MB", "frozen.safetensors, MB"]
-    note = "Other: biases and ordinary weights. frozen.safetensors: the plain network, for deployment."
+    header += ["best.pt, MB", "plain network, MB"]
+    note = (
+        "Other: biases and ordinary weights. Plain network: for deployment, frozen.safetensors of each run."
+    )
     return f"## Parameters\n\n{table(header, rows)}\n\n{note}\n"
 
 
