@@ -106,9 +106,9 @@ def parser() -> Parser:
         description="Train a wide residual network, plain or with generated kernels, on CIFAR-10.",
         epilog="Recipes. " + command.describe_recipes(RECIPES),
     )
-    command.add_run_options(p, "CIFAR-10", MODELS, "hyper_wrn_40_1", "runs/cifar10_MODEL")
+    command.add_run_options(p, "CIFAR-10", MODELS, "hyper_wrn_40_1", "runs/cifar10_MODEL", init="hyperfan")
     # nothing here is factored; how much L2 is a matter of the recipe
-    p.set_defaults(init="hyperfan", state_dtype="fp32", generated_l2=None)
+    p.set_defaults(state_dtype="fp32", generated_l2=None)
     add = p.add_argument
     add("--checkpoint-path", type=Path, dest="out", metavar="OUT", help="the same as --out")
     add("--init-from", type=Path, metavar="FILE", help="start from this network: best.pt of a run, a "

@@ -95,16 +95,16 @@ def add_run_options(
     default: str,
     out: str,
     inits: Iterable[str] = INITIALISATIONS,
+    init: str | None = DEFAULT,
 ) -> None:
     """The options of a run, but its recipe. data: the data set's name; out: of the run's folder; inits: how
-    generators can start."""
+    generators can start; init: how they do, None where the model decides."""
     add = p.add_argument
     boolean = argparse.BooleanOptionalAction
-    add(
-        "--fused", action=boolean, default=True, help="factored gradients and fused kernels, or plain PyTorch"
-    )
+    add("--fused", action=boolean, default=True, help="hyperfast's kernels and optimizer, or plain PyTorch")
     add("--model", choices=list(models), default=default)
-    add("--init", choices=list(inits), default=DEFAULT, help="how generators start (%(default)s)")
+    start = init or "the model's own"
+    add("--init", choices=list(inits), default=init, help=f"how generators start ({start})")
     add("--generated-l2", type=RATE, default=0.0, metavar="C", help="C / 2 |w|^2 of every generated weight w")
     add("--data", type=Path, help=f"folder with {data}, torchvision's or the hub's Parquet layout; "
         "otherwise HYPERFAST_DATA, otherwise it is downloaded")  # fmt: skip
@@ -123,11 +123,8 @@ def add_run_options(
         "accuracy reaches this, and say how long the training took")  # fmt: skip
     add("--eval-batches", type=COUNT, help="evaluate on so many batches only")
     add("--save-every", type=COUNT, default=1, help="epochs between two last.pt (%(default)s)")
-    add(
-        "--save-frozen",
-        action="store_true",
-        help="write the plain network of the best epoch, frozen.safetensors",
-    )
+    add("--save-frozen", action=boolean, default=False, help="write the plain network of the best epoch, "
+        "frozen.safetensors")  # fmt: skip
 
 
 def add_state_option(p: Parser) -> None:

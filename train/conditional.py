@@ -41,7 +41,7 @@ class Recipe(command.Recipe):
     warm_up: float = 0.2
 
 
-RECIPES = {"report": dict.fromkeys(MODELS, Recipe())}
+RECIPES = {"own": dict.fromkeys(MODELS, Recipe())}
 SCHEDULES = {
     "one_cycle": lambda args, steps: one_cycle(args.epochs * steps, args.lr, 0.0, args.warm_up),
 }
@@ -54,10 +54,10 @@ def parser() -> Parser:
         description="Train a CIFAR-10 network whose weights depend on the image, or its twins.",
         epilog="Recipe. " + command.describe_recipes(RECIPES),
     )
-    command.add_run_options(p, "CIFAR-10", MODELS, "conditional", "runs/conditional_MODEL")
-    p.set_defaults(init="hyperfan", state_dtype="fp32")
+    command.add_run_options(p, "CIFAR-10", MODELS, "conditional", "runs/conditional_MODEL", init="hyperfan")
+    p.set_defaults(state_dtype="fp32")
     p.add_argument("--z-dim", type=COUNT, default=Z_DIM, help="of the embeddings (%(default)s)")
-    own = command.add_recipe_options(p, RECIPES, "report: this project's own", SCHEDULES)
+    own = command.add_recipe_options(p, RECIPES, "own: this project's", SCHEDULES)
     own("--warm-up", type=number(float, 0, high=1), metavar="SHARE", help="of all steps, in one_cycle")
     return p
 

@@ -1,10 +1,10 @@
 """A hypernetwork on MNIST beside its plain twin: `python -m train.mnist`.
 
 It trains both, each an ordinary run in OUT/MODEL, and compares them in OUT: accuracy by epoch, filters,
-embeddings, parameters (`train.twins`). Both twins have the same recipe: `tuned`, or the published `report`.
-Published: `shared` 99.05 % against 98.98 % plain after 10 epochs, `single` (Ha, Dai, Le, "HyperNetworks", ICLR
-2017) 99.24 % against 99.28 %. Here the test accuracy is the one at the best validation epoch. `--no-twin`
-trains the one model.
+embeddings, parameters (`train.twins`). Twins have the same recipe: `tuned` (the default), or the published
+`report`. Published: `shared` 99.05 % against 98.98 % plain after 10 epochs, `single` (Ha, Dai, Le,
+"HyperNetworks", ICLR 2017) 99.24 % against 99.28 %. Here the test accuracy is the one at the best validation
+epoch. `--no-twin` trains the one model.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def parser() -> Parser:
         epilog="Recipes. " + command.describe_recipes(RECIPES),
     )
     inits = ("keep", *INITIALISATIONS)
-    command.add_run_options(p, "MNIST", MODELS, "shared", "runs/mnist_MODEL", inits)
+    command.add_run_options(p, "MNIST", MODELS, "shared", "runs/mnist_MODEL", inits, init=None)
     command.add_state_option(p)
-    p.set_defaults(init=None, save_frozen=True)
+    p.set_defaults(save_frozen=True)
     p.add_argument("--twin", action=argparse.BooleanOptionalAction, default=True, help="train the plain twin "
         "of a hypernetwork too, and compare them (%(default)s)")  # fmt: skip
     own = command.add_recipe_options(p, RECIPES, "tuned (the default): this project's; report: as published, "
@@ -176,7 +176,8 @@ def load_trained(folder: Path) -> nn.Module:
 
 def own_section(trainer: Trainer, args: argparse.Namespace) -> str:
     """What report.md of one run says beyond the usual."""
-    return twins.embeddings_section(trainer.model, trainer.out) + twins.counting_section(trainer.model)
+    sections = twins.embeddings_section(trainer.model, trainer.out), twins.counting_section(trainer.model)
+    return "\n".join(filter(None, sections))
 
 
 COMMAND = Command(
