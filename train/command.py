@@ -7,6 +7,7 @@ and a `Command` that puts them together. Options may be spelled with underscores
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import zlib
@@ -28,6 +29,7 @@ from train.data import DataError, split
 from train.loop import Config, ImageData, Interrupted, RunError, Stages, Trainer, open_run
 
 BETAS = (0.9, 0.999)
+PARENT = "HYPERFAST_TRAIN_PARENT"  # set where another command runs this one: that one says how to go on
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"}
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}  # both in hyperfast.optim and in torch.optim
 Built = tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor | float]]
@@ -387,13 +389,19 @@ class Command:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except Interrupted as stop:
-            again = command if args.resume else f"{command} --resume"
-            print(
-                f"\nstopped by {stop}; {args.out} holds the last epoch's end. Continue with: {again}",
-                file=sys.stderr,
-            )
+            print(f"\nstopped by {stop}; {_how_to_go_on(args, command)}", file=sys.stderr)
             return 128 + stop.number
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             return 130
         return 0
+
+
+def _how_to_go_on(args: argparse.Namespace, command: str) -> str:
+    """What an interrupted run left, and the command that continues it or starts it again."""
+    saved = (args.out / "last.pt").exists()
+    left = f"{args.out} holds the last epoch's end." if saved else "no epoch was saved."
+    if PARENT in os.environ:
+        return left
+    again = f"{command} --resume" if saved and not args.resume else command
+    return f"{left} Continue with: {again}"

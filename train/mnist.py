@@ -196,7 +196,8 @@ COMMAND = Command(
 def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> int:
     """Train a hypernetwork and its plain twin and compare them; the exit status.
 
-    args: from `parse(arguments)`. Raises RunError, CheckpointError, Interrupted.
+    args: from `parse(arguments)`. Raises RunError (compare.Refused where a training has said why),
+    CheckpointError, Interrupted.
     """
     pair = args.model, MODELS[args.model].twin
     own = Parser(add_help=False, allow_abbrev=False)  # what is not for the single runs
@@ -211,7 +212,7 @@ def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> 
     plans = compare.plan(runs, options)
     if args.resume and not any(plan.started for plan in plans):
         raise RunError(f"--resume: no run in {args.out}")
-    finished, failures = compare.train_all(plans, lambda finished, failures: None)
+    finished, failures = compare.train_all(plans, lambda finished, failures: None, together=True)
     if not failures:
         models = [load_trained(run.folder) for run in finished]
         path = twins.write(finished, models, [PUBLISHED[name] for name in pair], args.out, line)
@@ -220,7 +221,8 @@ def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 if a model failed, 2 after an error (one line), 128 + signal if interrupted."""
+    """Exit status: 0, 1 if a model failed, 2 after an error (one line; then nothing more is trained), 128 +
+    signal if interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parse(arguments)
     if not (args.twin and MODELS[args.model].twin):
@@ -228,11 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = COMMAND.line(arguments)
     try:
         return run_twins(args, arguments, line)
+    except compare.Refused:
+        return 2
     except (RunError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        again = line if args.resume else f"{line} --resume"
+        saved = any((args.out / name / "last.pt").exists() for name in (args.model, MODELS[args.model].twin))
+        again = f"{line} --resume" if saved and not args.resume else line
         print(f"stopped; continue with: {again}", file=sys.stderr)
         return 128 + getattr(stop, "number", 2)
 

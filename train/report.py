@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 COSTS = (
     "Parameters with z; ratio: for each generated weight. In the generators alone: flops of the matrix "
-    "products and bytes of the least that has to be moved, parameters, generated weights and their gradients, by one "
-    "generation and by a training step with Adam or AdamW. 1 MB is 2^20 bytes."
+    "products and bytes of the least that has to be moved, parameters, generated weights and their "
+    "gradients, by one generation and by a training step with Adam or AdamW. 1 MB is 2^20 bytes."
 )
 KERNELS, FILTERS = 3, 144  # drawn: of a network, and of each of them
 # told apart without colour: dash, marker and shade differ

@@ -356,6 +356,12 @@ def test_a_signal_reaches_the_training_once(number, tmp_path, monkeypatch, capfd
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_training_knows_that_it_is_not_alone(tmp_path, monkeypatch):
+    child = [sys.executable, "-c", f"import os, sys; sys.exit({command.PARENT!r} not in os.environ)"]
+    monkeypatch.setattr(compare, "program", lambda training: child)
+    assert compare.train(plan(tmp_path)) == (0, None) and command.PARENT not in os.environ
+
+
 def test_the_exit_status_comes_back(tmp_path, monkeypatch):
     for code, status in (("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9), ("pass", 0)):
         child = [sys.executable, "-c", f"import os, sys; {code}"]
