@@ -122,14 +122,20 @@ def parser() -> Parser:
     test("--speed-test", action="store_true", help="images/s and test accuracy of --model-path, in batches "
          f"of --batch-size ({SPEED_TEST_BATCH})")  # fmt: skip
     test("--model-path", type=Path, metavar="FILE", help="best.pt, last.pt or frozen.safetensors of a run, a "
-         "published checkpoint; it says which model it is")  # fmt: skip
+         "published checkpoint; it says which model it is, and --model must not say another")  # fmt: skip
     return p
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options with the model's recipe filled in. Exits with status 2 and one line for bad ones."""
+    """The options with the model's recipe filled in. Exits with status 2 and one line for bad ones.
+
+    wanted_model: --model as it was given, None where it was not.
+    """
     options = parser()
+    default = options.get_default("model")
+    options.set_defaults(model=None)
     args = options.parse_args(arguments)
+    args.wanted_model, args.model = args.model, args.model or default
     if args.speed_test != (args.model_path is not None):
         options.error("--speed-test and --model-path need each other")
     if args.speed_test and args.batch_size is None:
