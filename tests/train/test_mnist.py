@@ -8,8 +8,9 @@ import torch
 
 import hyperfast
 from tests.train.test_compare import section
-from train import checkpoint, compare, mnist, report, twins
+from train import checkpoint, command, compare, mnist, report, twins
 from train.data import DataError, ImageSet
+from train.loop import Interrupted
 from train.models.mnist import MODELS, ConvNet, build_mnist
 from train.summary import load_run
 
@@ -228,7 +229,9 @@ def test_data_errors_are_one_line(monkeypatch, tmp_path, capsys):
 # ---- runs ----
 
 
-@pytest.mark.parametrize("options", [["--fused"], ["--no-fused", "--precision", "bf16"]])
+@pytest.mark.parametrize(
+    "options", [["--fused"], pytest.param(["--no-fused", "--precision", "bf16"], marks=pytest.mark.slow)]
+)
 def test_trains_and_compares_twins(trained, tmp_path, options):
     out = tmp_path / "pair"
     assert run(out, *options) == 0 and tuple(trained) == PAIR
@@ -295,6 +298,42 @@ def test_stopped_and_resumed_twins(trained, tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "none", "--resume") == 2 and "no run in" in one_line(capsys)
 
 
+def test_stopped_before_anything_is_saved(small, tmp_path, capsys, monkeypatch):
+    """There is nothing to resume, and the command given does start."""
+    monkeypatch.setattr(compare, "train", lambda p: (130, 2))
+    assert run(tmp_path / "pair") == 130
+    assert "continue with: python -m train.mnist" in (error := one_line(capsys)) and "--resume" not in error
+
+
+@pytest.mark.parametrize("parent", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_one_command_says_how_to_go_on(small, tmp_path, capsys, monkeypatch, parent, saved):
+    def interrupted(trainer):
+        if saved:
+            (trainer.out / "last.pt").touch()
+        raise Interrupted(2)
+
+    monkeypatch.setattr(command.Trainer, "fit", interrupted)
+    if parent:
+        monkeypatch.setenv(command.PARENT, "1")
+    assert run(tmp_path / "run", "--no-twin") == 130
+    error = capsys.readouterr().err
+    assert "stopped by SIGINT" in error and ("holds the last epoch's end" in error) == saved
+    assert ("Continue with" in error) == (not parent)
+    assert error.rstrip().endswith("--resume") == (saved and not parent)
+
+
+def test_refused_input_ends_the_pair_with_one_message(trained, tmp_path, capsys, monkeypatch):
+    def absent(name, root):
+        raise DataError(f"{root}: no such folder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mnist, "load_images", absent)
+        assert run(tmp_path / "pair", "--data", "nowhere") == 2
+    assert one_line(capsys) == "error: nowhere: no such folder\n" and trained == ["shared"]
+    assert run(tmp_path / "pair") == 0 and trained == ["shared", *PAIR]
+
+
 def test_a_failed_model_is_an_exit_status(trained, tmp_path, capsys, monkeypatch):
     real = compare.train
     monkeypatch.setattr(compare, "train", lambda p: real(p) if p.model == "shared" else (3, None))
@@ -345,4 +384,7 @@ def test_curves(trained, tmp_path, epochs):
         ]
         assert np.allclose(drawn, wanted)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names[-1] == "hollow: published" and len(names) == 5
+    assert names[-1] == "hollow: published (epoch 1: validation)" and len(names) == 5
+    looks = [(line.get_marker(), line.get_linestyle()) for line in left.lines[:4]]
+    assert "None" not in dict(looks) and len({marker for marker, _ in looks}) == 4
+    assert looks[0][1] != looks[2][1]
