@@ -143,6 +143,7 @@ def test_flops_are_those_that_are_counted(kind):
     model = model_of(kind)
     (generator,) = model.generators.values()
     costs = analysis.generator_costs(model)
+    assert all(cost.step_bytes > cost.forward_bytes for cost in (*costs.layers, *costs.shared, costs.total))
     made = []
     assert counted_flops(lambda: made.extend(generator())) == costs.total.forward_flops
     backward = counted_flops(lambda: sum(w.sum() for w in made).backward())
@@ -168,11 +169,11 @@ def test_costs_of_a_linear_generator():
     (cost,) = costs.layers
     assert cost == analysis.Cost(
         "convs.0", "LinearGenerator", 1, K, N, K, N * (K + 1) + K, 2 * N * K, 4 * (N * (K + 1) + K + N),
-        4 * N * K, 28 * N * K + 52 * (N + K), True,
+        4 * N * K, 28 * N * K + 52 * (N + K) + 8 * N, True,
     )  # fmt: skip
     assert cost.ratio == (N * (K + 1) + K) / N and costs.shared == ()
     dense = analysis.generator_costs(model_of("linear")).total
-    assert dense.step_bytes == 52 * cost.parameters and dense.step_flops == 6 * N * K
+    assert dense.step_bytes == 52 * cost.parameters + 8 * N and dense.step_flops == 6 * N * K
     assert not analysis.generator_costs(model_of("linear")).layers[0].next_weights
 
 
@@ -182,7 +183,7 @@ def test_costs_of_a_shared_core():
     n = [math.prod(shape) for shape in SHAPES]
     assert [cost.parameters for cost in costs.layers] == [N * (D + 1) + K for N in n]
     assert [cost.step_flops for cost in costs.layers] == [6 * K * D + 4 * D * N for N in n]
-    assert [cost.step_bytes for cost in costs.layers] == [32 * N * D + 52 * (N + K) for N in n]
+    assert [cost.step_bytes for cost in costs.layers] == [32 * N * D + 52 * (N + K) + 8 * N for N in n]
     assert not any(cost.next_weights for cost in costs.layers)
     (core,) = costs.shared
     assert core.name == "shared by convs.0, convs.1, convs.2" and core.parameters == D * (K + 1)
@@ -195,7 +196,7 @@ def test_costs_of_embeddings_on_one_generator():
     assert [cost.parameters for cost in costs.layers] == [K, 2 * K, 4 * K]
     assert [cost.forward_flops for cost in costs.layers] == [2 * E * I * D * (K + C) for E in (1, 2, 4)]
     assert costs.shared[0].parameters == (K + 1) * I * D + (D + 1) * C
-    assert costs.total.step_bytes == 52 * costs.total.parameters
+    assert costs.total.step_bytes == 52 * costs.total.parameters + 8 * costs.total.generated
 
 
 def test_a_shared_generator_costs_once():
@@ -224,7 +225,7 @@ def test_a_generator_that_does_not_give_its_products():
 
     (cost,) = analysis.generator_costs(HyperLinear(3, 2, bias=False, generator=Own())).layers
     assert cost.forward_flops is None and cost.step_flops is None and cost.kind == "Own"
-    assert cost.parameters == 4 + 25 + 36 and cost.step_bytes == 52 * cost.parameters
+    assert cost.parameters == 4 + 25 + 36 and cost.step_bytes == 52 * cost.parameters + 8 * cost.generated
 
 
 def test_cost_tables():

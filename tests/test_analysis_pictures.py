@@ -68,6 +68,15 @@ def test_plain_and_generated_side_by_side():
     assert matplotlib.image.imread(io.BytesIO(pixels.getvalue())).std() > 0.01
 
 
+def test_a_common_scale():
+    small, large = torch.ones(2, 1, 3, 3), -3 * torch.ones(2, 1, 3, 3)
+    for common, limits in ((False, [(-1, 1), (-3, 3)]), (True, [(-3, 3), (-3, 3)])):
+        figure = analysis.filter_sheet({"plain": small, "generated": large}, common_scale=common)
+        images = [axis.images[0] for axis in figure.axes if axis.images]
+        assert [image.get_clim() for image in images] == limits
+        assert [a.get_ylabel() for a in figure.axes[2:]] == ["weight"] * (1 if common else 2)
+
+
 def test_the_scale_is_signed_in_grey_too():
     import matplotlib
 
@@ -108,6 +117,7 @@ def test_z_bars():
     assert [axis.get_title() for axis in figure.axes[:3]] == [
         "convs.0", "convs.1 (E = 2)", "convs.2 (E = 4)",
     ]  # fmt: skip
+    assert len({axis.get_ylim() for axis in figure.axes[:3]}) == 1
     assert figure.get_suptitle() == "bars: mean of E embeddings, lines: smallest to largest"
     assert analysis.z_bars(analysis.z_report(model), limit=1).get_suptitle() == "first 1 of 3 layers"
 

@@ -106,9 +106,9 @@ def parser() -> Parser:
         description="Train a wide residual network, plain or with generated kernels, on CIFAR-10.",
         epilog="Recipes. " + command.describe_recipes(RECIPES),
     )
-    command.add_run_options(p, "CIFAR-10", MODELS, "hyper_wrn_40_1", "runs/cifar10_MODEL")
+    command.add_run_options(p, "CIFAR-10", MODELS, "hyper_wrn_40_1", "runs/cifar10_MODEL", init="hyperfan")
     # nothing here is factored; how much L2 is a matter of the recipe
-    p.set_defaults(init="hyperfan", state_dtype="fp32", generated_l2=None)
+    p.set_defaults(state_dtype="fp32", generated_l2=None)
     add = p.add_argument
     add("--checkpoint-path", type=Path, dest="out", metavar="OUT", help="the same as --out")
     add("--init-from", type=Path, metavar="FILE", help="start from this network: best.pt of a run, a "
@@ -122,14 +122,20 @@ def parser() -> Parser:
     test("--speed-test", action="store_true", help="images/s and test accuracy of --model-path, in batches "
          f"of --batch-size ({SPEED_TEST_BATCH})")  # fmt: skip
     test("--model-path", type=Path, metavar="FILE", help="best.pt, last.pt or frozen.safetensors of a run, a "
-         "published checkpoint; it says which model it is")  # fmt: skip
+         "published checkpoint; it says which model it is, and --model must not say another")  # fmt: skip
     return p
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options with the model's recipe filled in. Exits with status 2 and one line for bad ones."""
+    """The options with the model's recipe filled in. Exits with status 2 and one line for bad ones.
+
+    wanted_model: --model as it was given, None where it was not.
+    """
     options = parser()
+    default = options.get_default("model")
+    options.set_defaults(model=None)
     args = options.parse_args(arguments)
+    args.wanted_model, args.model = args.model, args.model or default
     if args.speed_test != (args.model_path is not None):
         options.error("--speed-test and --model-path need each other")
     if args.speed_test and args.batch_size is None:

@@ -7,6 +7,7 @@ and a `Command` that puts them together. Options may be spelled with underscores
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import zlib
@@ -28,6 +29,7 @@ from train.data import DataError, split
 from train.loop import Config, ImageData, Interrupted, RunError, Stages, Trainer, open_run
 
 BETAS = (0.9, 0.999)
+PARENT = "HYPERFAST_TRAIN_PARENT"  # set where another command runs this one: that one says how to go on
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"}
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}  # both in hyperfast.optim and in torch.optim
 Built = tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor | float]]
@@ -95,16 +97,16 @@ def add_run_options(
     default: str,
     out: str,
     inits: Iterable[str] = INITIALISATIONS,
+    init: str | None = DEFAULT,
 ) -> None:
     """The options of a run, but its recipe. data: the data set's name; out: of the run's folder; inits: how
-    generators can start."""
+    generators can start; init: how they do, None where the model decides."""
     add = p.add_argument
     boolean = argparse.BooleanOptionalAction
-    add(
-        "--fused", action=boolean, default=True, help="factored gradients and fused kernels, or plain PyTorch"
-    )
+    add("--fused", action=boolean, default=True, help="hyperfast's kernels and optimizer, or plain PyTorch")
     add("--model", choices=list(models), default=default)
-    add("--init", choices=list(inits), default=DEFAULT, help="how generators start (%(default)s)")
+    start = init or "the model's own"
+    add("--init", choices=list(inits), default=init, help=f"how generators start ({start})")
     add("--generated-l2", type=RATE, default=0.0, metavar="C", help="C / 2 |w|^2 of every generated weight w")
     add("--data", type=Path, help=f"folder with {data}, torchvision's or the hub's Parquet layout; "
         "otherwise HYPERFAST_DATA, otherwise it is downloaded")  # fmt: skip
@@ -123,11 +125,8 @@ def add_run_options(
         "accuracy reaches this, and say how long the training took")  # fmt: skip
     add("--eval-batches", type=COUNT, help="evaluate on so many batches only")
     add("--save-every", type=COUNT, default=1, help="epochs between two last.pt (%(default)s)")
-    add(
-        "--save-frozen",
-        action="store_true",
-        help="write the plain network of the best epoch, frozen.safetensors",
-    )
+    add("--save-frozen", action=boolean, default=False, help="write the plain network of the best epoch, "
+        "frozen.safetensors")  # fmt: skip
 
 
 def add_state_option(p: Parser) -> None:
@@ -145,10 +144,10 @@ def add_recipe_options(
 ) -> Callable[..., argparse.Action]:
     """The options of `Recipe`, None where the recipe decides; returns what adds more of them.
 
-    help: what the `recipes` are.
+    help: what the `recipes` are; the first is the default.
     """
     add = p.add_argument_group("recipe (each model has its own, see below)").add_argument
-    add("--recipe", choices=list(recipes), default="report", help=help)
+    add("--recipe", choices=list(recipes), default=next(iter(recipes)), help=help)
     add("--optimizer", choices=list(OPTIMIZERS))
     add("--schedule", choices=list(schedules), help="of the learning rate")
     add("--epochs", type=COUNT)
@@ -390,13 +389,19 @@ class Command:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except Interrupted as stop:
-            again = command if args.resume else f"{command} --resume"
-            print(
-                f"\nstopped by {stop}; {args.out} holds the last epoch's end. Continue with: {again}",
-                file=sys.stderr,
-            )
+            print(f"\nstopped by {stop}; {_how_to_go_on(args, command)}", file=sys.stderr)
             return 128 + stop.number
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             return 130
         return 0
+
+
+def _how_to_go_on(args: argparse.Namespace, command: str) -> str:
+    """What an interrupted run left, and the command that continues it or starts it again."""
+    saved = (args.out / "last.pt").exists()
+    left = f"{args.out} holds the last epoch's end." if saved else "no epoch was saved."
+    if PARENT in os.environ:
+        return left
+    again = f"{command} --resume" if saved and not args.resume else command
+    return f"{left} Continue with: {again}"

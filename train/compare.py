@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from types import FrameType
 
 from train import comparison
 from train.checkpoint import CheckpointError
-from train.command import Command, Parser
+from train.command import PARENT, Command, Parser
 from train.loop import Interrupted, RunError
 from train.summary import FILE, Run, load_run
 
@@ -36,6 +37,10 @@ def training_command(name: str) -> Command:
 def program(training: Command) -> list[str]:
     """What starts it in a process of its own."""
     return [sys.executable, "-m", f"train.{training.name}"]
+
+
+class Refused(RunError):
+    """A training ended with status 2: it has said, in one line, what is wrong with its input."""
 
 
 @dataclass
@@ -134,7 +139,7 @@ def train(p: Plan) -> tuple[int, int | None]:
     command = [*program(p.training), *p.arguments, *p.resume]
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        process = subprocess.Popen(command, process_group=0)
+        process = subprocess.Popen(command, process_group=0, env={**os.environ, PARENT: "1"})
         if received:  # before there was a process to forward it to
             process.send_signal(received[0])
         status = process.wait()
@@ -166,11 +171,12 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
 
 
 def train_all(
-    plans: list[Plan], write: Callable[[list[Run], dict[str, str]], None]
+    plans: list[Plan], write: Callable[[list[Run], dict[str, str]], None], together: bool = False
 ) -> tuple[list[Run], dict[str, str]]:
     """Train what is not finished, one after the other: the runs, and why a model has none, by name.
 
-    write(runs, failures) after each with what there is so far. Raises Interrupted, CheckpointError.
+    write(runs, failures) after each with what there is so far. together: the models have the same options,
+    and what one refuses is no use to the next. Raises Interrupted, CheckpointError; Refused if `together`.
     """
     before = [p.finished() for p in plans]
     finished: list[Run] = []
@@ -185,6 +191,8 @@ def train_all(
             try:
                 done = _outcome(p, status)
             except (RunError, CheckpointError) as error:
+                if together and isinstance(error, Refused):
+                    raise
                 failures[p.model] = str(error)
         if done is not None:
             finished.append(done)
@@ -195,7 +203,10 @@ def train_all(
 
 
 def _outcome(p: Plan, status: int) -> Run:
-    """The run that a training with this exit status left. Raises RunError or CheckpointError if none."""
+    """The run that a training with this exit status left. Raises RunError, Refused at status 2, or
+    CheckpointError if none."""
+    if status == 2:
+        raise Refused(f"exit status 2; continue with: {p.command}")
     if status:
         ending = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
         raise RunError(f"{ending}; continue with: {p.command}")

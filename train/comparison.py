@@ -59,7 +59,7 @@ def write(runs: list[Run], out: Path, command: str, failures: dict[str, str] | N
     if any(run.layers for run in runs):
         save_figure(z_ranges(named), out / "z_ranges.png")
         parts.append(_embeddings(named))
-    parts += [_recipes(named), f"## Command\n\n```\n{command}\n```\n"]
+    parts += [recipe_section(named), f"## Command\n\n```\n{command}\n```\n"]
     path = out / FILE
     text = "\n".join(part for part in parts if part)
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -175,7 +175,7 @@ def _embeddings(named: Labelled) -> str:
     return f"## Embeddings z after the last epoch\n\n{table(header, rows)}\n\n{picture}\n"
 
 
-def _recipes(named: Labelled) -> str:
+def recipe_section(named: Labelled) -> str:
     """The options in which the runs differ; the others in one line."""
     options = [run.summary["recipe"] | run.summary["circumstances"] for run in named.values()]
     keys = [key for key in dict.fromkeys(key for o in options for key in o) if key != "model"]
@@ -183,7 +183,7 @@ def _recipes(named: Labelled) -> str:
     rows = [[key.replace("_", " "), *(o.get(key, "") for o in options)] for key in differ]
     same = ", ".join(f"{key.replace('_', ' ')} {options[0][key]}" for key in keys if key not in differ)
     text = f"{table(['option', *named], rows)}\n\n" if rows else ""
-    return f"## Recipes\n\n{text}The same in all: {same}.\n"
+    return f"## Recipe\n\n{text}The same in all: {same}.\n"
 
 
 def _published_ranges(run: Run) -> dict[str, list[float]]:

@@ -19,12 +19,14 @@ from torch import Tensor
 
 import hyperfast
 from hyperfast.analysis import LayerEmbeddings, ZReport, table
+from hyperfast.nn import named_generators
 from train import cifar10, command
 from train.command import COUNT, Built, Command, Parser, fill_in, make_optimizer, number, recipe_values
 from train.data import batches
 from train.loop import EVAL_BATCH, ImageData, Trainer, one_cycle
 from train.models.conditional import MODELS, Z_DIM, ConditionalNet, build_conditional
 
+LEAST_SHIFT = 1e-3  # of the norm of the mean z: what is below is rounding
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
@@ -41,7 +43,7 @@ class Recipe(command.Recipe):
     warm_up: float = 0.2
 
 
-RECIPES = {"report": dict.fromkeys(MODELS, Recipe())}
+RECIPES = {"own": dict.fromkeys(MODELS, Recipe())}
 SCHEDULES = {
     "one_cycle": lambda args, steps: one_cycle(args.epochs * steps, args.lr, 0.0, args.warm_up),
 }
@@ -54,10 +56,10 @@ def parser() -> Parser:
         description="Train a CIFAR-10 network whose weights depend on the image, or its twins.",
         epilog="Recipe. " + command.describe_recipes(RECIPES),
     )
-    command.add_run_options(p, "CIFAR-10", MODELS, "conditional", "runs/conditional_MODEL")
-    p.set_defaults(init="hyperfan", state_dtype="fp32")
+    command.add_run_options(p, "CIFAR-10", MODELS, "conditional", "runs/conditional_MODEL", init="hyperfan")
+    p.set_defaults(state_dtype="fp32")
     p.add_argument("--z-dim", type=COUNT, default=Z_DIM, help="of the embeddings (%(default)s)")
-    own = command.add_recipe_options(p, RECIPES, "report: this project's own", SCHEDULES)
+    own = command.add_recipe_options(p, RECIPES, "own: this project's", SCHEDULES)
     own("--warm-up", type=number(float, 0, high=1), metavar="SHARE", help="of all steps, in one_cycle")
     return p
 
@@ -107,34 +109,54 @@ def conditioning(trainer: Trainer, args: argparse.Namespace) -> str:
     labels = torch.cat(labels).cpu()
     z = {layer: torch.cat([own[layer] for own in made]) for layer in made[0]}
     means = {layer: own.mean(0) for layer, own in z.items()}
-    rows = [[layer, *_variation(own.double().cpu(), labels)] for layer, own in z.items()]
+    names = (name for name, _ in named_generators(model))  # those of the table of costs
+    by_name = zip(names, z.values(), strict=True)
+    rows = [[name, *_variation(own.double().cpu(), labels)] for name, own in by_name]
     header = ["layer", "norm of the mean z", "deviation of an image", "of its square between classes"]
     one_set = _accuracy(trainer, lambda x: model.network(x, z=means))
-    shifts = torch.cat([z[layer] - means[layer] for layer in z], 1).double().cpu()
+    classes = _classes(torch.cat(list(z.values()), 1), labels)
+    return (
+        f"## Conditioning\n\n{table(header, rows)}\n\nOver the test images; the deviation is the root mean "
+        "square distance of an image's z from the mean. Test accuracy with the mean z for all images instead "
+        f"of each with its own: {one_set:.2f} %.\n\n{classes}\n\nThe generators' work "
+        "above is that of one set of weights.\n"
+    )
+
+
+def _classes(z: Tensor, labels: Tensor) -> str:
+    """Cosines between the classes' shifts of z [n, K], as a table, unless z hardly depends on the image."""
+    z = z.double().cpu()
+    shifts = z - z.mean(0)
+    if not _moves(z.mean(0), shifts):
+        return (
+            f"The z of all images are the same to {LEAST_SHIFT:g} of their norm: no cosines between classes."
+        )
     by_class = ((name, shifts[labels == i]) for i, name in enumerate(CLASSES))
     report = ZReport(
         tuple(LayerEmbeddings(name, own.mean(0, keepdim=True)) for name, own in by_class if len(own))
     )
     (similarity,) = report.similarities()
     return (
-        f"## Conditioning\n\n{table(header, rows)}\n\nOver the test images; the deviation is the root mean "
-        "square distance of an image's z from the mean. Test accuracy with the mean z for all images instead "
-        f"of each with its own: {one_set:.2f} %.\n\nCosine between the mean shifts of z of two classes, all "
-        f"layers together:\n\n{similarity.to_markdown()}\n\nThe generators' work above is that of one set of "
-        "weights.\n"
+        "Cosine between the mean shifts of z of two classes, all layers together:\n\n"
+        f"{similarity.to_markdown()}"
     )
+
+
+def _moves(mean: Tensor, shifts: Tensor) -> bool:
+    """Whether shifts [n, K] from the mean z [K] are more than rounding."""
+    return bool(shifts.square().sum(1).mean().sqrt() > LEAST_SHIFT * mean.norm())
 
 
 def _variation(z: Tensor, labels: Tensor) -> list[str]:
     """Norm of the mean of z [n, K], root mean square deviation, and the share of its square that is between
-    the means of the classes."""
+    the means of the classes, blank where z hardly depends on the image."""
     shifts = z - z.mean(0)
     total = shifts.square().sum(1).mean()
     between = sum(
         shifts[labels == i].mean(0).square().sum() * (labels == i).double().mean() for i in labels.unique()
     )
-    share = 100 * between / total if total else torch.zeros(())
-    return [f"{z.mean(0).norm():.3f}", f"{total.sqrt():.3f}", f"{share:.1f} %"]
+    share = f"{100 * between / total:.1f} %" if _moves(z.mean(0), shifts) else ""
+    return [f"{z.mean(0).norm():.3f}", f"{total.sqrt():.3f}", share]
 
 
 def _test_batches(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,9 +1,10 @@
-"""A hypernetwork on MNIST beside its plain twin: `python -m train.mnist --model shared --fused`.
+"""A hypernetwork on MNIST beside its plain twin: `python -m train.mnist`.
 
 It trains both, each an ordinary run in OUT/MODEL, and compares them in OUT: accuracy by epoch, filters,
-embeddings, parameters (`train.twins`). Published: `shared` 99.05 % against 98.98 % plain after 10 epochs,
-`single` (Ha, Dai, Le, "HyperNetworks", ICLR 2017) 99.24 % against 99.28 %. Here the test accuracy is the one
-at the best validation epoch. `--no-twin` trains the one model.
+embeddings, parameters (`train.twins`). Twins have the same recipe: `tuned` (the default), or the published
+`report`. Published: `shared` 99.05 % against 98.98 % plain after 10 epochs, `single` (Ha, Dai, Le,
+"HyperNetworks", ICLR 2017) 99.24 % against 99.28 %. Here the test accuracy is the one at the best validation
+epoch. `--no-twin` trains the one model.
 """
 
 from __future__ import annotations
@@ -86,11 +87,12 @@ class Recipe(command.Recipe):
 
 # The weights that a shared core makes move by about lr (1 + |h|_1) in a step of Adam: they need a smaller lr
 # than the report's 0.005, and one that falls further than 0.999 a step takes it in 500 steps.
-SHARED = Recipe(lr=2e-3, lr_decay=0.995)
-TUNED = Recipe("adam", "one_cycle", epochs=20, batch_size=200, lr=4e-3, min_lr=0.0, augment="shift")
-RECIPES = {
-    "report": {name: SHARED if name == "shared" else Recipe() for name in MODELS},
-    "tuned": dict.fromkeys(("single", "single_plain"), TUNED),
+TUNED_SHARED = Recipe(lr=2e-3, lr_decay=0.995)
+TUNED_SINGLE = Recipe("adam", "one_cycle", epochs=20, batch_size=200, lr=4e-3, min_lr=0.0, augment="shift")
+RECIPES = {  # of a hypernetwork and of its plain twin the same
+    "tuned": dict.fromkeys(("shared", "shared_plain"), TUNED_SHARED)
+    | dict.fromkeys(("single", "single_plain"), TUNED_SINGLE),
+    "report": dict.fromkeys(MODELS, Recipe()),
 }
 SCHEDULES = {  # by options and steps of an epoch
     "decay": lambda args, steps: exponential_by_step(args.lr, args.lr_decay, args.min_lr),
@@ -106,13 +108,13 @@ def parser() -> Parser:
         epilog="Recipes. " + command.describe_recipes(RECIPES),
     )
     inits = ("keep", *INITIALISATIONS)
-    command.add_run_options(p, "MNIST", MODELS, "shared", "runs/mnist_MODEL", inits)
+    command.add_run_options(p, "MNIST", MODELS, "shared", "runs/mnist_MODEL", inits, init=None)
     command.add_state_option(p)
-    p.set_defaults(init=None, save_frozen=True)
+    p.set_defaults(save_frozen=True)
     p.add_argument("--twin", action=argparse.BooleanOptionalAction, default=True, help="train the plain twin "
         "of a hypernetwork too, and compare them (%(default)s)")  # fmt: skip
-    own = command.add_recipe_options(p, RECIPES, "report: as published (the default), but the learning rate "
-        "of shared; tuned: single beyond the report", SCHEDULES)  # fmt: skip
+    own = command.add_recipe_options(p, RECIPES, "tuned (the default): this project's; report: as published, "
+        "the same for every model", SCHEDULES)  # fmt: skip
     own("--min-lr", type=RATE, help="end of the learning rate")
     own("--lr-decay", type=POSITIVE, help="factor of the schedule decay, each step")
     own("--warm-up", type=number(float, 0, high=1), metavar="SHARE", help="of all steps, in one_cycle")
@@ -174,7 +176,8 @@ def load_trained(folder: Path) -> nn.Module:
 
 def own_section(trainer: Trainer, args: argparse.Namespace) -> str:
     """What report.md of one run says beyond the usual."""
-    return twins.embeddings_section(trainer.model, trainer.out) + twins.counting_section(trainer.model)
+    sections = twins.embeddings_section(trainer.model, trainer.out), twins.counting_section(trainer.model)
+    return "\n".join(filter(None, sections))
 
 
 COMMAND = Command(
@@ -193,7 +196,8 @@ COMMAND = Command(
 def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> int:
     """Train a hypernetwork and its plain twin and compare them; the exit status.
 
-    args: from `parse(arguments)`. Raises RunError, CheckpointError, Interrupted.
+    args: from `parse(arguments)`. Raises RunError (compare.Refused where a training has said why),
+    CheckpointError, Interrupted.
     """
     pair = args.model, MODELS[args.model].twin
     own = Parser(add_help=False, allow_abbrev=False)  # what is not for the single runs
@@ -208,7 +212,7 @@ def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> 
     plans = compare.plan(runs, options)
     if args.resume and not any(plan.started for plan in plans):
         raise RunError(f"--resume: no run in {args.out}")
-    finished, failures = compare.train_all(plans, lambda finished, failures: None)
+    finished, failures = compare.train_all(plans, lambda finished, failures: None, together=True)
     if not failures:
         models = [load_trained(run.folder) for run in finished]
         path = twins.write(finished, models, [PUBLISHED[name] for name in pair], args.out, line)
@@ -217,7 +221,8 @@ def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 if a model failed, 2 after an error (one line), 128 + signal if interrupted."""
+    """Exit status: 0, 1 if a model failed, 2 after an error (one line; then nothing more is trained), 128 +
+    signal if interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parse(arguments)
     if not (args.twin and MODELS[args.model].twin):
@@ -225,11 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = COMMAND.line(arguments)
     try:
         return run_twins(args, arguments, line)
+    except compare.Refused:
+        return 2
     except (RunError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        again = line if args.resume else f"{line} --resume"
+        saved = any((args.out / name / "last.pt").exists() for name in (args.model, MODELS[args.model].twin))
+        again = f"{line} --resume" if saved and not args.resume else line
         print(f"stopped; continue with: {again}", file=sys.stderr)
         return 128 + getattr(stop, "number", 2)
 

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
     from train.loop import Row, Trainer
 
+COSTS = (
+    "Parameters with z; ratio: for each generated weight. In the generators alone: flops of the matrix "
+    "products and bytes of the least that has to be moved, parameters, generated weights and their "
+    "gradients, by one generation and by a training step with Adam or AdamW. 1 MB is 2^20 bytes."
+)
 KERNELS, FILTERS = 3, 144  # drawn: of a network, and of each of them
 # told apart without colour: dash, marker and shade differ
 PARTS = {
@@ -68,7 +73,7 @@ def write(
         _result(figures),
         _files(figures),
         "## Curves\n\n![accuracy and loss](curves.png)\n\nTraining figures are those of the steps: "
-        "augmented images, dropout, weights still moving.\n",
+        "batches as trained on (augmented where the recipe says so), weights still moving.\n",
         _parameters(figures["parameters"], generator_costs(trainer.model)),
     ]
     layers = list(figures["parameters"]["layers"])
@@ -150,11 +155,7 @@ def _parameters(counts: dict[str, Any], costs: CostReport) -> str:
     rows += [["expansion (total / main network)", f"{counts['total'] / plain:.2f}"]]
     text = f"## Parameters\n\n{table(['parameters', 'number'], rows if layers else rows[2:4])}\n"
     if layers:
-        text += (
-            f"\n{costs.to_markdown()}\n\nParameters with z; ratio: for each generated weight. Flops of the "
-            "matrix products and bytes of the least that has to be moved, in the generators alone, of a "
-            "training step with AdamW; 1 MB is 2^20 bytes.\n"
-        )
+        text += f"\n{costs.to_markdown()}\n\n{COSTS}\n"
     return text
 
 

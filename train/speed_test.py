@@ -109,6 +109,8 @@ def run(args: argparse.Namespace, load_data: Callable[[], ImageData]) -> dict[st
     set_up_device(args)
     device = torch.device(args.device)
     name, model = load(args.model_path, args.fused)
+    if args.wanted_model not in (None, name):
+        raise CheckpointError(f"--model {args.wanted_model}: {args.model_path} is {name}")
     model = model.to(device, memory_format=torch.channels_last)
     data = load_data().to(device)
     x = _input(data, data.test[0][: args.batch_size])
@@ -128,6 +130,11 @@ def run(args: argparse.Namespace, load_data: Callable[[], ImageData]) -> dict[st
         ]
         print(f"{name} ({args.model_path}), batches of {len(x)}, {args.precision}, {_machine(device)}\n")
         print(table(["", "images/s", "test accuracy"], rows))
+        print("\nimages/s: of images that are on the device and normalised beforehand.")
+        if args.eval_batches is not None:
+            total = len(data.test[1])
+            seen = min(args.eval_batches * args.batch_size, total)
+            print(f"Test accuracy on the first {seen} of {total} images only.")
         if isinstance(model, hyperfast.nn.HyperModule):
             once = Timer(lambda: list(model.generate().values())[-1], device, args.cuda_graph)
             made = statistics.median(interleaved({"": once}, PASS)[""]) / PASS

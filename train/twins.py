@@ -1,5 +1,5 @@
 """report.md of a hypernetwork and its plain twin, trained with one recipe: accuracy by epoch, filters,
-embeddings, parameters, time, and the published figures beside."""
+embeddings, parameters, time, the recipe with any option that differs, and the published figures beside."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hyperfast.analysis import filter_sheet, generator_costs, layer_weight, tabl
 from hyperfast.analysis.pictures import style
 from hyperfast.nn import SharedCoreGenerator, named_generators, parameter_counts
 from train.checkpoint import write_atomically
-from train.comparison import look
-from train.report import percent, save_figure
+from train.comparison import look, recipe_section
+from train.report import COSTS, percent, save_figure
 from train.summary import MB, Run
 
 if TYPE_CHECKING:
     from train.mnist import Published
 
-PARTS = {"validation": "--", "test": "-"}
+VALIDATION = {"linestyle": "--", "marker": "x"}, {"linestyle": ":", "marker": "+"}  # of the two runs
 FILTERS = 256  # drawn of each convolution
 
 
@@ -45,7 +45,7 @@ def write(
         _accuracy(runs, published, out),
         _parameters(runs),
         counting_section(hyper),
-        f"## Generators\n\n{generator_costs(hyper).to_markdown()}\n",
+        f"## Generators\n\n{generator_costs(hyper).to_markdown()}\n\n{COSTS}\n",
         _filters(runs, models, out),
     ]
     save_figure(z_bars(hyper), out / "z_bars.png")
@@ -53,6 +53,7 @@ def write(
         embeddings_section(hyper, out),
         f"{z_report(hyper).to_markdown()}\n\n![entries of z](z_bars.png)\n",
         _time(runs),
+        recipe_section({run.model: run for run in runs}),
         f"## Command\n\n```\n{command}\n```\n",
     ]
     path = out / "report.md"
@@ -102,8 +103,10 @@ def _parameters(runs: Sequence[Run]) -> str:
         mb = [f"{sizes[key] / MB:.2f}" for key in ("best", "plain")]
         rows.append([run.model, *(f"{n:,}" for n in counts), f"{p['total'] / plain:.2f}", *mb])
     header = ["model", "z", "generator", "other", "**total**", "generated weights", "total / main network"]
-    header += ["best.pt, MB", "frozen.safetensors, MB"]
-    note = "Other: biases and ordinary weights. frozen.safetensors: the plain network, for deployment."
+    header += ["best.pt, MB", "plain network, MB"]
+    note = (
+        "Other: biases and ordinary weights. Plain network: for deployment, frozen.safetensors of each run."
+    )
     return f"## Parameters\n\n{table(header, rows)}\n\n{note}\n"
 
 
@@ -140,9 +143,9 @@ def _filters(runs: Sequence[Run], models: Sequence[nn.Module], out: Path) -> str
         made = "generated" if name in generated else "learned"
         sheets = {f"{name}, {runs[1].model}": layer_weight(models[1], name)}
         sheets[f"{name}, {runs[0].model} ({made})"] = layer_weight(models[0], name)
-        save_figure(filter_sheet(sheets, FILTERS), out / f"filters_{name}.png")
+        save_figure(filter_sheet(sheets, FILTERS, common_scale=True), out / f"filters_{name}.png")
     pictures = "\n\n".join(f"![filters of {name}](filters_{name}.png)" for name in convs)
-    return f"## Filters, plain and generated\n\n{pictures}\n"
+    return f"## Filters, plain and generated\n\nOn one scale for each layer.\n\n{pictures}\n"
 
 
 def export_z(model: nn.Module, out: Path) -> dict[str, Tensor]:
@@ -194,14 +197,11 @@ def curves(runs: Sequence[Run], published: Sequence[Published]) -> Figure:
         figure = figure_class(figsize=(7.2, 3.3), layout="constrained")
         axes = figure.subplots(1, 2)
         for i, run in enumerate(runs):
-            for part, dash in PARTS.items():
+            for part, options in _looks(i).items():
                 epochs = [row["epoch"] for row in run.history]
                 accuracies = [row[f"{part}_accuracy"] for row in run.history]
-                options = look(i) | {"linestyle": dash, "linewidth": 1.3}
-                if part == "validation":
-                    options["marker"] = None
-                axes[0].plot(epochs, accuracies, **options)
-                axes[1].plot(epochs, [100 - a for a in accuracies], **options)
+                axes[0].plot(epochs, accuracies, linewidth=1.3, **options)
+                axes[1].plot(epochs, [100 - a for a in accuracies], linewidth=1.3, **options)
         for i, theirs in enumerate(published):
             hollow = look(i) | {"linestyle": "none", "markerfacecolor": "white", "markersize": 7, "zorder": 3}
             if theirs.best_epoch:
@@ -217,6 +217,12 @@ def curves(runs: Sequence[Run], published: Sequence[Published]) -> Figure:
     return figure
 
 
+def _looks(i: int) -> dict[str, dict[str, Any]]:
+    """Of the curves of run `i`: markers, dashes and shades differ, so that one epoch is seen too."""
+    own = look(i)
+    return {"validation": own | VALIDATION[i], "test": own | {"linestyle": "-"}}
+
+
 def _logarithmic(axis: Any) -> None:
     """A logarithmic axis with plain numbers, several in a decade."""
     axis.set_yscale("log", nonpositive="clip")
@@ -229,14 +235,13 @@ def _logarithmic(axis: Any) -> None:
 
 def _legend(runs: Sequence[Run], published: Sequence[Published]) -> tuple[list[Line2D], list[str]]:
     entries = [
-        (Line2D([], [], **look(i) | {"linestyle": "-"}), f"{run.model}, test") for i, run in enumerate(runs)
-    ]
-    entries += [
-        (Line2D([], [], color=look(i)["color"], linestyle="--"), f"{run.model}, validation")
+        (Line2D([], [], **_looks(i)[part]), f"{run.model}, {part}")
+        for part in ("test", "validation")
         for i, run in enumerate(runs)
     ]
     if any(theirs.best_epoch for theirs in published):
         hollow = {"marker": "o", "color": "0.3", "markerfacecolor": "white", "linestyle": "none"}
-        entries.append((Line2D([], [], **hollow), "hollow: published"))
+        first = " (epoch 1: validation)" if any(theirs.first_error for theirs in published) else ""
+        entries.append((Line2D([], [], **hollow), f"hollow: published{first}"))
     handles, names = zip(*entries, strict=True)
     return list(handles), list(names)

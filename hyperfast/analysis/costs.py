@@ -4,7 +4,8 @@ Work is that of the least that has to be done. A generation reads every paramete
 generated weight once; flops are two for each multiplication and addition of its products, in the order in
 which they are written (`two_layer` multiplies its two matrices first where that is cheaper), without
 elementwise work. The backward of a product makes the gradients of both factors, four; with a factored
-gradient only that of z, two. A training step of AdamW moves for each element of
+gradient only that of z, two. A training step of Adam or AdamW writes every generated weight and reads its
+gradient dw, 2 N elements, and moves for each element of
 
 - a linear generator's weight in factored mode 7 elements: it is read for dz, then read and written with both
   moments in the pass that makes the next weights (28 bytes in float32); 8 where the next weights cannot be
@@ -28,6 +29,7 @@ from hyperfast.nn import Generator, named_weights
 from hyperfast.nn.generator import generators
 
 FACTORED, GENERATES, DENSE = 7, 8, 13  # elements moved for each one in a training step
+WRITTEN_AND_READ = 2  # a generated weight and its gradient
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Cost:
 
     kind: the generator's class. embeddings, z_dim: number and size of its z. generated: weights made.
     embedding: entries of z. parameters: those that serve this layer alone, z included. Flops and bytes of one
-    generation (`forward_`) and of a training step with AdamW (`step_`); None where the kind of generator does
-    not give its products. next_weights: the optimizer makes them, so the forward of a training step copies N
-    numbers and reads no generator.
+    generation (`forward_`) and of a training step with Adam or AdamW (`step_`); None where the kind of
+    generator does not give its products. next_weights: the optimizer makes them, so the forward of a training
+    step copies N numbers and reads no generator.
     """
 
     name: str
@@ -157,7 +159,8 @@ def _layer(name: str, generator: Generator, index: int, own: list[nn.Parameter])
         forward_flops=sum(flops for flops, _ in products) if products else None,
         forward_bytes=sum(p.nbytes for p in own) + (z.numel() + n) * z.element_size(),
         step_flops=sum(flops * (2 if key in factored else 3) for flops, key in products) or None,
-        step_bytes=sum(p.nbytes * elements[id(p)] for p in own) + DENSE * z.numel() * z.element_size(),
+        step_bytes=sum(p.nbytes * elements[id(p)] for p in own)
+        + (DENSE * z.numel() + WRITTEN_AND_READ * n) * z.element_size(),
         next_weights=bool(factors) and all(f.z_is_parameter for f in factors),
     )
 

@@ -57,14 +57,16 @@ def layer_weight(model: nn.Module, layer: str) -> Tensor:
     raise ValueError(f"model has no weight of {layer!r}; it has {', '.join(weights)}")
 
 
-def filter_sheet(weights: Tensor | Mapping[str, Tensor], limit: int = 256) -> Figure:
+def filter_sheet(
+    weights: Tensor | Mapping[str, Tensor], limit: int = 256, common_scale: bool = False
+) -> Figure:
     """The filters of convolutions, weights [O, I, R, S] by title, as sheets side by side.
 
     The filters of one output channel are a row, in the order of the input channels; where these are few,
     several outputs stand beside each other. Of more than `limit` filters the first outputs and inputs are
-    drawn, which the title says. Each sheet has a scale of its own, symmetric around 0: dark is negative,
-    light positive, in colour and in grey. `layer_weight` gets the weight of a model's layer. Raises
-    ValueError for other shapes and a limit below 1.
+    drawn, which the title says. Each sheet has a scale of its own, or all have a common one, symmetric around
+    0: dark is negative, light positive, in colour and in grey. `layer_weight` gets the weight of a model's
+    layer. Raises ValueError for other shapes and a limit below 1.
     """
     sheets = {"": weights} if isinstance(weights, Tensor) else dict(weights)
     for title, weight in sheets.items():
@@ -78,16 +80,25 @@ def filter_sheet(weights: Tensor | Mapping[str, Tensor], limit: int = 256) -> Fi
         size = (3.5 * len(sheets), 2.75 * min(max(tallest, 0.3), 2.5) + 0.5)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, len(sheets), squeeze=False)[0]
+        largest = max(_extreme(grid) for grid, _ in drawn.values()) if common_scale else None
         for axis, (title, (grid, caption)) in zip(axes, drawn.items(), strict=True):
             axis.set_axis_off()
             axis.set_title("\n".join(filter(None, (title, caption))), fontsize=8)
-            figure.colorbar(signed_image(axis, grid), ax=axis, shrink=0.8, aspect=25)
+            image = signed_image(axis, grid, largest)
+            if not common_scale or axis is axes[-1]:
+                beside = list(axes) if common_scale else axis
+                figure.colorbar(image, ax=beside, shrink=0.8, aspect=25, label="weight")
     return figure
 
 
-def signed_image(axis, values: Tensor) -> AxesImage:
-    """Draws a matrix with a colour scale around 0; NaN stays white. `axis`: matplotlib's Axes."""
-    extreme = values.nan_to_num().abs().max().item() or 1.0
+def _extreme(values: Tensor) -> float:
+    return values.nan_to_num().abs().max().item()
+
+
+def signed_image(axis, values: Tensor, extreme: float | None = None) -> AxesImage:
+    """Draws a matrix with a colour scale from -extreme to extreme, the largest of `values` by default; NaN
+    stays white. `axis`: matplotlib's Axes."""
+    extreme = (_extreme(values) if extreme is None else extreme) or 1.0
     return axis.imshow(values.numpy(), cmap=SIGNED, vmin=-extreme, vmax=extreme, interpolation="nearest")
 
 
@@ -113,7 +124,8 @@ def _of(some: int, all: int, what: str) -> str:
 
 
 def z_bars(model: nn.Module | ZReport, limit: int = 24) -> Figure:
-    """The embedding z of every generated layer as bars, a panel for each of the first `limit` layers.
+    """The embedding z of every generated layer as bars, a panel for each of the first `limit` layers, all
+    with one scale.
 
     Where a layer has E > 1 embeddings the bars are their mean and a line goes from the smallest to the
     largest entry. Raises ValueError for a model without generated layers and a limit below 1.
@@ -127,7 +139,7 @@ def z_bars(model: nn.Module | ZReport, limit: int = 24) -> Figure:
     with style() as Figure:
         size = (max(1.9 * columns + 0.4, 3.6), 1.65 * rows + 0.6)
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for axis in axes.flat[len(shown) :]:
             axis.set_visible(False)
         for axis, layer in zip(axes.flat, shown, strict=False):

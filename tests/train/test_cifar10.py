@@ -45,6 +45,8 @@ def small_data(monkeypatch):
     data = ImageSet(*images(60, 0), *images(20, 1), [])
     monkeypatch.setattr(cifar10, "load_images", lambda name, root: data)
     monkeypatch.setattr(cifar10, "VALIDATION", 20)
+    for module in (report, comparison):  # drawing takes most of the time
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: path.touch())
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def test_the_real_hypernetwork_learns_its_images(small_data):
     model, _, step = cifar10.build(cifar10.parse(["--model", "hyper_wrn_40_1"]))
     x, y = data.normalize(data.train[0][:10]), data.train[1][:10]
     losses = []
-    for _ in range(8):
+    for _ in range(4):
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         step()
@@ -164,8 +166,6 @@ def test_comparison_of_twins(small, tmp_path, monkeypatch):
         return plan.training.main([*plan.arguments, *plan.resume]), None
 
     monkeypatch.setattr(compare, "train", train)
-    for module in (report, comparison):  # drawing takes most of the time
-        monkeypatch.setattr(module, "save_figure", lambda figure, path: path.touch())
     options = ["--command", "cifar10", "--models", "hyper_wrn_40_1,wrn_40_1", "--epochs", "1"]
     assert compare.main([*options, "--batch-size", "8", "--out", str(tmp_path / "c")]) == 0
     text = (tmp_path / "c" / "compare.md").read_text()
@@ -219,14 +219,26 @@ def test_speed_of_a_hypernetwork(small_data, short, tmp_path, capsys, kind):
     for way in ("kernels generated in every batch", "kernels generated once", "frozen"):
         assert re.search(rf"^\| {way} \| \d+ \| {re.escape(wanted)} \|$", out, re.MULTILINE), out
     assert re.search(r"Generating all kernels: \d+\.\d+ ms", out)
+    assert "on the device and normalised beforehand" in out and "images only" not in out
 
 
 def test_speed_of_a_plain_network(small_data, short, tmp_path, capsys):
     torch.save(build_wrn("wrn_40_1").state_dict(), tmp_path / "x.pt")
-    assert cifar10.main(["--speed-test", "--model-path", str(tmp_path / "x.pt"), "--eval-batches", "1"]) == 0
+    options = [
+        "--speed-test",
+        "--model-path",
+        str(tmp_path / "x.pt"),
+        "--eval-batches",
+        "1",
+        "--batch-size",
+        "12",
+    ]
+    assert cifar10.main([*options, "--model", "wrn_40_1"]) == 0
     out = capsys.readouterr().out
-    assert "wrn_40_1 (" in out and "batches of 20" in out and "| plain network |" in out
-    assert "Generating" not in out
+    assert "wrn_40_1 (" in out and "batches of 12" in out and "| plain network |" in out
+    assert "Generating" not in out and "Test accuracy on the first 12 of 20 images only." in out
+    assert cifar10.main([*options, "--model", "wrn_40_2"]) == 2
+    assert f"--model wrn_40_2: {tmp_path / 'x.pt'} is wrn_40_1" in one_line(capsys)
 
 
 def test_frozen_is_what_the_hypernetwork_computes():

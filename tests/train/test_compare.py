@@ -116,7 +116,7 @@ def test_compares_what_it_trained(trained, tmp_path, capsys):
     seconds = sum(r["seconds"] for r in history)
     assert cells(text, "Time", "full")[0] == f"{seconds / 2:.1f}"
     assert cells(text, "Time", "full")[3] == f"{2 * 40 / seconds:.0f}"  # 5 steps of 8 of the 40 images
-    assert "batch size 8" in section(text, "Recipes") and plain["epoch"] in (1, 2)
+    assert "batch size 8" in section(text, "Recipe") and plain["epoch"] in (1, 2)
     assert f"python -m train.compare --models {MODELS}" in section(text, "Command")
     assert str(tmp_path / "c" / "compare.md") in capsys.readouterr().out
 
@@ -190,8 +190,8 @@ def test_runs_alone_and_beside_new_ones(trained, tmp_path):
     text = (tmp_path / "c" / "compare.md").read_text()
     for label in ("[a](../a/report.md)", "[b](../b/report.md)", "[standard_deep](../plain/report.md)"):
         assert cells(text, "Accuracy", label)
-    assert cells(text, "Recipes", "seed") == ["42", "7", "42"]
-    assert "batch size 8" in section(text, "Recipes")
+    assert cells(text, "Recipe", "seed") == ["42", "7", "42"]
+    assert "batch size 8" in section(text, "Recipe")
     assert run(tmp_path / "d", "--runs", folders[2], models="full") == 0
     text = (tmp_path / "d" / "compare.md").read_text()
     assert cells(text, "Accuracy", "[full](full/report.md)")
@@ -356,6 +356,12 @@ def test_a_signal_reaches_the_training_once(number, tmp_path, monkeypatch, capfd
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_training_knows_that_it_is_not_alone(tmp_path, monkeypatch):
+    child = [sys.executable, "-c", f"import os, sys; sys.exit({command.PARENT!r} not in os.environ)"]
+    monkeypatch.setattr(compare, "program", lambda training: child)
+    assert compare.train(plan(tmp_path)) == (0, None) and command.PARENT not in os.environ
+
+
 def test_the_exit_status_comes_back(tmp_path, monkeypatch):
     for code, status in (("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9), ("pass", 0)):
         child = [sys.executable, "-c", f"import os, sys; {code}"]
@@ -491,4 +497,4 @@ def test_many_runs_of_one_model(named, tmp_path):
     (tmp_path / "m").mkdir()
     text = comparison.write(runs, tmp_path / "m", "command").read_text()
     assert cells(text, "Parameters", "r8") == cells(text, "Parameters", "r0")
-    assert "## Recipes\n\nThe same in all:" in text
+    assert "## Recipe\n\nThe same in all:" in text

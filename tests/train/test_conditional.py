@@ -5,7 +5,7 @@ from torch.func import functional_call
 
 import hyperfast
 from tests.train import tiny
-from train import conditional
+from train import conditional, report
 from train.loop import ImageData, RunError
 from train.models.conditional import FEATURES, GENERATED, MODELS, ConditionalNet, SmallNet, build_conditional
 from train.summary import load_run
@@ -112,6 +112,7 @@ def small_data(monkeypatch):
 
     data = ImageData(part(64), part(16), part(24), tiny.augment, lambda x: x.float() / 255)
     monkeypatch.setattr(conditional.cifar10, "load_data", lambda args: (data, 7))
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: path.touch())  # drawing takes long
     return data
 
 
@@ -140,7 +141,8 @@ def test_the_report_says_what_the_conditioning_does(small_data, tmp_path):
     assert "with the mean z for all images" in text and "plain network" not in text
     z = trainer.model.embeddings(trainer.data.normalize(trainer.data.test[0]))["conv3"].double()
     shifts = z - z.mean(0)
-    (line,) = [line for line in text.splitlines() if line.startswith("| conv3 |")]
+    line = next(line for line in text.split("## Conditioning")[1].splitlines() if "conv3 |" in line)
+    assert line.split("|")[1].strip() == "network.conv3" and "| network.conv3 | LinearGenerator |" in text
     assert line.split("|")[2:4] == [
         f" {z.mean(0).norm():.3f} ",
         f" {shifts.square().sum(1).mean().sqrt():.3f} ",
@@ -153,7 +155,15 @@ def test_variation_of_known_embeddings():
     z = torch.tensor([[1.0, 0], [1, 0], [5, 0], [5, 0]])
     assert conditional._variation(z, labels) == ["3.000", "2.000", "100.0 %"]
     assert conditional._variation(z[[0, 2, 0, 2]], labels) == ["3.000", "2.000", "0.0 %"]
-    assert conditional._variation(z[:2], labels[:2]) == ["1.000", "0.000", "0.0 %"]
+    assert conditional._variation(z[:2], labels[:2]) == ["1.000", "0.000", ""]
+    assert "| K = 2 | airplane | automobile |" in conditional._classes(z, labels)
+
+
+def test_rounding_is_no_conditioning():
+    labels = torch.arange(8) % 4
+    z = torch.randn(3) + 1e-5 * torch.randn(8, 3)
+    assert conditional._variation(z.double(), labels)[2] == ""
+    assert "no cosines between classes" in conditional._classes(z, labels)
 
 
 @pytest.mark.slow

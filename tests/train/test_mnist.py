@@ -8,8 +8,9 @@ import torch
 
 import hyperfast
 from tests.train.test_compare import section
-from train import checkpoint, compare, mnist, report, twins
+from train import checkpoint, command, compare, mnist, report, twins
 from train.data import DataError, ImageSet
+from train.loop import Interrupted
 from train.models.mnist import MODELS, ConvNet, build_mnist
 from train.summary import load_run
 
@@ -144,22 +145,48 @@ def test_unknown_names():
 # ---- options ----
 
 
-def test_defaults_are_the_report():
+def test_recipe_of_the_report():
+    """The same for every model."""
     wanted = {"optimizer": "adam", "schedule": "decay", "epochs": 10, "batch_size": 1000, "lr_decay": 0.999,
               "min_lr": 1e-4, "weight_decay": 0.0, "clip": 100.0, "patience": 0, "augment": "none",
-              "seed": 42, "save_frozen": True, "twin": True}  # fmt: skip
+              "lr": 5e-3, "seed": 42, "save_frozen": True, "twin": True}  # fmt: skip
     for name in MODELS:
-        args = mnist.parse(["--model", name])
-        own = {"lr": mnist.SHARED.lr, "lr_decay": mnist.SHARED.lr_decay} if name == "shared" else {"lr": 5e-3}
-        assert {key: getattr(args, key) for key in wanted | own} == wanted | own
+        args = mnist.parse(["--model", name, "--recipe", "report"])
+        assert {key: getattr(args, key) for key in wanted} == wanted
         assert str(args.out) == f"runs/mnist_{name}"
     assert mnist.VALIDATION == 10_000
+
+
+def test_the_default_is_the_tuned_recipe():
+    args = mnist.parse([])
+    assert (args.model, args.recipe, args.lr, args.lr_decay, args.min_lr) == (
+        "shared",
+        "tuned",
+        2e-3,
+        0.995,
+        1e-4,
+    )
+    assert (args.epochs, args.batch_size, args.optimizer, args.augment) == (10, 1000, "adam", "none")
+    single = mnist.parse(["--model", "single"])
+    assert (single.schedule, single.epochs, single.augment) == ("one_cycle", 20, "shift")
+
+
+@pytest.mark.parametrize("kind", mnist.RECIPES)
+def test_twins_have_one_recipe(kind):
+    recipes = mnist.RECIPES[kind]
+    assert set(recipes) == set(MODELS)
+    for name, model in MODELS.items():
+        if model.twin:
+            assert recipes[name] == recipes[model.twin]
+
+
+def test_each_model_has_its_start():
     inits = {name: mnist.parse(["--model", name]).init for name in MODELS}
     assert inits["shared"] == "keep" and inits["single"] == "hyperfan"
 
 
 def test_schedules():
-    args = mnist.parse(["--model", "shared_plain"])
+    args = mnist.parse(["--model", "shared_plain", "--recipe", "report"])
     rate = mnist.SCHEDULES[args.schedule](args, 50)
     assert [rate(0, step) for step in (0, 1, 10_000)] == pytest.approx([5e-3, 4.995e-3, 1e-4])
     args = mnist.parse(["--model", "single", "--recipe", "tuned", "--epochs", "2", "--warm-up", "0.5"])
@@ -170,7 +197,7 @@ def test_schedules():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--recipe", "tuned"], "--recipe tuned is for single, single_plain, not for shared"),
+        (["--recipe", "fast"], "argument --recipe: invalid choice: 'fast'"),
         (["--model", "single", "--init", "keep"], "--init keep: the generator of single"),
         (["--min-lr", "1"], "--min-lr 1.0 is larger than --lr"),
     ],
@@ -202,7 +229,9 @@ def test_data_errors_are_one_line(monkeypatch, tmp_path, capsys):
 # ---- runs ----
 
 
-@pytest.mark.parametrize("options", [["--fused"], ["--no-fused", "--precision", "bf16"]])
+@pytest.mark.parametrize(
+    "options", [["--fused"], pytest.param(["--no-fused", "--precision", "bf16"], marks=pytest.mark.slow)]
+)
 def test_trains_and_compares_twins(trained, tmp_path, options):
     out = tmp_path / "pair"
     assert run(out, *options) == 0 and tuple(trained) == PAIR
@@ -221,6 +250,8 @@ def test_trains_and_compares_twins(trained, tmp_path, options):
     assert "| shared | 12 | 2,015 | 379 | 2,406 | 500 |" in section(text, "Parameters")
     assert "**27**" in section(text, "Two ways to count")
     assert "--resume" not in section(text, "Command")
+    recipe = section(text, "Recipe")
+    assert "lr 0.002" in recipe and "lr decay 0.995" in recipe and "| option |" not in recipe  # none differs
 
 
 def test_single_and_its_twin(trained, tmp_path):
@@ -265,6 +296,42 @@ def test_stopped_and_resumed_twins(trained, tmp_path, capsys, monkeypatch):
     assert tuple(trained) == PAIR and (out / "report.md").exists()
     assert run(out, "--resume") == 0 and tuple(trained) == PAIR
     assert run(tmp_path / "none", "--resume") == 2 and "no run in" in one_line(capsys)
+
+
+def test_stopped_before_anything_is_saved(small, tmp_path, capsys, monkeypatch):
+    """There is nothing to resume, and the command given does start."""
+    monkeypatch.setattr(compare, "train", lambda p: (130, 2))
+    assert run(tmp_path / "pair") == 130
+    assert "continue with: python -m train.mnist" in (error := one_line(capsys)) and "--resume" not in error
+
+
+@pytest.mark.parametrize("parent", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_one_command_says_how_to_go_on(small, tmp_path, capsys, monkeypatch, parent, saved):
+    def interrupted(trainer):
+        if saved:
+            (trainer.out / "last.pt").touch()
+        raise Interrupted(2)
+
+    monkeypatch.setattr(command.Trainer, "fit", interrupted)
+    if parent:
+        monkeypatch.setenv(command.PARENT, "1")
+    assert run(tmp_path / "run", "--no-twin") == 130
+    error = capsys.readouterr().err
+    assert "stopped by SIGINT" in error and ("holds the last epoch's end" in error) == saved
+    assert ("Continue with" in error) == (not parent)
+    assert error.rstrip().endswith("--resume") == (saved and not parent)
+
+
+def test_refused_input_ends_the_pair_with_one_message(trained, tmp_path, capsys, monkeypatch):
+    def absent(name, root):
+        raise DataError(f"{root}: no such folder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mnist, "load_images", absent)
+        assert run(tmp_path / "pair", "--data", "nowhere") == 2
+    assert one_line(capsys) == "error: nowhere: no such folder\n" and trained == ["shared"]
+    assert run(tmp_path / "pair") == 0 and trained == ["shared", *PAIR]
 
 
 def test_a_failed_model_is_an_exit_status(trained, tmp_path, capsys, monkeypatch):
@@ -317,4 +384,7 @@ def test_curves(trained, tmp_path, epochs):
         ]
         assert np.allclose(drawn, wanted)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names[-1] == "hollow: published" and len(names) == 5
+    assert names[-1] == "hollow: published (epoch 1: validation)" and len(names) == 5
+    looks = [(line.get_marker(), line.get_linestyle()) for line in left.lines[:4]]
+    assert "None" not in dict(looks) and len({marker for marker, _ in looks}) == 4
+    assert looks[0][1] != looks[2][1]

@@ -58,9 +58,9 @@ def test_published_checkpoints_give_their_outputs(width, fused, assert_accurate)
     ours.load_state_dict(state)
     x = torch.randn(2, 3, 32, 32)
     theirs.eval(), ours.eval()
-    wanted = theirs.double()(x.double())
-    got = ours(x.contiguous(memory_format=torch.channels_last))
-    assert float((got - wanted).norm() / wanted.norm()) < 1e-5  # of 40 layers
+    wanted = theirs.double()(x.double()).detach()
+    got = ours(x.contiguous(memory_format=torch.channels_last)).detach()
+    assert ((got - wanted).norm() / wanted.norm()).item() < 1e-5  # of 40 layers
     for got, (i, (inputs, outputs)) in zip(
         ours.generate().values(),
         ((2 * i + j, (pair[j], pair[1])) for i, pair in enumerate(theirs.blocks) for j in range(2)),
@@ -83,6 +83,17 @@ def test_old_checkpoints(tmp_path):
     again = dict(loaded)
     rename_published_(again)  # names of our own stay
     assert list(again) == list(loaded)
+
+
+def test_checkpoints_of_data_parallel(tmp_path):
+    """Every name has `module.` before it."""
+    state, _ = published()
+    torch.save({"net": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "x")
+    loaded = checkpoint.load_weights(tmp_path / "x")
+    rename_published_(loaded)
+    rename_published_(state)
+    assert list(loaded) == list(state) and all(torch.equal(v, state[k]) for k, v in loaded.items())
+    checkpoint.load_model(build_wrn("hyper_wrn_40_1"), loaded, "x")
 
 
 def test_gradients_are_those_of_the_loop():

@@ -137,11 +137,13 @@ def rename_published_(state: dict[str, Tensor]) -> None:
     anything else stays as it is.
 
     hope.{w1,b1,w2,b2}: the generator; zs.{i}.z_list.{j}: the embeddings of kernel i, rows of blocks in order;
-    all other names are those of `WideResNet`. Checkpoints of the time have no num_batches_tracked.
+    all other names are those of `WideResNet`, all with "module." before them if saved from DataParallel.
+    Checkpoints of the time have no num_batches_tracked.
     """
-    if "hope.w1" not in state:
+    wrapped = "module." if "module.hope.w1" in state else ""  # by DataParallel
+    if f"{wrapped}hope.w1" not in state:
         return
-    theirs = dict(state)
+    theirs = {name.removeprefix(wrapped): tensor for name, tensor in state.items()}
     state.clear()
     embeddings = [name for name in theirs if name.startswith("zs.")]
     in_order = sorted(embeddings, key=lambda name: [int(part) for part in name.split(".")[1::2]])
