@@ -124,9 +124,8 @@ def run(out, *options):
 OTHERS = [["--no-fused"], ["--model", "static"], ["--model", "plain"]]
 
 
-@pytest.mark.parametrize(
-    "options", [["--fused"], *(pytest.param(own, marks=pytest.mark.slow) for own in OTHERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--fused"], *OTHERS])
 def test_the_loss_falls(small_data, tmp_path, options):
     trainer = run(tmp_path / "run", "--epochs", "4", *options)
     losses = [row["train_loss"] for row in trainer.history]
