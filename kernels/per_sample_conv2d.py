@@ -24,8 +24,8 @@ Products are on tensor cores: half precision, float64, and TF32 where
 torch.backends.cuda.matmul.fp32_precision says so; float32 otherwise goes through ordinary registers. Few
 blocks of an expanded product are cut into parts, added up in their order: no result depends on timing.
 `expands`, CHUNK_BYTES, tiles and parts follow from the above and from what compiles without spills (at K =
-16 in float32 and bfloat16; elsewhere and in TF32 some keep up to 32 bytes of a thread on its stack); they await
-measurement on a GPU.
+16 in float32 and bfloat16; elsewhere and in TF32 some keep up to 32 bytes of a thread on its stack); they
+await measurement on a GPU.
 """
 
 from __future__ import annotations
