@@ -147,9 +147,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     """The three parts of CIFAR-10, and a check sum of the labels."""
     data = load_images("cifar10", args.data)
-    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     augment = Augment(MEAN, STD, **CROP_FLIP)
-    return image_data(train, test, VALIDATION, args.seed, augment, partial(normalize, mean=MEAN, std=STD))
+    return image_data(data, VALIDATION, args.seed, augment, partial(normalize, mean=MEAN, std=STD))
 
 
 def parameter_groups(model: nn.Module, decay: str) -> list[dict[str, Any]] | None:

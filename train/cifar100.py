@@ -148,9 +148,8 @@ def _name_layers(args: argparse.Namespace) -> None:
 def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     """The three parts of CIFAR-100, and a check sum of the labels."""
     data = load_images("cifar100", args.data)
-    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     augment = Augment(MEAN, STD, **AUGMENTS[args.augment])
-    return image_data(train, test, VALIDATION, args.seed, augment, partial(normalize, mean=MEAN, std=STD))
+    return image_data(data, VALIDATION, args.seed, augment, partial(normalize, mean=MEAN, std=STD))
 
 
 def build(args: argparse.Namespace, epoch: int) -> Built:

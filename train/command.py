@@ -25,7 +25,7 @@ from hyperfast.nn.init import DEFAULT, INITIALISATIONS
 from train import report, summary
 from train.allocator import keep_freed_memory
 from train.checkpoint import CheckpointError, write_atomically
-from train.data import DataError, split
+from train.data import DataError, ImageSet, split
 from train.loop import Config, ImageData, Interrupted, RunError, Stages, Trainer, open_run
 
 BETAS = (0.9, 0.999)
@@ -233,19 +233,18 @@ def set_up_device(args: argparse.Namespace) -> None:
 
 
 def image_data(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    data: ImageSet,
     validation: int,
     seed: int,
     augment: Callable[[Tensor, torch.Generator], Tensor],
     normalize: Callable[[Tensor], Tensor],
 ) -> tuple[ImageData, int]:
-    """The three parts, `validation` images of `train` (images, labels) apart, and a check sum of the labels:
-    it tells other data or another order."""
-    images, labels = train
+    """The three parts, `validation` of the training images apart, and a check sum of the labels: it tells
+    other data or another order."""
+    images, labels = data.train_images, data.train_labels
     parts = [(images[index], labels[index]) for index in split(len(labels), validation, seed)]
-    checksum = zlib.crc32(torch.cat((labels, test[1])).to(torch.uint8).numpy())
-    return ImageData(*parts, test, augment, normalize), checksum
+    checksum = zlib.crc32(torch.cat((labels, data.test_labels)).to(torch.uint8).numpy())
+    return ImageData(*parts, (data.test_images, data.test_labels), augment, normalize), checksum
 
 
 def make_optimizer(

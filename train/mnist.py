@@ -134,11 +134,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     """The three parts of MNIST, and a check sum of the labels."""
     data = load_images("mnist", args.data)
-    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     plain = partial(normalize, mean=MEAN, std=STD)
     options = AUGMENTS[args.augment]
     augment = Augment(MEAN, STD, **options) if options else lambda images, chance: plain(images)
-    return image_data(train, test, VALIDATION, args.seed, augment, plain)
+    return image_data(data, VALIDATION, args.seed, augment, plain)
 
 
 def build(args: argparse.Namespace) -> Built:

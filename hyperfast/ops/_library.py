@@ -103,6 +103,11 @@ def dtype_name(tensor: Tensor) -> str:
     return _DTYPES[tensor.dtype]
 
 
+def address(tensor: Tensor | None) -> int:
+    """Where `tensor` lies, as the native modules take it; 0 for None and for an empty one."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def generator_engine(weights: Sequence[Tensor], cuda: str = "") -> str:
     """`engine` for the kernels over generators [N, K]: those take K from 1 to 512."""
     fits = all(1 <= weight.shape[1] <= MAX_K for weight in weights)

@@ -13,6 +13,7 @@ from hyperfast.ops._library import (
     _DTYPES,
     MAX_ROWS,
     _cpu,
+    address,
     check_backend,
     check_dense,
     check_memory,
@@ -58,11 +59,6 @@ def _sizes(x: Tensor, pool: int) -> tuple[int, ...]:
     return B, H, W, C, pool
 
 
-def _address(tensor: Tensor | None) -> int:
-    """0 for what is not wanted: None or empty."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @torch.library.impl(library, "batch_norm_relu_max_pool", "CPU")
 @torch.library.impl(library, "batch_norm_relu_max_pool", "CUDA")
 def _forward(
@@ -93,8 +89,8 @@ def _forward_cpu(
     weight, bias = _contiguous(weight, bias, dtype=_compute_dtype(x))
     if mean is not None:
         statistics.copy_(torch.stack((mean, var)))
-    addresses = [_address(t) for t in (x, weight, bias, residual, statistics)]
-    outputs = y.data_ptr(), _address(index), [_address(t) for t in updated], momentum
+    addresses = [address(t) for t in (x, weight, bias, residual, statistics)]
+    outputs = y.data_ptr(), address(index), [address(t) for t in updated], momentum
     stored = dtype_name(x if updated[0] is None else updated[0])
     _cpu.batch_norm(
         _sizes(x, pool), *addresses, mean is not None, eps, *outputs, stored, dtype_name(x),
@@ -127,8 +123,8 @@ def _backward(dy, x, index, weight, statistics, given, eps, pool, with_dx, with_
         kernels.run_backward(*inputs, dx if with_dx else None, dweight, dbias)
         return dx, dweight, dbias, dresidual
     (weight,) = _contiguous(weight, dtype=_compute_dtype(x))
-    inputs = [_address(t) for t in (x, dy, index, weight, statistics)]
-    outputs = [_address(t) for t in (dx, dresidual, dweight, dbias)]
+    inputs = [address(t) for t in (x, dy, index, weight, statistics)]
+    outputs = [address(t) for t in (dx, dresidual, dweight, dbias)]
     threads = torch.get_num_threads()
     _cpu.batch_norm_backward(_sizes(x, pool), *inputs, given, eps, *outputs, dtype_name(x), threads)
     return dx, dweight, dbias, dresidual

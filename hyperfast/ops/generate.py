@@ -12,6 +12,7 @@ from hyperfast import reference
 from hyperfast.ops._library import (
     _cpu,
     _cuda,
+    address,
     autocast_dtype,
     check_backend,
     check_generators,
@@ -77,8 +78,7 @@ def _generate_native(weights, biases, zs, next_weights, dtype):
             bias = None if biases[i] is None else biases[i].contiguous().resolve_neg()
             out.append(weight.new_empty(weight.shape[0]))
             keep.append((weight, bias, z))
-            bias_address = 0 if bias is None else bias.data_ptr()
-            addresses = (weight.data_ptr(), bias_address, z.data_ptr(), out[-1].data_ptr())
+            addresses = (weight.data_ptr(), address(bias), z.data_ptr(), out[-1].data_ptr())
             segments.append((*addresses, *weight.shape))
         if engine == "triton":
             triton_kernels("generate").run(segments, weights[0].dtype, weights[0].device)

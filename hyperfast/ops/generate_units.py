@@ -16,6 +16,7 @@ from hyperfast.ops._library import (
     _DTYPES,
     MAX_ROWS,
     _cpu,
+    address,
     autocast_dtype,
     check_backend,
     check_dense,
@@ -117,7 +118,7 @@ def _forward_native(a, weight, bias, shapes, unit, channels_last, dtype):
     if name == "triton":
         triton_kernels("generate_units").run(rows, a, weight, bias, sizes, channels_last, ws[0].dtype)
     else:
-        tensors = a.data_ptr(), weight.data_ptr(), _address(bias)
+        tensors = a.data_ptr(), weight.data_ptr(), address(bias)
         names = dtype_name(a), dtype_name(ws[0])
         shape = *a.shape, weight.shape[1], *sizes
         _cpu.generate_units(rows, tensors, shape, channels_last, *names, torch.get_num_threads())
@@ -153,7 +154,7 @@ def _backward_native(dws, ws, l2, a, weight, shapes, unit, need_a, need_weight, 
     wanted = [d if need else None for d, need in zip(made, needed, strict=True)]
     sizes = Unit.of(unit)
     rows = [
-        (_address(dw), _address(w), *sizes.tiles(shape))
+        (address(dw), address(w), *sizes.tiles(shape))
         for dw, w, shape in zip(dws, ws or [None] * len(dws), _split(shapes, unit), strict=True)
     ]
     if name == "triton":
@@ -161,15 +162,11 @@ def _backward_native(dws, ws, l2, a, weight, shapes, unit, need_a, need_weight, 
             rows, l2, a, weight, *wanted, sizes, channels_last, given[0].dtype
         )
     else:
-        tensors = [_address(t) for t in (a, weight, *wanted)]
+        tensors = [address(t) for t in (a, weight, *wanted)]
         names = dtype_name(a), dtype_name(given[0])
         shape = *a.shape, weight.shape[1], *sizes
         _cpu.generate_units_backward(rows, l2, tensors, shape, channels_last, *names, torch.get_num_threads())
     return made
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @torch.library.register_fake("hyperfast::generate_units", lib=library)

@@ -20,6 +20,7 @@ from hyperfast.ops._library import (
     MAX_ROWS,
     _cpu,
     _cuda,
+    address,
     dtype_name,
     generator_engine,
     library,
@@ -195,10 +196,6 @@ def _scatter(columns: Tensor, x: Tensor, plan: _Plan) -> Tensor:
     return image.to(x.dtype)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
@@ -211,7 +208,7 @@ def _forward_cpu(x, z, weight, bias, layer_bias, geometry):
     layer_bias = contiguous(layer_bias, compute)
     groups, rows, outputs, *_ = plan.sizes
     y = torch.empty(rows, groups * outputs, dtype=compute)
-    addresses = weight.data_ptr(), _address(bias), z.data_ptr(), columns.data_ptr(), _address(layer_bias)
+    addresses = weight.data_ptr(), address(bias), z.data_ptr(), columns.data_ptr(), address(layer_bias)
     _cpu.hyper_linear((*addresses, y.data_ptr()), plan.sizes, dtype, torch.get_num_threads())
     if plan.out == (1, 1):
         return y.view(*y.shape, 1, 1).to(x.dtype)
@@ -228,7 +225,7 @@ def _backward_cpu(dy, x, z, weight, bias, geometry, need_x, need_z, need_w):
     dy = dy.transpose(0, 1).to(compute).contiguous()  # [outputs, rows]
     dz, dw = weight.new_empty(z.shape if need_z else 0), weight.new_empty(weight.shape[0] if need_w else 0)
     wanted = dcolumns, dz if need_z else None, dw if need_w else None
-    tensors = [_address(t) for t in (weight, bias, z, columns, dy, *wanted)]
+    tensors = [address(t) for t in (weight, bias, z, columns, dy, *wanted)]
     _cpu.hyper_linear_backward(tensors, plan.sizes, dtype, torch.get_num_threads())
     return _scatter(dcolumns, x, plan) if need_x else x.new_empty(0), dz, dw
 
@@ -256,7 +253,7 @@ def _forward_cuda(x, z, weight, bias, layer_bias, geometry):
     x, z, weight, bias, layer_bias = map(contiguous, (x, z, weight, bias, layer_bias))
     y = x.new_empty(len(x), sizes[1], 1, 1)
     scratch = x.new_empty(_cuda.hyper_linear_scratch(sizes, dtype), dtype=torch.float32)
-    addresses = [_address(t) for t in (weight, bias, z, x, layer_bias, y, scratch)]
+    addresses = [address(t) for t in (weight, bias, z, x, layer_bias, y, scratch)]
     with torch.cuda.device(x.device):
         _cuda.hyper_linear(addresses, sizes, dtype, torch.cuda.current_stream().cuda_stream)
     return y

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperfast.ops._library import _cpu, dtype_name
+from hyperfast.ops._library import _cpu, address, dtype_name
 from hyperfast.ops.merged import LINEAR, Geometry, layout_of, pad_uneven
 
 CHUNK_BYTES = 8 << 20
@@ -113,7 +113,7 @@ class _Expand:
         if dx is not None and self.bias is not None:
             torch.mm(dy, self.bias, out=wanted[0].flatten(0, 1))
         tensors = made, self.rows[samples], self.z[samples], *wanted
-        addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
+        addresses = tuple(map(address, tensors))
         self._call(_cpu.outer_product_backward, addresses, samples, self.bias is not None)
 
 

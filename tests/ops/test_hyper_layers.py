@@ -129,11 +129,8 @@ def test_linear(sizes, dtype, poison, assert_accurate):
     check_all(merged(ops.hyper_linear), reference.hyper_linear, tensors, dtype, assert_accurate)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolution(case, layout, dtype, poison, assert_accurate):
-    tensors, sizes, options = convolution_operands(case, 7, dtype, layer_bias=case != "plain")
+def check_convolution(tensors, sizes, options, layout, dtype, assert_accurate):
+    """`hyper_conv2d` of x in `layout` against the reference, and the layout of y."""
     tensors[0] = tensors[0].contiguous(memory_format=layout)
 
     def ours(*tensors):
@@ -146,6 +143,14 @@ def test_convolution(case, layout, dtype, poison, assert_accurate):
         return reference.hyper_conv2d(*tensors, *sizes, **options)
 
     check_all(ours, expected, tensors, dtype, assert_accurate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution(case, layout, dtype, poison, assert_accurate):
+    tensors, sizes, options = convolution_operands(case, 7, dtype, layer_bias=case != "plain")
+    check_convolution(tensors, sizes, options, layout, dtype, assert_accurate)
 
 
 def test_outputs_cut_into_parts_and_columns_too(poison, assert_accurate):

@@ -10,6 +10,7 @@ from tests.ops.test_hyper_layers import (
     CONVOLUTIONS,
     DTYPES,
     check_all,
+    check_convolution,
     convolution_operands,
     linear_operands,
     merged,
@@ -72,18 +73,7 @@ def test_linear_in_chunks(sizes, dtype, small_chunks, poison, assert_accurate):
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolution(case, layout, dtype, poison, assert_accurate):
     tensors, sizes, options = per_sample_convolution(case, 7, dtype, layer_bias=case != "plain")
-    tensors[0] = tensors[0].contiguous(memory_format=layout)
-
-    def ours(*tensors):
-        y = ops.hyper_conv2d(*tensors, *sizes, **options, path="merged")
-        last = tensors[0].is_contiguous(memory_format=torch.channels_last) and not tensors[0].is_contiguous()
-        assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        return y
-
-    def expected(*tensors):
-        return reference.hyper_conv2d(*tensors, *sizes, **options)
-
-    check_all(ours, expected, tensors, dtype, assert_accurate)
+    check_convolution(tensors, sizes, options, layout, dtype, assert_accurate)
 
 
 @pytest.mark.parametrize("case", ["pairs", "same, even", "groups", "1x1"])
