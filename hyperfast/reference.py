@@ -332,3 +332,164 @@ def batch_norm_relu_max_pool_backward(
         g = g - dbias.view(-1, 1, 1) / n - xhat * dweight.view(-1, 1, 1) / n
     dx = g * inverse if weight is None else g * inverse * weight.to(dtype).view(-1, 1, 1)
     return dx.to(x.dtype), dweight, dbias
+
+
+class Norms(NamedTuple):
+    """Scales and offsets of the layer normalisations of an LSTM of n units: of its four gates [4n] and of its
+    cell state [n]."""
+
+    gates_weight: Tensor
+    gates_bias: Tensor
+    cell_weight: Tensor
+    cell_bias: Tensor
+
+
+class HyperCell(NamedTuple):
+    """What modulates the rows of an LSTM of H units: the hyper LSTM of M units and the two linear maps from
+    its output to the scales and offsets of the 4 H gates, by embeddings of Z numbers.
+
+    x_gates [N, 4M]: its input's part of the gates, bias included. weight_xh [4M, H], weight_hh [4M, M]: what
+    multiplies h and its own output. z_weight [12Z, M], z_bias [12Z]: embeddings of three places (input path,
+    recurrent path, bias), each for four gates (i, f, g, o). d_weight [12, H, Z]: from embedding to scale or
+    offset, in the same order. norms: of the hyper LSTM, or None.
+    """
+
+    x_gates: Tensor
+    weight_xh: Tensor
+    weight_hh: Tensor
+    z_weight: Tensor
+    z_bias: Tensor
+    d_weight: Tensor
+    norms: Norms | None
+
+
+class LSTMState(NamedTuple):
+    """h [B, H] and c [B, H] of an LSTM; hyper_h and hyper_c [B, M] of its hyper LSTM, None without one."""
+
+    h: Tensor
+    c: Tensor
+    hyper_h: Tensor | None = None
+    hyper_c: Tensor | None = None
+
+
+def philox(key: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor:
+    """Uniform integers below 2^32, int64 [len(rows), columns]: the first word of Philox 4x32-10 (Salmon,
+    Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with counter (column, row,
+    stream, 0) and the low and high half of `key`, int64 [1]."""
+    low = 0xFFFFFFFF
+    c0 = torch.arange(columns, device=rows.device).expand(len(rows), columns)
+    c1 = (rows.long() & low)[:, None].expand_as(c0)
+    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
+    k0, k1 = key & low, key >> 32 & low
+
+    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # high and low half of 32 x 32 bits
+        middle = (a >> 16) * b + ((a & 0xFFFF) * b >> 16)
+        return middle >> 16, (a * b) & low
+
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, c0)
+        high2, low2 = product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0
+
+
+def dropout_scale(key: Tensor, rows: Tensor, columns: int, stream: int, dropout: float) -> Tensor:
+    """What recurrent dropout multiplies by, 0 or 1 / (1 - dropout), float64 [len(rows), columns]: an element
+    stays where its `philox` is at least dropout 2^32."""
+    kept = philox(key, rows, columns, stream) >= int(dropout * 2**32)
+    return kept.double() / (1 - dropout)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Each of x [B, ..., n] over its last dimension."""
+    return F.layer_norm(x, x.shape[-1:], None, None, eps) * weight.view(x.shape[1:]) + bias.view(x.shape[1:])
+
+
+def _lstm_step(
+    gates: Tensor, c: Tensor, norms: Norms | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """h and c [B, n] from the gates before activation [B, 4n] and the last c; scale: `dropout_scale`."""
+    gates = gates.view(len(gates), 4, -1)
+    if norms is not None:
+        gates = _layer_norm(gates, norms.gates_weight, norms.gates_bias, eps)
+    i, f, g, o = gates.unbind(1)
+    g = g.tanh() if scale is None else g.tanh() * scale
+    c = f.sigmoid() * c + i.sigmoid() * g
+    read = c if norms is None else _layer_norm(c, norms.cell_weight, norms.cell_bias, eps)
+    return o.sigmoid() * read.tanh(), c
+
+
+def lstm_step(
+    x_gates: Tensor,
+    state: LSTMState,
+    weight_hh: Tensor,
+    bias: Tensor,
+    norms: Norms | None,
+    hyper: HyperCell | None,
+    rows: Tensor,
+    key: Tensor | None,
+    dropout: float,
+    eps: float,
+) -> LSTMState:
+    """One time step of `lstm`: x_gates [B, 4H], hyper.x_gates [B, 4M], rows [B]: the numbers of these rows
+    among all N."""
+
+    def scale(like: Tensor, stream: int) -> Tensor | None:
+        return dropout_scale(key, rows, like.shape[1], stream, dropout).to(like.dtype) if dropout else None
+
+    h_gates = state.h @ weight_hh.mT
+    if hyper is None:
+        gates = x_gates + h_gates + bias
+        return LSTMState(*_lstm_step(gates, state.c, norms, scale(state.c, 0), eps))
+    gates = hyper.x_gates + state.h @ hyper.weight_xh.mT + state.hyper_h @ hyper.weight_hh.mT
+    hyper_h, hyper_c = _lstm_step(gates, state.hyper_c, hyper.norms, scale(state.hyper_c, 1), eps)
+    z = F.linear(hyper_h, hyper.z_weight, hyper.z_bias).view(len(rows), 12, -1)
+    d_x, d_h, d_b = torch.einsum("bpz,phz->bph", z, hyper.d_weight).reshape(len(rows), 3, -1).unbind(1)
+    gates = d_x * x_gates + d_h * h_gates + d_b + bias
+    return LSTMState(*_lstm_step(gates, state.c, norms, scale(state.c, 0), eps), hyper_h, hyper_c)
+
+
+def lstm(
+    x_gates: Tensor,
+    state: LSTMState,
+    weight_hh: Tensor,
+    bias: Tensor,
+    norms: Norms | None = None,
+    hyper: HyperCell | None = None,
+    batch_sizes: Tensor | None = None,
+    key: Tensor | None = None,
+    dropout: float = 0.0,
+    eps: float = 1e-5,
+) -> tuple[Tensor, LSTMState]:
+    """One layer of an LSTM, or HyperLSTM, over a sequence: h of every step [N, H] and the last state.
+
+    x_gates [N, 4H] = x weight_ih^T, gates in the order i, f, g, o; weight_hh [4H, H], bias [4H]. Rows are in
+    the order of `PackedSequence.data`, step by step; batch_sizes int64 [T], on the CPU, counts them, falling;
+    None: every step has B. The last state of a sequence is that of its own last step.
+
+        gates = d_x * x_gates + d_h * (weight_hh h) + d_b + bias       (without hyper: d_x = d_h = 1, d_b = 0)
+        i, f, g, o = layer norm of each (where there are norms)
+        c = sigmoid(f) c + sigmoid(i) dropout(tanh(g)),    h = sigmoid(o) tanh(layer norm of c)
+
+    with d_x, d_h, d_b from the hyper LSTM, which reads x and h and is an LSTM of this kind itself (Ha, Dai and
+    Le, "HyperNetworks", ICLR 2017, section 3.3 and appendix A.2; recurrent dropout of Semeniuta, Severyn and
+    Barth, 2016, on the candidates alone, with a mask for every step). dropout: the share dropped, by `key`
+    (`dropout_scale`, stream 0, the hyper LSTM 1).
+    """
+    N, B = len(x_gates), len(state.h)
+    sizes = [B] * (N // B if B else 0) if batch_sizes is None else batch_sizes.tolist()
+    outputs, ended, start = [], [], 0
+    for size in sizes:
+        if size < len(state.h):
+            ended.append(LSTMState(*(None if s is None else s[size:] for s in state)))
+            state = LSTMState(*(None if s is None else s[:size] for s in state))
+        rows = torch.arange(start, start + size, device=x_gates.device)
+        now = None if hyper is None else hyper._replace(x_gates=hyper.x_gates[start : start + size])
+        x_now = x_gates[start : start + size]
+        state = lstm_step(x_now, state, weight_hh, bias, norms, now, rows, key, dropout, eps)
+        outputs.append(state.h)
+        start += size
+    parts = zip(state, *reversed(ended), strict=True)
+    last = LSTMState(*(None if own[0] is None else torch.cat(own) for own in parts))
+    return torch.cat(outputs) if outputs else x_gates.new_empty(0, state.h.shape[1]), last

@@ -209,6 +209,59 @@ inline int64_t rows_per_block(int64_t K) {
 }
 inline int64_t num_blocks(int64_t N, int64_t K) { return (N + rows_per_block(K) - 1) / rows_per_block(K); }
 
+// One layer of an LSTM of H units over rows packed step by step, or of a HyperLSTM, whose hyper LSTM of M
+// units makes embeddings of Z numbers; the equations are in hyperfast/reference.py. Step t has the next
+// batch_sizes[t] of N rows, falling from B; row b of a step goes on with row b of the one before.
+struct LstmSizes {
+  int64_t T, N, B, H, M, Z;    // M = Z = 0: no hyper LSTM, and everything of it below is null
+  const int64_t* batch_sizes;  // [T]
+};
+struct LstmNorms {                        // of n units; all null without layer normalisation
+  const void *gates_weight, *gates_bias;  // [4n]
+  const void *cell_weight, *cell_bias;    // [n]
+};
+struct LstmWeights {
+  const void *weight_hh, *bias;                   // [4H, H], [4H]
+  const void *hyper_weight_xh, *hyper_weight_hh;  // [4M, H], [4M, M]
+  const void *z_weight, *z_bias;                  // [12Z, M], [12Z]
+  const void* d_weight;                           // [12, H, Z]
+  LstmNorms norms, hyper_norms;
+};
+struct LstmDropout {   // recurrent, by hyperfast.reference.dropout_scale
+  const int64_t* key;  // [1]
+  double share;        // 0: none, key null
+};
+struct Lstm {
+  LstmSizes sizes;
+  LstmWeights weights;
+  LstmDropout dropout;
+  double eps;
+  const void *x_gates, *hyper_x_gates;        // [N, 4H], [N, 4M]
+  const void *h0, *c0, *hyper_h0, *hyper_c0;  // [B, H] twice, [B, M] twice
+  void *h, *c, *hyper_h, *hyper_c;            // [N, H] twice, [N, M] twice: of every step
+  void* h_gates;                              // [N, 4H] weight_hh h, for the backward; null: not kept
+  void* hyper_gates;  // [N, 4M] the hyper LSTM's gates before normalisation, for the backward; null: not kept
+};
+// The gradients that need the steps in turn; those of weights [.., H] and [.., M] are products over all rows
+// of what this writes. Gradients that come in may be null: zero.
+struct LstmBackward {
+  LstmSizes sizes;
+  LstmWeights weights;
+  LstmDropout dropout;
+  double eps;
+  const void *x_gates, *c0, *hyper_c0;                            // as in Lstm
+  const void *c, *hyper_c, *h_gates, *hyper_gates;                // what it left
+  const void* z;                                                  // [N, 12Z] hyper_h z_weight^T + z_bias
+  const void* dh;                                                 // [N, H]
+  const void *dh_last, *dc_last, *dhyper_h_last, *dhyper_c_last;  // [B, H] twice, [B, M] twice
+  void *dx_gates, *dh_gates, *dhyper_gates,
+      *dz;  // [N, 4H], [N, 4H] (null without hyper: dx_gates), [N, 4M], [N, 12Z]
+  void *dh0, *dc0, *dhyper_h0, *dhyper_c0;  // [B, H] twice, [B, M] twice
+  void *dbias, *dd_weight;                  // [4H], [12, H, Z]
+  void* dnorms[4];                          // [4H], [4H], [H], [H], in the order of LstmNorms
+  void* dhyper_norms[4];                    // [4M], [4M], [M], [M]
+};
+
 struct Kernels {
   const char* isa;
   void (*generate)(const GenerateSegment*, int64_t count, DType, int threads);
