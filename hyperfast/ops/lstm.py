@@ -145,8 +145,8 @@ def _rows(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([t[:0], *parts])
 
 
-# ---- the engines: all take (T, N, B, H, M, Z), the step sizes int64 [T] on the CPU, weights, key, dropout, eps
-# and tensors, contiguous, None for what there is none of.
+# ---- the engines: all take (T, N, B, H, M, Z), the step sizes int64 [T] on the CPU, weights, key, dropout,
+# eps and tensors, contiguous, None for what there is none of.
 # Forward: x_gates, hyper_x_gates, state (4); to be written h, c, hyper_h, hyper_c, h_gates, hyper_gates, the
 # last two None if not kept.
 # Backward: x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z [N, 12Z], the gradients of h and of the
