@@ -7,6 +7,7 @@
 #include <array>
 #include <initializer_list>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "cpu/generate_units.h"
 #include "cpu/hyper_linear.h"
 #include "cpu/kernels.h"
+#include "cpu/lstm.h"
 #include "cpu/lstm_backward.h"
 
 namespace py = pybind11;
@@ -155,8 +157,14 @@ HyperLinearSizes sizes_of(const std::array<int64_t, 5>& sizes, int threads) {
 
 size_t compute_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
-// uninitialised
-std::unique_ptr<char[]> scratch_of(size_t bytes) { return std::unique_ptr<char[]>(new char[bytes]); }
+// Uninitialised, beginning with a cache line.
+constexpr std::align_val_t kLine{64};
+struct FreeLines {
+  void operator()(char* p) const { ::operator delete[](p, kLine); }
+};
+std::unique_ptr<char[], FreeLines> scratch_of(size_t bytes) {
+  return std::unique_ptr<char[], FreeLines>(new (kLine) char[bytes]);
+}
 
 void hyper_linear(const std::array<int64_t, 6>& tensors, const std::array<int64_t, 5>& sizes,
                   const std::string& dtype, int threads) {
@@ -429,6 +437,35 @@ DType lstm_dtype(const std::string& dtype) {
   return type;
 }
 
+void lstm(const std::array<int64_t, 6>& sizes, int64_t batch_sizes, const std::array<int64_t, 15>& weights,
+          int64_t key, double dropout, double eps, const std::array<int64_t, 12>& tensors,
+          const std::string& dtype, int threads) {
+  const auto& [x_gates, hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates,
+               hyper_gates] = tensors;
+  const Lstm call{lstm_sizes(sizes, batch_sizes, threads),
+                  lstm_weights(weights),
+                  {pointer<int64_t>(key), dropout},
+                  eps,
+                  pointer(x_gates),
+                  pointer(hyper_x_gates),
+                  pointer(h0),
+                  pointer(c0),
+                  pointer(hyper_h0),
+                  pointer(hyper_c0),
+                  pointer(h),
+                  pointer(c),
+                  pointer(hyper_h),
+                  pointer(hyper_c),
+                  pointer(h_gates),
+                  pointer(hyper_gates)};
+  const DType type = lstm_dtype(dtype);
+  for (const int64_t address : weights) check_aligned(address, element_size(type));
+  for (const int64_t address : tensors) check_aligned(address, element_size(type));
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(lstm_scratch(call.sizes, call.h_gates, type, threads));
+  kernels().lstm(call, type, scratch.get(), threads);
+}
+
 void lstm_backward(const std::array<int64_t, 6>& sizes, int64_t batch_sizes,
                    const std::array<int64_t, 15>& weights, int64_t key, double dropout, double eps,
                    const std::array<int64_t, 13>& inputs, const std::array<int64_t, 18>& outputs,
@@ -530,6 +567,13 @@ PYBIND11_MODULE(_cpu, m) {
   };
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
+  m.def(
+      "lstm", &lstm, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"), py::arg("key"),
+      py::arg("dropout"), py::arg("eps"), py::arg("tensors"), py::arg("dtype"), py::arg("threads"),
+      "sizes: (T, N, B, H, M, Z); batch_sizes: int64 [T]; weights: (weight_hh, bias, hyper_weight_xh, "
+      "hyper_weight_hh, z_weight, z_bias, d_weight, four of norms, four of hyper_norms), tensors: (x_gates, "
+      "hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates, hyper_gates), the last "
+      "two both or neither; 0 for what is not there; key: int64 [1] or 0.");
   m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"),
         py::arg("key"), py::arg("dropout"), py::arg("eps"), py::arg("inputs"), py::arg("outputs"),
         py::arg("dtype"), py::arg("threads"),
