@@ -55,8 +55,9 @@ def engine(tensor: Tensor, cuda: str = "", cuda_first: bool = False) -> str:
     "reference", plain PyTorch, where there are none.
 
     cuda: name of the op's function in `hyperfast._cuda`, if it has one. On a GPU Triton comes first, unless
-    `cuda_first`. The environment variable HYPERFAST_ENGINE asks for one engine; with TRITON_INTERPRET=1 "triton" serves tensors
-    on the CPU too. ImportError without CPU kernels, ValueError for an unknown HYPERFAST_ENGINE.
+    `cuda_first`. The environment variable HYPERFAST_ENGINE asks for one engine; with TRITON_INTERPRET=1
+    "triton" serves tensors on the CPU too. ImportError without CPU kernels, ValueError for an
+    unknown HYPERFAST_ENGINE.
     """
     if _WANTED not in ENGINES:
         raise ValueError(f"HYPERFAST_ENGINE must be one of {', '.join(ENGINES)}, got {_WANTED!r}")

@@ -162,9 +162,10 @@ def _rows(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _engine(x_gates: Tensor, sizes: Sequence[int], step_sizes: Tensor, backward: bool) -> str:
-    """Which kernels serve. On a GPU Triton's, which launch a few kernels a step; where the weights fit on chip
-    and the batch is small a step is bound by launches and by reading weights, and the persistent CUDA kernel
-    does neither. The CPU's take no half precision: `lstm` widens it."""
+    """Which kernels serve. On a GPU Triton's, which launch a few for each step; where the batch is small and
+    the weights fit on chip, launches and reading weights bound a step, and the persistent CUDA kernel does
+    neither (a rule from what each moves; it awaits measurement). The CPU's take no half precision: `lstm`
+    widens it."""
     if not x_gates.numel():
         return "reference"
     on_chip = x_gates.is_cuda and hasattr(_cuda, "lstm") and sizes[2] <= ON_CHIP_BATCH

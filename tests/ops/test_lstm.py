@@ -197,8 +197,17 @@ def test_accurate(assert_accurate, poison, name, dtype):
     tensors, grads = make(case, dtype), seeds(case, dtype)
     made, gradients = with_gradients(ops.lstm, case, tensors, grads)
     expected, wanted = with_gradients(reference.lstm, case, double(tensors), double(grads))
-    for got, exact in zip([*made, *gradients], [*expected, *wanted], strict=True):
-        assert_accurate(got, exact, dtype)
+    single = [None if t is None else t.float() for t in tensors], [d.float() for d in grads]
+    plain, plain_gradients = with_gradients(reference.lstm, case, *single)
+    results = [*made, *gradients], [*expected, *wanted], [*plain, *plain_gradients]
+    for got, exact, simple in zip(*results, strict=True):
+        # layer norm of a few numbers, and hundreds of steps, amplify rounding: the reference's too
+        lost = (simple.double() - exact).norm() / torch.finfo(torch.float32).eps
+        if lost > 2 * exact.norm():
+            assert got.dtype == dtype
+            assert (got.double() - exact).norm() <= 4 * lost * torch.finfo(dtype).eps
+        else:
+            assert_accurate(got, exact, dtype)
 
 
 @pytest.mark.parametrize("name", ["lstm", "hyper_packed", "one_step"])
@@ -655,7 +664,7 @@ MORE = torch.ones(7, 7)
         ({"batch_sizes": torch.tensor([2, 2, 2, 0])}, ValueError, r"must be positive, .* got \[2, 2, 2, 0\]"),
         ({"batch_sizes": torch.tensor([2, 2, 3, -1])}, ValueError, "batch_sizes must be positive"),
         ({"batch_sizes": torch.tensor([3, 2, 1])}, ValueError, "begin with the 2 sequences of the state"),
-        ({"batch_sizes": torch.tensor([2, 1, 1])}, ValueError, r"sum to the 6 rows .* got \[2, 1, 1\], sum 4"),
+        ({"batch_sizes": torch.tensor([2, 1, 1])}, ValueError, r"sum to the 6 rows .* 1, 1\], sum 4"),
         ({"batch_sizes": torch.tensor([], dtype=torch.int64)}, ValueError, r"got \[\], sum 0"),
         ({"batch_sizes": torch.ones(9, dtype=torch.int64)}, ValueError, r"1, 1, \.\.\.\], sum 9"),
         (
