@@ -75,9 +75,9 @@ class Vocabulary:
     def encode(self, text: str, where: str = "the text", start: int = 0) -> Tensor:
         """Tokens [len(text)] of `dtype`.
 
-        Raises DataError for characters that the vocabulary does not have; it says which (the first few), where
-        they first are and how many. where: what the message calls the text; start: the position in it of
-        text[0].
+        Raises DataError for characters that the vocabulary does not have; it says which (the first few),
+        where they first are and how many. where: what the message calls the text; start: the position in it
+        of text[0].
         """
         codes = _codes(text)
         tokens = self._tokens[np.minimum(codes, len(self._tokens) - 1)]
@@ -90,12 +90,12 @@ class Vocabulary:
             more = ", ..." if len(named) > NAMED else ""
             raise DataError(
                 f"{where}: {len(unseen):,} of {len(text):,} characters are not among the {len(self)} of the "
-                f"vocabulary, which is that of the training text: {', '.join(named[:NAMED])}{more}"
+                f"vocabulary, those of the training text: {', '.join(named[:NAMED])}{more}"
             )
         return torch.from_numpy(tokens).to(self.dtype)
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """The text of tokens [T] of any integer dtype. Raises ValueError for one that is not in 0..len - 1."""
+        """The text of tokens [T], of any integer dtype. Raises ValueError for one not in 0..len - 1."""
         places = torch.as_tensor(tokens).cpu().numpy().astype(np.int64)
         wrong = (places < 0) | (places >= len(self))
         if wrong.any():
@@ -114,8 +114,8 @@ class Vocabulary:
             if alone
         ]
         raise DataError(
-            f"{what} and {other_what} have different vocabularies, of {len(self)} and {len(other)} characters: "
-            f"{'; '.join(differences) or 'the same characters in another order'}"
+            f"{what} and {other_what} have different vocabularies, of {len(self)} and {len(other)} "
+            f"characters: {'; '.join(differences) or 'the same in another order'}"
         )
 
 
@@ -149,11 +149,12 @@ def load_text(path: str | Path | None, val_split: float = 0.1, vocabulary: Vocab
     """The text at `path`, otherwise at HYPERFAST_DATA, as tokens.
 
     path: a text file in UTF-8 (line ends become "\\n"), of which the last share val_split is for validation;
-    or a folder, in which Penn Treebank's three files are looked for (there, in text/ptb, ptb and text), then a
-    text file `*.txt`, the only one. Penn Treebank has its own parts; its `_` becomes a blank.
+    or a folder, in which Penn Treebank's three files are looked for (there, in text/ptb, ptb and text), then
+    the only text file `*.txt`. Penn Treebank has its own parts; its `_` becomes a blank.
 
-    The vocabulary is that of the training part, so what the model is measured on has no part in it, or the
-    one given, of a model that was trained. Raises ValueError for a val_split outside (0, 1), DataError for
+    vocabulary: of a model that was trained; by default that of the training part, since what a model is
+    measured on tells it nothing: a character that only the other parts have is an error, as in any other text
+    for the model. Raises ValueError for a val_split outside (0, 1), DataError for
     every fault of the data, characters that the vocabulary does not have among them.
     """
     if not 0 < val_split < 1:
@@ -161,9 +162,9 @@ def load_text(path: str | Path | None, val_split: float = 0.1, vocabulary: Vocab
     path = path or os.environ.get("HYPERFAST_DATA")
     if not path:
         raise DataError(
-            "no text was given. Choose one: --data-path PATH, or the environment variable HYPERFAST_DATA=PATH, "
-            "where PATH is a text file, or a folder that holds ptb.char.train.txt, ptb.char.valid.txt and "
-            "ptb.char.test.txt (or text/ptb/ with them)"
+            "no text was given. Choose one: --data-path PATH, or the environment variable "
+            "HYPERFAST_DATA=PATH, where PATH is a text file, or a folder that holds ptb.char.train.txt, "
+            "ptb.char.valid.txt and ptb.char.test.txt (or text/ptb/ with them)"
         )
     found = _find(Path(path).expanduser())
     return _read_ptb(found, vocabulary) if found.is_dir() else _read_file(found, val_split, vocabulary)
@@ -212,8 +213,8 @@ def _read_file(path: Path, val_split: float, vocabulary: Vocabulary | None) -> T
     for part, size in (("training", start), ("validation", len(text) - start)):
         if size < 2:
             raise DataError(
-                f"{path} has {len(text):,} characters; with val_split {val_split:g} its {part} part has {size}, "
-                "fewer than the 2 of which one can be predicted"
+                f"{path} has {len(text):,} characters; with val_split {val_split:g} its {part} part has "
+                f"{size}, fewer than the 2 of which one can be predicted"
             )
     vocabulary = vocabulary or Vocabulary.of(text[:start])
     train = vocabulary.encode(text[:start], str(path))
@@ -242,8 +243,8 @@ def _read_symbols(path: Path) -> str:
     if len(longer):
         around = text[longer[0] : longer[0] + 20]
         raise DataError(
-            f"{path} is not the character-level Penn Treebank, of symbols of one character with a blank after "
-            f"each: position {longer[0]:,} has {around!r}. A text file of another name is read as it is"
+            f"{path} is not the character-level Penn Treebank, of symbols of one character with a blank "
+            f"after each: position {longer[0]:,} has {around!r}. A text file of another name is read as it is"
         )
     text = text.replace(" ", "").replace("_", " ")
     if len(text) < 2:
@@ -256,11 +257,12 @@ def _read_symbols(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Streams:
-    """B passages of a text, side by side: iterating gives (x [B, T], y [B, T]) int64, y the characters after x.
+    """B passages of a text, side by side: iterating gives (x [B, T], y [B, T]) int64, y the characters that
+    follow those of x.
 
-    Row b of a batch goes on where row b of the batch before ended, so that a model's state can be carried from
-    batch to batch (truncated backpropagation through time); before the first it is zero. A target that is not
-    to be predicted is IGNORED. Iterate as often as wanted.
+    Row b of a batch goes on where row b of the batch before ended, so that a model's state can be carried
+    from batch to batch (truncated backpropagation through time); before the first it is zero. A target that
+    is not to be predicted is IGNORED. Iterate as often as wanted.
 
     inputs, outputs: [B, S], all characters of the passages and those after them. length: T. targets: how many
     are to be predicted, unused: how many of the text never are.
@@ -285,9 +287,9 @@ class Streams:
 def streams(tokens: Tensor, batch: int, length: int, offset: int = 0) -> Streams:
     """Tokens [N] for training: B = batch passages of equal length, every batch [B, T], T = length.
 
-    Every character from the second on is a target once, but for the `unused` at the end, fewer than
-    B (T + 1), that do not fill a row of every passage: floor((N - 1) / (B T)) batches. offset: characters left
-    out at the beginning, 0..unused; with another one each epoch all serve in turn.
+    Every character from the second on is a target once, but for the `unused`, fewer than B T, that do not
+    fill a batch: there are floor((N - 1 - offset) / (B T)). They are the last ones of the text; offset, 0 to
+    unused, leaves that many out at its beginning instead: with another one each epoch all serve in turn.
 
     Raises DataError for a text that does not fill one batch, ValueError for other wrong arguments.
     """
@@ -297,8 +299,8 @@ def streams(tokens: Tensor, batch: int, length: int, offset: int = 0) -> Streams
     steps = (len(tokens) - 1 - offset) // (batch * length) * length
     if steps < 1:
         raise DataError(
-            f"the training text has {max(len(tokens) - offset, 0):,} characters; a batch of {batch} passages of "
-            f"{length} needs {batch * length + 1:,}: choose a smaller batch or sequence length, or more text"
+            f"the training text has {max(len(tokens) - offset, 0):,} characters; a batch of {batch} passages "
+            f"of {length} needs {batch * length + 1:,}: choose a smaller batch size or sequence length"
         )
     n = batch * steps
     inputs, outputs = (tokens[start : start + n].view(batch, steps) for start in (offset, offset + 1))
@@ -306,13 +308,13 @@ def streams(tokens: Tensor, batch: int, length: int, offset: int = 0) -> Streams
 
 
 def evaluation_streams(tokens: Tensor, batch: int, length: int, warmup: int | None = None) -> Streams:
-    """Tokens [N] for evaluation: every character from the second on is a target exactly once, whatever B and T.
+    """Tokens [N] for evaluation: every character from the second on is a target once, whatever B and T.
 
     At most batch passages; each but the first begins `warmup` (T) characters before its first target, so that
-    a model's state, zero there, has read something as it starts to count: the figures then depend on the
-    batch size by very little. S = ceil((N - 1 + (B - 1) warmup) / B) steps in batches of T, the last shorter;
-    the last passage ends with the text, and what it has in common with the one before is IGNORED in it, as
-    every warm-up is. Divide the sum of the losses by `targets`, N - 1.
+    a model's state, zero there, has read something as it starts to count: the figures then hardly depend on
+    the batch size. S = ceil((N - 1 + (B - 1) warmup) / B) steps in batches of T, the last one shorter. The
+    last passage ends with the text, and what it has in common with the one before is IGNORED in it, as every
+    warm-up is. Divide the sum of the losses by `targets`, N - 1.
 
     Raises DataError for fewer than 2 characters, ValueError for other wrong arguments.
     """
@@ -328,13 +330,11 @@ def evaluation_streams(tokens: Tensor, batch: int, length: int, warmup: int | No
     while ends[-1] < targets:
         starts.append(min(ends[-1] - warmup, targets - steps))
         ends.append(starts[-1] + steps)
-    inputs = torch.stack([tokens[start:end] for start, end in zip(starts, ends, strict=True)])
-    outputs = torch.stack(
-        [tokens[start + 1 : end + 1] for start, end in zip(starts, ends, strict=True)]
-    ).long()
+    passages = torch.stack([tokens[start : start + steps + 1] for start in starts])
+    outputs = passages[:, 1:].long()  # uint8 has no IGNORED
     for row, start, done in zip(outputs[1:], starts[1:], ends, strict=False):
         row[: done - start] = IGNORED
-    return Streams(inputs, outputs, length, targets, 0)
+    return Streams(passages[:, :-1], outputs, length, targets, 0)
 
 
 def _check(tokens: Tensor, batch: int, length: int) -> None:
