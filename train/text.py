@@ -331,7 +331,7 @@ def evaluation_streams(tokens: Tensor, batch: int, length: int, warmup: int | No
         starts.append(min(ends[-1] - warmup, targets - steps))
         ends.append(starts[-1] + steps)
     passages = torch.stack([tokens[start : start + steps + 1] for start in starts])
-    outputs = passages[:, 1:].long()  # uint8 has no IGNORED
+    outputs = passages[:, 1:].to(torch.int64, copy=True)
     for row, start, done in zip(outputs[1:], starts[1:], ends, strict=False):
         row[: done - start] = IGNORED
     return Streams(passages[:, :-1], outputs, length, targets, 0)
