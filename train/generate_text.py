@@ -27,8 +27,8 @@ def sample(
     model: (tokens [1, T] int64, state or None) -> (logits [1, T, V], state); it runs where its parameters
     are, in evaluation mode, without gradients. Without a prime text the first character of the vocabulary,
     a line's end as a rule, goes before. Characters are drawn from softmax(logits / temperature), with 0 the
-    likeliest one is taken; on the CPU, by a generator of their own: a seed gives the same text on every device,
-    but for rounding.
+    likeliest one is taken; on the CPU, by a generator of their own: a seed gives the same text on every
+    device, but for rounding.
 
     Raises, before the first character, DataError for a prime text with characters that the vocabulary does
     not have and ValueError for a negative or infinite temperature and a length below 0; later ValueError for
