@@ -472,8 +472,8 @@ def lstm(
         i, f, g, o = layer norm of each (where there are norms)
         c = sigmoid(f) c + sigmoid(i) dropout(tanh(g)),    h = sigmoid(o) tanh(layer norm of c)
 
-    with d_x, d_h, d_b from the hyper LSTM, which reads x and h and is an LSTM of this kind itself (Ha, Dai and
-    Le, "HyperNetworks", ICLR 2017, section 3.3 and appendix A.2; recurrent dropout of Semeniuta, Severyn and
+    with d_x, d_h, d_b from the hyper LSTM, which reads x and h and is an LSTM of this kind itself (Ha, Dai,
+    Le, "HyperNetworks", ICLR 2017, section 3.3 and appendix A.2; recurrent dropout of Semeniuta, Severyn,
     Barth, 2016, on the candidates alone, with a mask for every step). dropout: the share dropped, by `key`
     (`dropout_scale`, stream 0, the hyper LSTM 1).
     """
