@@ -26,7 +26,8 @@ from train import report, summary
 from train.allocator import keep_freed_memory
 from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, ImageSet, split
-from train.loop import Config, ImageData, Interrupted, RunError, Stages, Trainer, open_run
+from train.images import ImageData
+from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
 
 BETAS = (0.9, 0.999)
 PARENT = "HYPERFAST_TRAIN_PARENT"  # set where another command runs this one: that one says how to go on
@@ -302,7 +303,7 @@ def make_trainer(
         precision=args.precision,
         device=args.device,
         cuda_graph=args.cuda_graph,
-        target_accuracy=args.target_accuracy,
+        target=args.target_accuracy,
         max_steps=args.max_steps,
         eval_batches=args.eval_batches,
         save_every=args.save_every,
@@ -371,10 +372,11 @@ class Command:
         title = f"{self.title}, {args.model}"
         extra = self.extra(trainer, args)
         path = report.write(trainer, title, reason, command, self.published(args), frozen, extra)
-        epoch, accuracy = trainer.best["epoch"], trainer.best["test_accuracy"]
+        metric, best, part = trainer.metric, trainer.best, trainer.reported
         if reached := trainer.target_row():
             reason += f", {reached['training_seconds']:.1f} s of training"
-        print(f"{reason}; test accuracy {accuracy:.2f} % at the best validation epoch, {epoch}; {path}")
+        figure = f"{part} {metric.words} {metric.cell(best, part)}"
+        print(f"{reason}; {figure} at the best validation epoch, {best['epoch']}; {path}")
         return trainer
 
     def main(self, arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from train.checkpoint import CheckpointError
 from train.command import set_up_device
 from train.data import batches
 from train.graph import WARM_UP, CudaGraph
-from train.loop import ImageData
+from train.images import ImageData
 from train.models.wrn import build_wrn, model_of, rename_published_
 from train.report import table
 
