@@ -18,7 +18,7 @@ from train.loop import derive_seed
 from train.task import Forward, Metric, Task
 from train.text import IGNORED, Text, Vocabulary, evaluation_streams, streams
 
-BPC = Metric("bpc", "bits per character", "{:.3f}", "", 1 / math.log(2), larger_is_better=False, of_loss=True)
+BPC = Metric("bpc", "bits per character", "", 3, 1 / math.log(2), larger_is_better=False, of_loss=True)
 EVAL_BATCH = 64  # passages of a part, whatever the training's batch size
 
 
