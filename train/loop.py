@@ -37,7 +37,7 @@ from hyperfast.analysis import z_report
 from hyperfast.nn import named_weights
 from train import checkpoint
 from train.graph import CaptureError, CudaGraph, GraphedStep
-from train.task import Row, RunError, Task
+from train.task import Metric, Row, RunError, Task
 from train.transfer import carry_moments, start_from_
 
 WINDOW = 20  # steps whose figures a GPU keeps before the host waits for them
@@ -328,11 +328,8 @@ class Trainer:
         return self.data.batches(epoch, self.config.seed, self.config.batch_size)
 
     def _forward(self, *inputs: Any) -> Any:
-        with self._autocast():
+        with autocast(self.device, self.config.precision):
             return self.model(*inputs)
-
-    def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -358,10 +355,12 @@ class Trainer:
     def resume(self) -> list[str]:
         """Continue from `last.pt`; returns what differs from then, in words.
 
-        Raises CheckpointError for a file that is damaged or does not fit, and RunError for another recipe.
+        Raises CheckpointError for a file that is damaged or does not fit, DataError and RunError for other
+        data and another recipe.
         """
         path = self.out / "last.pt"
         state = checkpoint.load(path, ("model", "optimizer", "history", "recipe", "steps"))
+        self.data.check(state, path)
         if differences := _differences(state["recipe"], self.recipe):
             raise RunError(f"{path}: the run had another recipe: {'; '.join(differences)}")
         self._build(len(state["history"]) - 1)
@@ -399,6 +398,11 @@ def open_run(out: Path, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise RunError(f"--out {out}: cannot be written, {error.strerror or error}") from error
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Where the network runs: in bfloat16 if `precision` is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def derive_seed(seed: int, epoch: int, purpose: str) -> int:
@@ -442,6 +446,26 @@ def piecewise(rates: Sequence[float], until: Sequence[float]) -> Callable[[int, 
     if len(rates) != len(until) + 1:
         raise ValueError(f"rates must be one more than the {len(until)} of until, got {len(rates)}")
     return lambda epoch, step: rates[bisect.bisect_right(until, step)]
+
+
+def plateau(
+    lr: float, decay: float, patience: int, metric: Metric, history: Callable[[], Sequence[Row]]
+) -> Callable[[int, int], float]:
+    """lr of an epoch: times `decay` after more than `patience` epochs in a row without a better validation
+    figure, as in ReduceLROnPlateau. history(): the epochs so far, which are all that it remembers."""
+
+    def rate(epoch: int, step: int) -> float:
+        now, best, waited = lr, None, 0
+        for value in (metric.of(row, "validation") for row in history()):
+            if best is None or metric.better(value, best):
+                best, waited = value, 0
+            else:
+                waited += 1
+            if waited > patience:
+                now, waited = now * decay, 0
+        return now
+
+    return rate
 
 
 def z_statistics(model: nn.Module) -> Row:

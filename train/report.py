@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from train.loop import Trainer
-    from train.task import Row
+    from train.task import Row, Task
 
 COSTS = (
     "Parameters with z; ratio: for each generated weight. In the generators alone: flops of the matrix "
@@ -77,7 +77,7 @@ def write(
         _result(figures, trainer.metric, trainer.data.parts),
         _files(figures, trainer.metric),
         "## Curves\n\n![curves](curves.png)\n\nTraining figures are those of the steps: batches as "
-        "trained on (augmented and with dropout where the recipe says so), weights still moving.\n",
+        "trained on (augmented where the recipe says so), weights still moving.\n",
         _parameters(figures["parameters"], generator_costs(trainer.model)),
     ]
     layers = list(figures["parameters"]["layers"])
@@ -91,7 +91,7 @@ def write(
         parts.append(f"## Filters\n\nAfter epoch {trainer.best['epoch']}.\n\n![filters](filters.png)\n")
     if extra:
         parts.append(extra)
-    parts += [_time(figures["time"], trainer.data.unit), _recipe(figures), _machine(figures["machine"])]
+    parts += [_time(figures["time"], trainer.data), _recipe(figures), _machine(figures["machine"])]
     path = out / "report.md"
     text = "\n".join(parts)
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -199,10 +199,11 @@ def _first_kernels(model: nn.Module) -> dict[str, Tensor]:
     return dict(list(kernels.items())[:KERNELS])
 
 
-def _time(time: dict[str, float], unit: str) -> str:
+def _time(time: dict[str, float], data: Task) -> str:
+    unit = data.unit
     rows = [
         ["training, s per epoch", f"{time['epoch']:.1f}"],
-        ["evaluation (validation and test), s per epoch", f"{time['evaluation']:.1f}"],
+        [f"evaluation ({' and '.join(data.parts)}), s per epoch", f"{time['evaluation']:.1f}"],
         ["training step, ms", f"{1000 * time['step']:.1f}"],
         ["of training for data, %", f"{100 * time['input']:.1f}"],
         [f"{unit}/s in training", f"{time[f'{unit}_per_second']:.0f}"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -22,14 +23,14 @@ class RunError(ValueError):
 class Metric:
     """The figure that says how good a network is and chooses the best epoch: `scale` times a mean score.
 
-    name: of its columns, as in validation_accuracy. words, unit: in sentences and on axes. pattern: how a
-    value is written. of_loss: it is the loss in another unit and has no curve beside that one.
+    name: of its columns, as in validation_accuracy. words, unit, digits: how it is called and written.
+    of_loss: it is the loss in another unit and has no curve beside that one.
     """
 
     name: str
     words: str
-    pattern: str
     unit: str
+    digits: int
     scale: float
     larger_is_better: bool = True
     of_loss: bool = False
@@ -42,7 +43,7 @@ class Metric:
         return a > b if self.larger_is_better else a < b
 
     def text(self, value: float) -> str:
-        return self.pattern.format(value)
+        return f"{value:.{self.digits}f} {self.unit}".rstrip()
 
     def of(self, row: Row, part: str) -> float:
         """The figure of "train", "validation" or "test" after an epoch."""
@@ -57,7 +58,7 @@ class Metric:
         return f"{self.words} ({self.unit})" if self.unit else self.words
 
 
-ACCURACY = Metric("accuracy", "accuracy", "{:.2f} %", "%", 100)
+ACCURACY = Metric("accuracy", "accuracy", "%", 2, 100)
 
 
 class Task(ABC):
@@ -102,3 +103,7 @@ class Task(ABC):
     def keep(self) -> dict[str, Any]:
         """What checkpoints must hold for the network to be used later, plain values by name."""
         return {}
+
+    def check(self, state: dict[str, Any], path: Path) -> None:
+        """Raises DataError where the checkpoint `state` from `path` kept something else."""
+        return
