@@ -282,6 +282,8 @@ struct Kernels {
   void (*outer_product_backward)(const OuterProductBackward&, DType, int threads);
   void (*im2col)(const Im2col&, DType, int threads);
   void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
+  // dtype float32 or float64. scratch: lstm_scratch bytes (lstm.h)
+  void (*lstm)(const Lstm&, DType, void* scratch, int threads);
   // scratch: images.scratch() doubles
   void (*batch_norm)(const BatchNormSegment&, DType, double* scratch, int threads);
   void (*batch_norm_backward)(const BatchNormBackwardSegment&, DType, double* scratch, int threads);
@@ -300,6 +302,7 @@ struct Kernels {
   void outer_product_backward(const OuterProductBackward&, DType, int);                           \
   void im2col(const Im2col&, DType, int);                                                         \
   void col2im(const Im2col&, DType, int);                                                         \
+  void lstm(const Lstm&, DType, void*, int);                                                      \
   void batch_norm(const BatchNormSegment&, DType, double*, int);                                  \
   void batch_norm_backward(const BatchNormBackwardSegment&, DType, double*, int);                 \
   }
