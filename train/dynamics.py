@@ -4,6 +4,7 @@ text itself, each character coloured by the change as the model reads it."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -117,8 +118,8 @@ class Dynamics:
         """`length` characters of the first passage, from a line's beginning on: the background of each is the
         change of all weights of the layer, the strips below it those of the gates i, f, g and o."""
         begin = _settled(len(self.texts[0]))
-        line = self.texts[0].find("\n", begin, 3 * begin) + 1
-        begin = line or begin
+        line = re.compile(r"\n+(?=.)").search(self.texts[0], begin, 3 * begin)
+        begin = line.end() if line else begin
         text, gates = self.texts[0][begin : begin + length], self.gates[layer, 0, begin : begin + length]
         title = f"layer {layer + 1}: " if len(self.changes) > 1 else ""
         return text_figure(text, gates, columns, title)

@@ -191,7 +191,7 @@ class TestFigure:
                 text_figure(text, gates)
 
     def test_begins_at_a_line_after_the_model_has_settled(self):
-        text = "x" * 150 + "\nfirst\n" + "y" * 60
+        text = "x" * 149 + "\n\nfirst\n" + "y" * 60
         dynamics = by_hand([text], [[float(i) for i in range(len(text))]])
         figure = dynamics.figure(length=9, columns=5)
         signs, lines, _ = drawn(figure)
