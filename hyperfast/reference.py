@@ -401,6 +401,17 @@ def dropout_scale(key: Tensor, rows: Tensor, columns: int, stream: int, dropout:
     return kept.double() / (1 - dropout)
 
 
+def _step_scale(key: Tensor | None, rows: Tensor, like: Tensor, stream: int, dropout: float) -> Tensor | None:
+    """`dropout_scale` of a step's rows in `like`'s columns and dtype; None without dropout."""
+    return dropout_scale(key, rows, like.shape[1], stream, dropout).to(like.dtype) if dropout else None
+
+
+def _modulation(z: Tensor, d_weight: Tensor) -> tuple[Tensor, ...]:
+    """The scales d_x and d_h and offsets d_b [B, 4H] by the embeddings z [B, 12Z]."""
+    d = torch.einsum("bpz,phz->bph", z.view(len(z), 12, -1), d_weight)
+    return d.reshape(len(z), 3, -1).unbind(1)
+
+
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Each of x [B, ..., n] over its last dimension."""
     return F.layer_norm(x, x.shape[-1:], None, None, eps) * weight.view(x.shape[1:]) + bias.view(x.shape[1:])
@@ -434,20 +445,17 @@ def lstm_step(
 ) -> LSTMState:
     """One time step of `lstm`: x_gates [B, 4H], hyper.x_gates [B, 4M], rows [B]: the numbers of these rows
     among all N."""
-
-    def scale(like: Tensor, stream: int) -> Tensor | None:
-        return dropout_scale(key, rows, like.shape[1], stream, dropout).to(like.dtype) if dropout else None
-
+    scale = _step_scale(key, rows, state.c, 0, dropout)
     h_gates = state.h @ weight_hh.mT
     if hyper is None:
         gates = x_gates + h_gates + bias
-        return LSTMState(*_lstm_step(gates, state.c, norms, scale(state.c, 0), eps))
+        return LSTMState(*_lstm_step(gates, state.c, norms, scale, eps))
     gates = hyper.x_gates + state.h @ hyper.weight_xh.mT + state.hyper_h @ hyper.weight_hh.mT
-    hyper_h, hyper_c = _lstm_step(gates, state.hyper_c, hyper.norms, scale(state.hyper_c, 1), eps)
-    z = F.linear(hyper_h, hyper.z_weight, hyper.z_bias).view(len(rows), 12, -1)
-    d_x, d_h, d_b = torch.einsum("bpz,phz->bph", z, hyper.d_weight).reshape(len(rows), 3, -1).unbind(1)
+    hyper_scale = _step_scale(key, rows, state.hyper_c, 1, dropout)
+    hyper_h, hyper_c = _lstm_step(gates, state.hyper_c, hyper.norms, hyper_scale, eps)
+    d_x, d_h, d_b = _modulation(F.linear(hyper_h, hyper.z_weight, hyper.z_bias), hyper.d_weight)
     gates = d_x * x_gates + d_h * h_gates + d_b + bias
-    return LSTMState(*_lstm_step(gates, state.c, norms, scale(state.c, 0), eps), hyper_h, hyper_c)
+    return LSTMState(*_lstm_step(gates, state.c, norms, scale, eps), hyper_h, hyper_c)
 
 
 def lstm(
@@ -472,10 +480,10 @@ def lstm(
         i, f, g, o = layer norm of each (where there are norms)
         c = sigmoid(f) c + sigmoid(i) dropout(tanh(g)),    h = sigmoid(o) tanh(layer norm of c)
 
-    with d_x, d_h, d_b from the hyper LSTM, which reads x and h and is an LSTM of this kind itself (Ha, Dai and
-    Le, "HyperNetworks", ICLR 2017, section 3.3 and appendix A.2; recurrent dropout of Semeniuta, Severyn and
-    Barth, 2016, on the candidates alone, with a mask for every step). dropout: the share dropped, by `key`
-    (`dropout_scale`, stream 0, the hyper LSTM 1).
+    with d_x, d_h, d_b from the hyper LSTM, which reads x and h and is an LSTM of this kind itself (Ha, Dai
+    and Le, "HyperNetworks", ICLR 2017, section 3.3 and appendix A.2; recurrent dropout of Semeniuta, Severyn
+    and Barth, 2016, on the candidates alone, with a mask for every step). dropout: the share dropped, by
+    `key` (`dropout_scale`, stream 0, the hyper LSTM 1).
     """
     N, B = len(x_gates), len(state.h)
     sizes = [B] * (N // B if B else 0) if batch_sizes is None else batch_sizes.tolist()
@@ -493,3 +501,149 @@ def lstm(
     parts = zip(state, *reversed(ended), strict=True)
     last = LSTMState(*(None if own[0] is None else torch.cat(own) for own in parts))
     return torch.cat(outputs) if outputs else x_gates.new_empty(0, state.h.shape[1]), last
+
+
+class LSTMGradients(NamedTuple):
+    """What `lstm_backward` gives, of the quantity each is named after: x_gates and h_gates [N, 4H] (the same
+    without hyper), hyper_gates [N, 4M], z [N, 12Z], state (the first one), bias [4H], d_weight [12, H, Z],
+    norms and hyper_norms; None for what there is not."""
+
+    x_gates: Tensor
+    h_gates: Tensor
+    hyper_gates: Tensor | None
+    z: Tensor | None
+    state: LSTMState
+    bias: Tensor
+    d_weight: Tensor | None
+    norms: Norms | None
+    hyper_norms: Norms | None
+
+
+def _zeros(norms: Norms | None) -> Norms | None:
+    return None if norms is None else Norms(*map(torch.zeros_like, norms))
+
+
+def _add(totals: Norms | None, parts: Norms | None) -> None:
+    for total, part in zip(totals or (), parts or (), strict=True):
+        total.add_(part)
+
+
+def _layer_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias of `_layer_norm`, from x before it."""
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    inverse = (var + eps).rsqrt()
+    xhat, g = (x - mean) * inverse, dy * weight.view(x.shape[1:])
+    dx = inverse * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
+    return dx, (dy * xhat).sum(0).flatten(), dy.sum(0).flatten()
+
+
+def _cell_backward(
+    gates: Tensor,
+    c_before: Tensor,
+    c: Tensor,
+    norms: Norms | None,
+    scale: Tensor | None,
+    eps: float,
+    dh: Tensor,
+    dc: Tensor,
+) -> tuple[Tensor, Tensor, Norms | None]:
+    """dgates [B, 4n] before normalisation, dc of the step before [B, n] and the norms' gradients, of
+    `_lstm_step`; c: what it gave."""
+    before = gates = gates.view(len(gates), 4, -1)
+    read = c
+    if norms is not None:
+        gates = _layer_norm(gates, norms.gates_weight, norms.gates_bias, eps)
+        read = _layer_norm(c, norms.cell_weight, norms.cell_bias, eps)
+    i, f, o = gates[:, 0].sigmoid(), gates[:, 1].sigmoid(), gates[:, 3].sigmoid()
+    g, read = gates[:, 2].tanh(), read.tanh()
+    scale = 1 if scale is None else scale
+    dread = dh * o * (1 - read * read)
+    dnorms = None
+    if norms is not None:
+        dread, *dcell = _layer_norm_backward(dread, c, norms.cell_weight, eps)
+    dc = dc + dread
+    di, df = dc * g * scale * i * (1 - i), dc * c_before * f * (1 - f)
+    dg, do = dc * i * scale * (1 - g * g), dh * read * o * (1 - o)
+    dgates = torch.stack((di, df, dg, do), 1)
+    if norms is not None:
+        dgates, *dgates_norm = _layer_norm_backward(dgates, before, norms.gates_weight, eps)
+        dnorms = Norms(*dgates_norm, *dcell)
+    return dgates.flatten(1), dc * f, dnorms
+
+
+def lstm_backward(
+    batch_sizes: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    norms: Norms | None,
+    hyper: HyperCell | None,
+    key: Tensor | None,
+    dropout: float,
+    eps: float,
+    x_gates: Tensor,
+    c0: Tensor,
+    hyper_c0: Tensor | None,
+    c: Tensor,
+    hyper_c: Tensor | None,
+    h_gates: Tensor,
+    hyper_gates: Tensor | None,
+    z: Tensor | None,
+    dh: Tensor,
+    dlast: LSTMState,
+) -> LSTMGradients:
+    """The gradients of `lstm` that need its steps in turn, from the last to the first; those of the matrices
+    multiplied with h, hyper_h and x are products over all rows of what this gives.
+
+    batch_sizes to eps as there (hyper.x_gates is not read). From every step: c [N, H], hyper_c [N, M],
+    h_gates [N, 4H] = weight_hh h of the step before, hyper_gates [N, 4M] before normalisation, z [N, 12Z] =
+    z_weight hyper_h + z_bias. dh [N, H]: gradient of the output; dlast: of the last state of each sequence.
+
+        dc += what h = sigmoid(o) tanh(layer norm of c) gives;  dgates by i, f, g, o and their layer norm
+        dx_gates = d_x * dgates,   dh_gates = d_h * dgates,   dd = (x_gates, h_gates, 1) * dgates
+        dz = dd d_weight,   dd_weight += dd^T z,   dhyper_h += dz z_weight;  then dhyper_gates likewise
+        dh of the step before = dh_gates weight_hh + dhyper_gates weight_xh,  dhyper_h likewise by weight_hh
+    """
+    dx_gates, dh_gates = torch.empty_like(x_gates), torch.empty_like(h_gates)
+    dbias, dnorms = torch.zeros_like(bias), _zeros(norms)
+    dstate = LSTMState(*(None if s is None else s.clone() for s in dlast))
+    dhyper_gates = dz = dd_weight = dhyper_norms = None
+    cs = torch.cat((c0, c))  # of the step before each
+    if hyper is not None:
+        dhyper_gates, dz, dd_weight = map(torch.zeros_like, (hyper_gates, z, hyper.d_weight))
+        dhyper_norms, hyper_cs = _zeros(hyper.norms), torch.cat((hyper_c0, hyper_c))
+    sizes, end = batch_sizes.tolist(), len(x_gates)
+    for t in reversed(range(len(sizes))):
+        size, start = sizes[t], end - sizes[t]
+        now, rows = slice(start, end), torch.arange(start, end, device=c.device)
+        first = start + len(c0) - sizes[t - 1] if t else 0
+        before = slice(first, first + size)
+        state = LSTMState(*(None if s is None else s[:size] for s in dstate))
+        gates, scale = x_gates[now] + h_gates[now] + bias, _step_scale(key, rows, c, 0, dropout)
+        if hyper is not None:
+            d_x, d_h, d_b = _modulation(z[now], hyper.d_weight)
+            gates = d_x * x_gates[now] + d_h * h_gates[now] + d_b + bias
+        state.h.add_(dh[now])  # of rows that end here it held what dlast says
+        dgates, dc, parts = _cell_backward(gates, cs[before], c[now], norms, scale, eps, state.h, state.c)
+        dbias += dgates.sum(0)
+        _add(dnorms, parts)
+        state.c.copy_(dc)
+        dx_gates[now] = dh_gates[now] = dgates
+        if hyper is not None:
+            dx_gates[now], dh_gates[now] = d_x * dgates, d_h * dgates
+            dd = torch.cat((x_gates[now] * dgates, h_gates[now] * dgates, dgates), 1).view(size, 12, -1)
+            dz[now] = torch.einsum("bph,phz->bpz", dd, hyper.d_weight).flatten(1)
+            dd_weight += torch.einsum("bph,bpz->phz", dd, z[now].view(size, 12, -1))
+            state.hyper_h.add_(dz[now] @ hyper.z_weight)
+            gates, scale = hyper_gates[now], _step_scale(key, rows, hyper_c, 1, dropout)
+            dgates, dc, parts = _cell_backward(
+                gates, hyper_cs[before], hyper_c[now], hyper.norms, scale, eps, state.hyper_h, state.hyper_c
+            )
+            _add(dhyper_norms, parts)
+            dhyper_gates[now] = dgates
+            state.hyper_h.copy_(dgates @ hyper.weight_hh)
+            state.hyper_c.copy_(dc)
+        state.h.copy_(dh_gates[now] @ weight_hh)
+        if hyper is not None:
+            state.h.add_(dhyper_gates[now] @ hyper.weight_xh)
+        end = start
+    return LSTMGradients(dx_gates, dh_gates, dhyper_gates, dz, dstate, dbias, dd_weight, dnorms, dhyper_norms)

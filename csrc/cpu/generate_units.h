@@ -64,19 +64,6 @@ struct UnitPlace {
   int64_t channels;
 };
 
-// Parts of one piece of memory, counted (base null) or handed out.
-struct UnitScratch {
-  char* base;
-  int64_t bytes = 0;
-  explicit UnitScratch(void* base) : base(static_cast<char*>(base)) {}
-  template <class Part>
-  Part* take(int64_t count) {
-    char* at = base ? base + bytes : nullptr;
-    bytes += round_up(count * int64_t(sizeof(Part)), 64);
-    return reinterpret_cast<Part*>(at);
-  }
-};
-
 // C: the type computed with.
 template <class C>
 struct UnitsScratch {
@@ -94,7 +81,7 @@ struct UnitsScratch {
     const UnitColumns columns(s);
     const UnitTasks tasks(s, columns);
     const int64_t padded_D = round_up(s.D, kColumnPad);
-    UnitScratch scratch(base);
+    Scratch scratch(base);
     source = scratch.take<int64_t>(s.C);
     runs = scratch.take<UnitRun>(columns.runs);
     places = scratch.take<UnitPlace>(s.units());

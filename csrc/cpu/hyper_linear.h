@@ -1,15 +1,13 @@
 // How a generated matrix product is cut into units of work; the sizes alone decide.
 #pragma once
 #include "kernels.h"
+#include "scratch.h"
 
 namespace hyperfast {
 
 constexpr int64_t kTileOutputs = 8, kTileColumns = 512;     // forward: 16 KiB of float32 weights
 constexpr int64_t kStripOutputs = 32, kStripColumns = 128;  // backward: 8 KiB of w, 8 KiB of dw
 constexpr int64_t kUnits = 16;  // cut further, and add up parts afterwards, where there would be fewer units
-
-inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // How many parts `length` is cut into, so that `units` times as many are about kUnits, each a multiple of
 // `grain`.

@@ -1,0 +1,82 @@
+// What the forward and the backward of an LSTM share: the embeddings' weights packed, layer norm's
+// statistics, walks over columns. Products are in panels.h, the gates' functions in activations.h, dropout in
+// philox.h.
+#pragma once
+#include "activations.h"
+#include "blocks.h"
+#include "panels.h"
+#include "philox.h"
+
+namespace hyperfast {
+namespace {
+
+// The first `lanes` lanes of a whole vector or of less; the others are zero.
+template <class C, int W>
+inline typename Simd<C, W>::V load(Simd<C, W>, const C* p, int lanes) {
+  return lanes == W ? Simd<C, W>::load(p) : Simd<C, W>::load(p, lanes);
+}
+template <class C, int W>
+inline void store(Simd<C, W>, C* p, typename Simd<C, W>::V v, int lanes) {
+  if (lanes == W) Simd<C, W>::store(p, v);
+  else Simd<C, W>::store(p, v, lanes);
+}
+
+// Calls f(column, lanes) for every vector of n columns.
+template <int W, class F>
+inline void for_vectors(int64_t n, F f) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) f(j, W);
+  if (j < n) f(j, int(n - j));
+}
+
+// Mean and 1 / sqrt(variance + eps) of n numbers, in two passes and in an order that n alone decides.
+template <class C>
+struct RowStatistics {
+  C mean, inverse;
+  template <int W>
+  RowStatistics(Simd<C, W> simd, const C* x, int64_t n, C eps) {
+    using S = Simd<C, W>;
+    using V = typename S::V;
+    const auto sum_of = [&](auto term) {
+      V sums[4] = {};
+      int64_t j = 0;
+      for (; j + 4 * W <= n; j += 4 * W)
+        for (int i = 0; i < 4; ++i) sums[i] += term(S::load(x + j + i * W));
+      for (; j + W <= n; j += W) sums[0] += term(S::load(x + j));
+      C rest = 0;
+      if (j < n) {
+        C lanes[W];
+        S::store(lanes, term(load(simd, x + j, int(n - j))));
+        for (int i = 0; i < int(n - j); ++i) rest += lanes[i];
+      }
+      return S::sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+    };
+    mean = sum_of([](V v) { return v; }) / C(n);
+    const C center = mean;
+    inverse = 1 / std::sqrt(sum_of([&](V v) { return (v - center) * (v - center); }) / C(n) + eps);
+  }
+};
+
+// d_weight [12, H, Z] packed so that columns of H lie side by side: [4 gates, panels of H, 3 places, Z,
+// kPanel], padded with zeros. Places: input path, recurrent path, bias.
+struct DPanels {
+  int64_t H, Z, panels;
+  DPanels(int64_t H, int64_t Z) : H(H), Z(Z), panels(count_panels(H)) {}
+  int64_t count() const { return 4 * panels; }  // of all gates; every one is packed by itself
+  int64_t size() const { return count() * 3 * Z * kPanel; }
+  template <class C>
+  const C* at(const C* packed, int64_t gate, int64_t panel, int64_t place) const {
+    return packed + ((gate * panels + panel) * 3 + place) * Z * kPanel;
+  }
+  template <class C>
+  void pack(const C* d_weight, int64_t i, C* packed) const {
+    const int64_t gate = i / panels, panel = i % panels;
+    for (int64_t place = 0; place < 3; ++place) {
+      C* to = const_cast<C*>(at(packed, gate, panel, place)) - panel * Z * kPanel;
+      pack_panel(d_weight + (place * 4 + gate) * H * Z, int64_t(1), Z, Z, H, panel, to);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace hyperfast
