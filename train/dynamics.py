@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hyperfast.analysis import table, weight_changes
 from hyperfast.analysis.pictures import style
 from hyperfast.nn import HyperLSTM
+from hyperfast.reference import LSTMState
 from train.generate_text import evaluation_mode
 from train.text import Vocabulary
 
@@ -107,8 +108,9 @@ class Dynamics:
             often = [group for group in characters if group.count >= n / 1000]
             title = f" of layer {layer + 1}" if len(self.changes) > 1 else ""
             parts.append(
-                f"Change of the weights{title} as a character is read, Frobenius norm; mean of {n:,} "
-                f"characters: {mean:.3g}.\n\n{_table('kind', kinds, mean)}"
+                f"Change of the weights{title} as a character is read, against those for the character "
+                f"before: Frobenius norm, mean over {n:,} characters {mean:.3g}.\n\n"
+                f"{_table('kind', kinds, mean)}"
             )
             shown = [Group(repr(group.name), *list(vars(group).values())[1:]) for group in often[:LISTED]]
             parts.append(_table("character", shown, mean))
@@ -136,15 +138,10 @@ def _settled(length: int) -> int:
 
 
 def _table(what: str, groups: list[Group], mean: float) -> str:
-    def cells(group: Group) -> list[object]:
-        share = f"{group.total / mean:.2f}" if mean else ""
-        return [
-            group.name,
-            f"{group.count:,}",
-            f"{group.total:.3g}",
-            share,
-            *(f"{x:.3g}" for x in group.changes),
-        ]
+    def cells(group: Group) -> list[str]:
+        of_mean = f"{group.total / mean:.2f}" if mean else ""
+        gates = [f"{change:.3g}" for change in group.changes]
+        return [group.name, f"{group.count:,}", f"{group.total:.3g}", of_mean, *gates]
 
     header = [what, "number", "change", "of the mean", *(f"gate {gate}" for gate in GATES)]
     return table(header, [cells(group) for group in groups])
@@ -157,9 +154,9 @@ def text_dynamics(
     """How the weights of a HyperLSTM change over the beginning of a text, tokens [N].
 
     model: contains one `hyperfast.nn.HyperLSTM` and maps (tokens [B, T] int64, state or None) to (logits,
-    state), the state that of the HyperLSTM. At most `passages` of `length` characters are read side by side,
-    one character at a time, each passage from a state of zeros. Raises ValueError for a model without a
-    HyperLSTM or with several, and for fewer than two characters.
+    state), the state that of the HyperLSTM, in its order. At most `passages` of `length` characters are read
+    side by side, one character at a time, each passage from a state of zeros. Raises ValueError for a model
+    without a HyperLSTM or with several, and for fewer than two characters.
     """
     found = [module for module in model.modules() if isinstance(module, HyperLSTM)]
     if len(found) != 1:
@@ -176,7 +173,7 @@ def text_dynamics(
     with evaluation_mode(model):
         for t in range(S):
             _, state = model(x[:, t : t + 1], state)
-            outputs.append(state.hyper_h)
+            outputs.append(LSTMState(*state).hyper_h)
     hyper_h = torch.stack(outputs, 2)  # [layers, B, S, M]
     changes = torch.stack([weight_changes(*own) for own in zip(found[0].layers, hyper_h, strict=True)])
     before = changes.new_full((*changes.shape[:2], 1, 3, 4), math.nan)

@@ -121,7 +121,7 @@ class TestGroups:
     def test_markdown(self):
         text = self.DYNAMICS.to_markdown()
         mean = (16 + 10 + 4 + 4) * math.sqrt(5) / 6
-        assert f"mean of 6 characters: {mean:.3g}." in text
+        assert f"mean over 6 characters {mean:.3g}." in text
         assert (
             f"| end of a line | 1 | {16 * math.sqrt(5):.3g} | {16 * 6 / 34:.2f} | 16 | 0 | 0 | 32 |" in text
         )
