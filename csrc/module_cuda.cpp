@@ -327,6 +327,69 @@ void lstm_binding(const LstmSizeNumbers& numbers, int64_t batch_sizes, const Lst
   check_done("lstm", lstm(call, info.dtype, stream));
 }
 
+void lstm_backward_binding(const LstmSizeNumbers& numbers, int64_t batch_sizes,
+                           const LstmWeightAddresses& weights, int64_t key, double dropout, double eps,
+                           const std::array<int64_t, 13>& inputs, const std::array<int64_t, 18>& outputs,
+                           int64_t scratch, const std::string& dtype, uintptr_t stream) {
+  const DTypeInfo info = dtype_info(dtype);
+  const LstmSizes sizes = lstm_sizes(numbers, batch_sizes);
+  const bool hyper = sizes.M > 0;
+  const auto [x, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last, dhyper_h_last,
+              dhyper_c_last] = inputs;
+  const auto [dx, dh_gates, dhyper_gates, dz, dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight] =
+      std::array<int64_t, 10>{outputs[0], outputs[1], outputs[2], outputs[3], outputs[4],
+                              outputs[5], outputs[6], outputs[7], outputs[8], outputs[9]};
+  check_present("", "x_gates, c0, c, h_gates, dx_gates, dh0, dc0 and dbias",
+                {x, c0, c, h_gates, dx, dh0, dc0, dbias});
+  check_together(
+      "hyper tensors",
+      {hyper_c0, hyper_c, hyper_gates, z, dh_gates, dhyper_gates, dz, dhyper_h0, dhyper_c0, dd_weight},
+      hyper);
+  if (!hyper) check_together("hyper tensors", {dhyper_h_last, dhyper_c_last}, false);
+  check_aligned("",
+                {x, h_gates, hyper_gates, z, dh, dh_last, dhyper_h_last, dx, dh_gates, dhyper_gates, dz, dh0,
+                 dhyper_h0, dbias, dd_weight},
+                info.bytes);
+  check_aligned("", {c0, hyper_c0, c, hyper_c, dc_last, dhyper_c_last, dc0, dhyper_c0}, sizeof(float));
+  const LstmWeights checked = lstm_weights(weights, hyper, info.bytes);
+  const int64_t *dnorms = &outputs[10], *dhyper = &outputs[14];
+  check_together("gradients of norms", {dnorms[0], dnorms[1], dnorms[2], dnorms[3]}, weights[7] != 0);
+  check_together("gradients of hyper norms", {dhyper[0], dhyper[1], dhyper[2], dhyper[3]}, weights[11] != 0);
+  for (int i = 10; i < 18; ++i) check_aligned("", {outputs[i]}, sizeof(float));
+  check_lstm("lstm_backward", sizes, info, true, scratch);
+  const LstmBackward call{sizes,
+                          checked,
+                          lstm_dropout(key, dropout),
+                          eps,
+                          pointer(x),
+                          pointer(c0),
+                          pointer(hyper_c0),
+                          pointer(c),
+                          pointer(hyper_c),
+                          pointer(h_gates),
+                          pointer(hyper_gates),
+                          pointer(z),
+                          pointer(dh),
+                          pointer(dh_last),
+                          pointer(dc_last),
+                          pointer(dhyper_h_last),
+                          pointer(dhyper_c_last),
+                          pointer(dx),
+                          pointer(dh_gates),
+                          pointer(dhyper_gates),
+                          pointer(dz),
+                          pointer(dh0),
+                          pointer(dc0),
+                          pointer(dhyper_h0),
+                          pointer(dhyper_c0),
+                          pointer(dbias),
+                          pointer(dd_weight),
+                          {pointer(dnorms[0]), pointer(dnorms[1]), pointer(dnorms[2]), pointer(dnorms[3])},
+                          {pointer(dhyper[0]), pointer(dhyper[1]), pointer(dhyper[2]), pointer(dhyper[3])},
+                          pointer<float>(scratch)};
+  check_done("lstm_backward", lstm_backward(call, info.dtype, stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -370,5 +433,13 @@ PYBIND11_MODULE(_cuda, m) {
         "weights: weight_hh, bias, hyper_weight_xh, hyper_weight_hh, z_weight, z_bias, d_weight, 4 norms, 4 "
         "hyper norms; tensors: x_gates, hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, "
         "h_gates or 0, hyper_gates or 0. Norms and c in float32, all else in dtype. Not for float64.");
+  m.def(
+      "lstm_backward", &lstm_backward_binding, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"),
+      py::arg("key"), py::arg("dropout"), py::arg("eps"), py::arg("inputs"), py::arg("outputs"),
+      py::arg("scratch"), py::arg("dtype"), py::arg("stream"),
+      "inputs: x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last, "
+      "dhyper_h_last, dhyper_c_last, the last five or 0; outputs: dx_gates, dh_gates (0 without hyper: it is "
+      "dx_gates), dhyper_gates, dz, dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, 4 dnorms, 4 "
+      "dhyper_norms.");
   m.attr("MAX_ROWS") = kMaxRows;
 }

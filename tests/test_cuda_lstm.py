@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.info import why_missing
 from hyperfast.reference import HyperCell, LSTMState, Norms
 from tests.cuda_emulator.kernels import address, dtype_name
 
@@ -190,3 +189,96 @@ def check_forward(kernels, case: Case, dtype: torch.dtype, schedules, assert_acc
 def test_forward_equals_reference(cuda_kernels, name, assert_accurate):
     schedules = cuda_kernels.schedules()
     check_forward(cuda_kernels, CASES[name], torch.float32, schedules, assert_accurate)
+
+
+def gradients(problem: Problem, dlast: list[Tensor | None], dh: Tensor | None, dtype) -> list[Tensor]:
+    """By autograd of the reference in `dtype`: of x_gates, hyper_x_gates, weight_hh, state, bias, what makes
+    embeddings, d_weight and the norms."""
+    x_gates, state, weight_hh, bias, norms, hyper, *options = problem.arguments(dtype)
+    leaves = [x_gates, weight_hh, *state, bias, *(norms or ())]
+    if hyper is not None:
+        leaves += [hyper.x_gates, *hyper[1:6], *(hyper.norms or ())]
+    leaves = [t.requires_grad_() for t in leaves if t is not None]
+    output, last = reference.lstm(x_gates, state, weight_hh, bias, norms, hyper, *options)
+    pairs = [(t, d) for t, d in zip((output, *last), (dh, *dlast), strict=True) if d is not None]
+    found = torch.autograd.grad(
+        [t for t, _ in pairs], leaves, [d.to(dtype) for _, d in pairs], allow_unused=True
+    )
+    return [torch.zeros_like(t) if d is None else d for t, d in zip(leaves, found, strict=True)]
+
+
+def before(first: Tensor, rows: Tensor, batch_sizes) -> Tensor:
+    """What each row goes on from."""
+    parts, start = [first], 0
+    for size, following in zip(batch_sizes, batch_sizes[1:], strict=False):
+        parts.append(rows[start : start + following])
+        start += size
+    return torch.cat(parts)
+
+
+def backward(kernels, problem: Problem, kept: list[Tensor], dlast, dh) -> list[Tensor]:
+    """As `gradients`, from what the forward kept."""
+    case, dtype = problem.case, problem.dtype
+    run, hyper = Runner(kernels, case), problem.hyper
+    T, N, B, H, M, Z = case.sizes
+    if M:
+        h, c, hyper_h, hyper_c, h_gates, hyper_gates = kept
+        z = (hyper_h.float() @ hyper.z_weight.float().mT.to(hyper_h.device)).add(hyper.z_bias.to(hyper_h.device))
+        z = z.to(dtype).contiguous()
+    else:
+        h, c, h_gates = kept
+        hyper_h = hyper_c = hyper_gates = z = None
+    inputs = [problem.x_gates, problem.state.c, problem.state.hyper_c, c, hyper_c, h_gates, hyper_gates, z]
+    inputs = [run.there(t) for t in (*inputs, dh, *dlast)]
+    shapes = [((N, 4 * H), dtype), ((N, 4 * H if M else 0), dtype), ((N, 4 * M), dtype), ((N, 12 * Z), dtype)]
+    shapes += [((B, H), dtype), ((B, H), torch.float32), ((B, M), dtype), ((B, M), torch.float32)]
+    shapes += [((4 * H,), dtype), ((12, H if M else 0, Z), dtype)]
+    for n in (H, M):
+        shapes += [((size * case.norms,), torch.float32) for size in (4 * n, 4 * n, n, n)]
+    outputs = [run.output(*shape) if math.prod(shape[0]) else None for shape in shapes]
+    weights = [run.there(t) for t in problem.weights()]
+    key, scratch = run.there(problem.key), run.scratch(dtype, True)
+    kernels.module.lstm_backward(
+        case.sizes, address(run.batch_sizes), [address(t) for t in weights], address(key), case.dropout, 1e-5,
+        [address(t) for t in inputs], [address(t) for t in outputs], address(scratch), dtype_name(dtype),
+        kernels.stream(),
+    )  # fmt: skip
+    run.check_ends()
+    dx, dh_gates, dhyper, dz, dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, *norms = [
+        None if t is None else t.cpu() for t in outputs
+    ]
+    h_before = before(problem.state.h, h.cpu(), case.batch_sizes).double()
+    product = lambda d, rows: (d.double().mT @ rows).to(dtype)  # noqa: E731
+    made = [dx, product(dx if dh_gates is None else dh_gates, h_before), dh0, dc0, dhyper_h0, dhyper_c0, dbias]
+    made += norms[:4]
+    if M:
+        hyper_before = before(problem.state.hyper_h, hyper_h.cpu(), case.batch_sizes).double()
+        made += [dhyper, product(dhyper, h_before), product(dhyper, hyper_before)]
+        made += [product(dz, hyper_h.cpu().double()), dz.double().sum(0).to(dtype), dd_weight, *norms[4:]]
+    return [t for t in made if t is not None]
+
+
+def check_backward(kernels, case: Case, dtype: torch.dtype, schedules, assert_accurate, given=31) -> None:
+    """given: a bit for each incoming gradient that there is."""
+    problem = Problem(case, dtype)
+    _, N, B, H, M, _ = case.sizes
+    made = [torch.randn(N, H), *(torch.randn(B, n) for n in (H, H, M, M))]
+    made = [t.to(torch.float32 if i in (2, 4) else dtype) for i, t in enumerate(made)]
+    dh, *dlast = [t if given >> i & 1 and t.numel() else None for i, t in enumerate(made)]
+    expected = gradients(problem, dlast, dh, torch.float64)
+    plain = gradients(problem, dlast, dh, dtype)
+    kept = forward(kernels, problem)
+    first = None
+    for schedule in schedules:
+        kernels.set_schedule(schedule)
+        made = backward(kernels, problem, kept, dlast, dh)
+        first = first or made
+        assert all(torch.equal(a, b) for a, b in zip(made, first, strict=True)), "depends on the order"
+    for own, wanted, at_this_precision in zip(first, expected, plain, strict=True):
+        assert_accurate(own.to(dtype), wanted, dtype, at_this_precision.to(dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backward_equals_autograd_of_the_reference(cuda_kernels, name, assert_accurate):
+    schedules = cuda_kernels.schedules()
+    check_backward(cuda_kernels, CASES[name], torch.float32, schedules, assert_accurate)

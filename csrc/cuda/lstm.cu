@@ -185,7 +185,7 @@ int64_t lstm_scratch(const LstmSizes& sizes, DType dtype, bool backward) {
   LstmPlan s;
   Runs runs;
   if (make_plan(s, runs, sizes, dtype, backward)) return 0;
-  return backward ? lstm_backward_floats(s) : exchange_floats(s);
+  return backward ? LstmBackwardFloats(s).all() : exchange_floats(s);
 }
 
 const char* lstm_refuses(const LstmSizes& sizes, DType dtype, bool backward) {

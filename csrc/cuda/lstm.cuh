@@ -252,12 +252,14 @@ template <int count, class F>
 __device__ __forceinline__ void statistics(BlockSums& sums, int n, float eps, float (&mean)[count],
                                            float (&inverse)[count], F x) {
   for (int i = 0; i < count; ++i) mean[i] = inverse[i] = 0;
+#pragma unroll 1
   for (int u = threadIdx.x; u < n; u += kLstmThreads)
 #pragma unroll
     for (int i = 0; i < count; ++i) mean[i] += x(i, u);
   sums(mean);
 #pragma unroll
   for (int i = 0; i < count; ++i) mean[i] /= static_cast<float>(n);
+#pragma unroll 1
   for (int u = threadIdx.x; u < n; u += kLstmThreads)
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -352,8 +354,17 @@ inline const char* make_plan(LstmPlan& s, Runs& runs, const LstmSizes& sizes, DT
   return nullptr;
 }
 
-// Floats that the blocks of the backward exchange: lstm_backward.cu.
-inline int64_t lstm_backward_floats(const LstmPlan& s) { return 0; }
+// Floats of what the blocks of the backward exchange: lstm_backward.cu.
+struct LstmBackwardFloats {
+  int64_t gradients, products, dgates, modulation, sums;
+
+  explicit LstmBackwardFloats(const LstmPlan& s) {
+    const int64_t H = s.H, M = s.M, rows = s.row_blocks();
+    gradients = 4 * int64_t(s.K) * s.pitch, products = 4 * int64_t(s.B) * s.K;
+    dgates = M ? s.B * 4 * H : 0, modulation = M ? rows * 8 * H : 0, sums = rows * (14 * H + 10 * M);
+  }
+  int64_t all() const { return gradients + products + dgates + modulation + sums; }
+};
 
 // The numbers of a plan that depend on the tensors.
 template <class T>
