@@ -127,7 +127,7 @@ struct Sequence {
 
   void pack(const Share& own, int64_t thread, int64_t threads) const {
     const LstmWeights& w = p.weights;
-    for (int64_t i = own.begin; i < own.end; ++i) {
+    for (int64_t i = own.begin; i < own.end && packs_weights(s); ++i) {
       C* to = panel_at(i);
       const int64_t panel = i < hyper_panels ? i : i - hyper_panels, first = panel * kPanel;
       if (i < hyper_panels) {
@@ -138,48 +138,61 @@ struct Sequence {
         pack_columns(in(w.weight_hh) + first * s.H, 1, s.H, s.H, panel_width(4 * s.H, panel), to);
       }
     }
-    if (!s.M) return;
+    if (!s.M || !packs_scales(s)) return;
     const Share z(count_panels(12 * s.Z), thread, threads), d(d_panels.count(), thread, threads);
     for (int64_t i = z.begin; i < z.end; ++i)
       pack_panel(in(w.z_weight), 1, s.M, s.M, 12 * s.Z, i, scratch.z_weight);
     for (int64_t i = d.begin; i < d.end; ++i) d_panels.pack(in(w.d_weight), i, scratch.d_weight);
   }
 
-  // h_gates = weight_hh h, hyper_gates = hyper_x_gates + hyper_weight_xh h + hyper_weight_hh hyper_h, of the
-  // columns of a panel; panel `next` comes after it
+  static int lanes_at(int64_t width, int64_t j) { return int(width - j < W ? width - j : W); }
+
+  // h_gates = weight_hh h, of the columns of a panel; packed panel `next` comes after it
   void products(const Step& step, int64_t i, int64_t next) const {
-    const S simd;
-    const int64_t panel = i < hyper_panels ? i : i - hyper_panels, first = panel * kPanel;
-    const C *from = panel_at(i), *ahead = panel_at(next);
-    const auto lanes_at = [](int64_t width, int64_t j) { return int(width - j < W ? width - j : W); };
-    if (i >= hyper_panels) {
-      const int64_t width = panel_width(4 * s.H, panel);
-      C* to = step.h_gates + first;
-      return multiply_panel(simd, step.rows, {{step.h, s.H, s.H}}, from, width, ahead,
-                            [&](int64_t b, int64_t j, auto sums) {
-                              store(simd, to + b * 4 * s.H + j, sums, lanes_at(width, j));
-                            });
-    }
-    const int64_t width = panel_width(4 * s.M, panel);
-    const C* x = in(p.hyper_x_gates) + step.start * 4 * s.M + first;
-    C* to = step.hyper_gates + first;
-    multiply_panel(simd, step.rows, {{step.h, s.H, s.H}, {step.hyper_h, s.M, s.M}}, from, width, ahead,
-                   [&](int64_t b, int64_t j, auto sums) {
-                     const int64_t at = b * 4 * s.M + j;
-                     const int lanes = lanes_at(width, j);
-                     store(simd, to + at, load(simd, x + at, lanes) + sums, lanes);
-                   });
+    if (i < hyper_panels) return hyper_products(step, i, next);
+    const int64_t panel = i - hyper_panels, first = panel * kPanel, width = panel_width(4 * s.H, panel);
+    C* to = step.h_gates + first;
+    const auto finish = [&](int64_t b, int64_t j, auto sums) {
+      store(S(), to + b * 4 * s.H + j, sums, lanes_at(width, j));
+    };
+    if (packs_weights(s))
+      multiply_panel(S(), step.rows, {{step.h, s.H, s.H}}, panel_at(i), width, panel_at(next), finish);
+    else
+      multiply_columns(S(), step.rows, {{step.h, s.H, in(p.weights.weight_hh) + first * s.H, s.H, s.H}},
+                       width, finish);
   }
 
-  // z of rows `first` on, as LstmScratch::z_columns; z: [rows, 12Z]
+  // hyper_gates = hyper_x_gates + hyper_weight_xh h + hyper_weight_hh hyper_h, likewise
+  void hyper_products(const Step& step, int64_t panel, int64_t next) const {
+    const int64_t first = panel * kPanel, width = panel_width(4 * s.M, panel);
+    const C* x = in(p.hyper_x_gates) + step.start * 4 * s.M + first;
+    C* to = step.hyper_gates + first;
+    const auto finish = [&](int64_t b, int64_t j, auto sums) {
+      const int64_t at = b * 4 * s.M + j;
+      const int lanes = lanes_at(width, j);
+      store(S(), to + at, load(S(), x + at, lanes) + sums, lanes);
+    };
+    if (packs_weights(s))
+      return multiply_panel(S(), step.rows, {{step.h, s.H, s.H}, {step.hyper_h, s.M, s.M}}, panel_at(panel),
+                            width, panel_at(next), finish);
+    const C *xh = in(p.weights.hyper_weight_xh) + first * s.H,
+            *hh = in(p.weights.hyper_weight_hh) + first * s.M;
+    multiply_columns(S(), step.rows, {{step.h, s.H, xh, s.H, s.H}, {step.hyper_h, s.M, hh, s.M, s.M}}, width,
+                     finish);
+  }
+
+  // z [rows, 12Z] of rows `first` on; z_columns: the same as LstmScratch::z_columns
   void embeddings(int64_t first, int64_t rows, C* z, C* z_columns) const {
-    const S simd;
-    const C* bias = in(p.weights.z_bias);
+    const C *bias = in(p.weights.z_bias), *hyper_h = in(p.hyper_h) + first * s.M;
+    const auto finish = [&](int64_t b, int64_t j, auto sums, int lanes) {
+      store(S(), z + b * 12 * s.Z + j, sums + load(S(), bias + j, lanes), lanes);
+    };
+    if (!packs_scales(s))
+      return multiply_columns(
+          S(), rows, {{hyper_h, s.M, in(p.weights.z_weight), s.M, s.M}}, 12 * s.Z,
+          [&](int64_t b, int64_t j, auto sums) { finish(b, j, sums, lanes_at(12 * s.Z, j)); });
     for (int64_t panel = 0; panel < count_panels(12 * s.Z); ++panel)
-      multiply_panel(simd, rows, in(p.hyper_h) + first * s.M, s.M, scratch.z_weight, s.M, 12 * s.Z, panel,
-                     [&](int64_t b, int64_t j, auto sums, int lanes) {
-                       store(simd, z + b * 12 * s.Z + j, sums + load(simd, bias + j, lanes), lanes);
-                     });
+      multiply_panel(S(), rows, hyper_h, s.M, scratch.z_weight, s.M, 12 * s.Z, panel, finish);
     for (int64_t b = 0; b < rows; ++b)
       for (int64_t i = 0; i < 12; ++i)
         for (int64_t k = 0; k < s.Z; ++k)
@@ -200,29 +213,44 @@ struct Sequence {
     for (int b = 0; b < P; ++b) finish(b, d[b]);
   }
 
+  // The same for one row from weights that are not packed.
+  void row_scales(const C* z, int64_t gate, int64_t first, typename S::V* d) const {
+    for (int64_t place = 0; place < 3; ++place) {
+      const int64_t i = place * 4 + gate;
+      const C* d_weight = in(p.weights.d_weight) + (i * s.H + first) * s.Z;
+      multiply_columns(S(), 1, {{z + i * s.Z, 0, d_weight, s.Z, s.Z}}, lanes_at(s.H, first),
+                       [&](int64_t, int64_t, auto sums) { d[place] = sums; });
+    }
+  }
+
   // gates [rows, 4, padded H] = d_x x_gates + d_h h_gates + d_b + bias: x_gates and h_gates of these rows
-  void modulate(int64_t rows, const C* z_columns, const C* x_gates, const C* h_gates, C* gates) const {
-    const S simd;
+  void modulate(int64_t rows, const C* z, const C* z_columns, const C* x_gates, const C* h_gates,
+                C* gates) const {
     constexpr int held = sizeof(C) * W == 64 ? 8 : 4;
     const int64_t padded = round_up(s.H, kPanel);
-    const C* bias = in(p.weights.bias);
     for (int64_t gate = 0; gate < 4; ++gate)
       for (int64_t first = 0; first < s.H; first += W) {
-        const int lanes = int(s.H - first < W ? s.H - first : W);
-        const C* d_weight = d_panels.at(scratch.d_weight, gate, first / kPanel) + first % kPanel;
-        const auto offset = load(simd, bias + gate * s.H + first, lanes);
+        const int lanes = lanes_at(s.H, first);
+        const auto offset = load(S(), in(p.weights.bias) + gate * s.H + first, lanes);
+        const auto finish = [&](int64_t b, const typename S::V* d) {
+          const int64_t at = (b * 4 + gate) * s.H + first;
+          S::store(gates + (b * 4 + gate) * padded + first, d[0] * load(S(), x_gates + at, lanes) +
+                                                                d[1] * load(S(), h_gates + at, lanes) +
+                                                                (d[2] + offset));
+          __builtin_prefetch(x_gates + at + 2 * W);
+          __builtin_prefetch(h_gates + at + 2 * W);
+        };
         int64_t b = 0;
+        if (!packs_scales(s))
+          for (typename S::V d[3]; b < rows; ++b) {
+            row_scales(z + b * 12 * s.Z, gate, first, d);
+            finish(b, d);
+          }
+        const C* d_weight = d_panels.at(scratch.d_weight, gate, first / kPanel) + first % kPanel;
         const auto block = [&](auto count) {
           for (; b + count <= rows; b += count)
             scales<count>(z_columns + (b / kZRows * 4 + gate) * s.Z * 3 * kZRows + b % kZRows, d_weight,
-                          [&](int i, const typename S::V* d) {
-                            const int64_t at = ((b + i) * 4 + gate) * s.H + first;
-                            S::store(gates + ((b + i) * 4 + gate) * padded + first,
-                                     d[0] * load(simd, x_gates + at, lanes) +
-                                         d[1] * load(simd, h_gates + at, lanes) + (d[2] + offset));
-                            __builtin_prefetch(x_gates + at + 2 * W);
-                            __builtin_prefetch(h_gates + at + 2 * W);
-                          });
+                          [&](int i, const typename S::V* d) { finish(b + i, d); });
         };
         block(std::integral_constant<int, held>());
         block(std::integral_constant<int, 2>());
@@ -258,7 +286,7 @@ struct Sequence {
                  drops ? &hyper_dropout : nullptr, step.start + b, step.hyper_c + b * s.M,
                  out(p.hyper_c) + (step.start + b) * s.M, out(p.hyper_h) + (step.start + b) * s.M);
       embeddings(start, rows, z, z_columns);
-      modulate(rows, z_columns, x_gates, h_gates, gates);
+      modulate(rows, z, z_columns, x_gates, h_gates, gates);
     } else {
       add_gates(rows, x_gates, h_gates, gates);
     }

@@ -12,6 +12,11 @@ namespace hyperfast {
 constexpr int64_t kLstmRows = 16;  // rows of a step whose gates a thread has at hand
 constexpr int64_t kZRows = 8;      // of them, rows whose embeddings lie side by side
 
+// Whether the forward packs its weights, which costs about what two steps of 32 rows do, or multiplies by
+// them as they lie.
+inline bool packs_weights(const LstmSizes& s) { return s.T > 2 && s.N > 16; }
+inline bool packs_scales(const LstmSizes& s) { return s.N > 16; }
+
 // Numbers of d_weight as DPanels packs it.
 inline int64_t d_panels_size(int64_t H, int64_t Z) { return 12 * count_panels(H) * Z * kPanel; }
 
@@ -26,9 +31,10 @@ struct LstmScratch {
   int64_t bytes;
   LstmScratch(const LstmSizes& s, bool keeps, int threads, void* base) {
     Scratch scratch(base);
-    weights = scratch.take<C>(packed_size(s.H + s.M, 4 * s.M) + packed_size(s.H, 4 * s.H));
-    z_weight = scratch.take<C>(packed_size(s.M, 12 * s.Z));
-    d_weight = scratch.take<C>(d_panels_size(s.H, s.Z));
+    weights =
+        scratch.take<C>(packs_weights(s) ? packed_size(s.H + s.M, 4 * s.M) + packed_size(s.H, 4 * s.H) : 0);
+    z_weight = scratch.take<C>(packs_scales(s) ? packed_size(s.M, 12 * s.Z) : 0);
+    d_weight = scratch.take<C>(packs_scales(s) ? d_panels_size(s.H, s.Z) : 0);
     h_gates = scratch.take<C>(keeps ? 0 : s.B * 4 * s.H);
     hyper_gates = scratch.take<C>(keeps ? 0 : s.B * 4 * s.M);
     gates = scratch.take<C>(threads * gates_size(s));

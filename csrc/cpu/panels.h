@@ -2,7 +2,7 @@
 // columns, each [K, kPanel] in a row and padded with zeros, so that a product reads memory from end to end.
 // Inside a parallel region every thread makes the columns of its own panels: they stay in its cache.
 #pragma once
-#include "multiply.h"
+#include "rows.h"
 #include "scratch.h"
 
 namespace hyperfast {
@@ -147,6 +147,51 @@ void multiply_panel(Simd<C, W> simd, int64_t rows, const C* a, int64_t lda, cons
   multiply_panel(simd, rows, factors, from, real, from + K * kPanel, [&](int64_t row, int64_t j, auto sums) {
     finish(row, first + j, sums, int(real - j < W ? real - j : W));
   });
+}
+
+// A left factor [rows, K], rows lda apart, and the right one as [columns, K] or wider, rows ldb apart.
+template <class C>
+struct DotFactor {
+  const C* a;
+  int64_t lda;
+  const C* b;
+  int64_t ldb, K;
+};
+
+// The same product from a b that is not packed, column by column: finish(row, column, sums). For few rows,
+// where packing would cost more than it saves.
+template <class C, int W, size_t Factors, class Finish>
+void multiply_columns(Simd<C, W>, int64_t rows, const DotFactor<C> (&factors)[Factors], int64_t width,
+                      Finish finish) {
+  using S = Simd<C, W>;
+  const auto dot = [&](auto count, int64_t row, int64_t j, typename S::V* acc) {
+    for (const DotFactor<C>& f : factors) {
+      const C *a = f.a + row * f.lda, *b = f.b + j * f.ldb;
+      int64_t k = 0;
+      for (; k + W <= f.K; k += W)
+        for (int i = 0; i < count; ++i) acc[i] += S::load(a + k) * S::load(b + i * f.ldb + k);
+      if (k < f.K)
+        for (int i = 0; i < count; ++i)
+          acc[i] += S::load(a + k, int(f.K - k)) * S::load(b + i * f.ldb + k, int(f.K - k));
+    }
+  };
+  int64_t j = 0;
+  for (; j + W <= width; j += W)
+    for (int64_t row = 0; row < rows; ++row) {
+      typename S::V acc[W] = {};
+      dot(std::integral_constant<int, W>(), row, j, acc);
+      sum_groups<W, W, W>(acc);
+      finish(row, j, acc[0]);
+    }
+  for (int64_t row = 0; j < width && row < rows; ++row) {
+    C sums[W] = {};
+    for (int64_t i = j; i < width; ++i) {
+      typename S::V acc[1] = {};
+      dot(std::integral_constant<int, 1>(), row, i, acc);
+      sums[i - j] = S::sum(acc[0]);
+    }
+    finish(row, j, S::load(sums));
+  }
 }
 
 }  // namespace
