@@ -391,13 +391,14 @@ class Backward {
     });
   }
 
-  // Asks for what the tile behind this row reads: the row kBackwardRows below, or of the next panel.
-  void prefetch_row(const Step& step, int64_t panel, int64_t b) const {
+  // Asks for what the tile behind this row reads: the row kBackwardRows below, or of the next panel. GCC would
+  // drop calls of a function that only asks.
+  __attribute__((always_inline)) void prefetch_row(const Step& step, int64_t panel, int64_t b) const {
     b += kBackwardRows;
     if (b >= step.size) b %= kBackwardRows, ++panel;
     if (b >= step.size || panel >= strips.panels) return;
-    const auto ask = [](const C* from) {
-      for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(from + i, 0, 2);
+    const auto ask = [](const C* from) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(from + i);
     };
     const int64_t row = step.start + b, column = panel * kPanel;
     for (int64_t gate = 0; gate < 4; ++gate) {
