@@ -17,6 +17,7 @@
 #include "cpu/hyper_linear.h"
 #include "cpu/kernels.h"
 #include "cpu/lstm.h"
+#include "cpu/lstm_backward.h"
 
 namespace py = pybind11;
 using namespace hyperfast;
@@ -465,6 +466,55 @@ void lstm(const std::array<int64_t, 6>& sizes, int64_t batch_sizes, const std::a
   kernels().lstm(call, type, scratch.get(), threads);
 }
 
+void lstm_backward(const std::array<int64_t, 6>& sizes, int64_t batch_sizes,
+                   const std::array<int64_t, 15>& weights, int64_t key, double dropout, double eps,
+                   const std::array<int64_t, 13>& inputs, const std::array<int64_t, 18>& outputs,
+                   const std::string& dtype, int threads) {
+  const auto& [x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last,
+               dhyper_h_last, dhyper_c_last] = inputs;
+  const auto norms = [&](int i) {
+    return std::array<void*, 4>{pointer(outputs[i]), pointer(outputs[i + 1]), pointer(outputs[i + 2]),
+                                pointer(outputs[i + 3])};
+  };
+  LstmBackward call{lstm_sizes(sizes, batch_sizes, threads),
+                    lstm_weights(weights),
+                    {pointer<int64_t>(key), dropout},
+                    eps,
+                    pointer(x_gates),
+                    pointer(c0),
+                    pointer(hyper_c0),
+                    pointer(c),
+                    pointer(hyper_c),
+                    pointer(h_gates),
+                    pointer(hyper_gates),
+                    pointer(z),
+                    pointer(dh),
+                    pointer(dh_last),
+                    pointer(dc_last),
+                    pointer(dhyper_h_last),
+                    pointer(dhyper_c_last),
+                    pointer(outputs[0]),
+                    pointer(outputs[1]),
+                    pointer(outputs[2]),
+                    pointer(outputs[3]),
+                    pointer(outputs[4]),
+                    pointer(outputs[5]),
+                    pointer(outputs[6]),
+                    pointer(outputs[7]),
+                    pointer(outputs[8]),
+                    pointer(outputs[9]),
+                    norms(10),
+                    norms(14)};
+  const DType type = lstm_dtype(dtype);
+  for (const int64_t address : weights) check_aligned(address, element_size(type));
+  for (const int64_t address : inputs) check_aligned(address, element_size(type));
+  for (const int64_t address : outputs) check_aligned(address, element_size(type));
+  py::gil_scoped_release release;
+  const auto scratch =
+      scratch_of(lstm_backward_scratch(call.sizes, call.weights.norms.gates_weight, type, threads));
+  kernels().lstm_backward(call, type, scratch.get(), threads);
+}
+
 std::vector<std::string> isas() {
   const Kernels* found[8];
   const int count = supported(found, 8);
@@ -524,6 +574,13 @@ PYBIND11_MODULE(_cpu, m) {
       "hyper_weight_hh, z_weight, z_bias, d_weight, four of norms, four of hyper_norms), tensors: (x_gates, "
       "hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates, hyper_gates), the last "
       "two both or neither; 0 for what is not there; key: int64 [1] or 0.");
+  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"),
+        py::arg("key"), py::arg("dropout"), py::arg("eps"), py::arg("inputs"), py::arg("outputs"),
+        py::arg("dtype"), py::arg("threads"),
+        "As lstm; inputs: (x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last, "
+        "dhyper_h_last, dhyper_c_last), the last five may be 0; outputs: (dx_gates, dh_gates, dhyper_gates, "
+        "dz, "
+        "dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, four of dnorms, four of dhyper_norms).");
   m.def("batch_norm", &batch_norm, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("residual"), py::arg("statistics"), py::arg("given"), py::arg("eps"), py::arg("y"),
         py::arg("index"), py::arg("running"), py::arg("momentum"), py::arg("stored"), py::arg("dtype"),

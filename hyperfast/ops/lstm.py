@@ -13,12 +13,18 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.ops._library import (
     _DTYPES,
+    _cpu,
+    _cuda,
+    address,
     check_backend,
     check_dense,
+    dtype_name,
+    engine,
     is_transformed,
     library,
     needs_function,
     no_autocast,
+    triton_kernels,
 )
 from hyperfast.reference import HyperCell, LSTMState, Norms
 
@@ -42,6 +48,7 @@ library.define(
 
 
 _NONE = (None,) * 4
+ON_CHIP_BATCH = 64  # rows up to which the persistent CUDA kernel goes first
 _PRODUCTS = (0, 2, 3, 4, 5)  # the weights whose gradients are products over all rows
 
 
@@ -154,15 +161,30 @@ def _rows(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 # hyper_gates, z, state (4), bias, d_weight, norms (4), hyper norms (4).
 
 
-def _engine(x_gates: Tensor) -> str:
-    """Which kernels serve."""
-    return "reference"
+def _engine(x_gates: Tensor, sizes: Sequence[int], step_sizes: Tensor, backward: bool) -> str:
+    """Which kernels serve. On a GPU Triton's, which launch a few for each step; where the batch is small and
+    the weights fit on chip, launches and reading weights bound a step, and the persistent CUDA kernel does
+    neither (a rule from what each moves; it awaits measurement). The CPU's take no half precision: `lstm`
+    widens it."""
+    if not x_gates.numel():
+        return "reference"
+    on_chip = x_gates.is_cuda and hasattr(_cuda, "lstm") and sizes[2] <= ON_CHIP_BATCH
+    if on_chip:
+        with torch.cuda.device(x_gates.device):
+            arguments = sizes, step_sizes.data_ptr(), dtype_name(x_gates), backward
+            on_chip = not _cuda.lstm_refuses(*arguments)
+    name = engine(x_gates, cuda="lstm" if on_chip else "", cuda_first=on_chip)
+    return "reference" if name == "cpu" and x_gates.dtype.itemsize == 2 else name
+
+
+def _widened(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.to(_compute_dtype(t)) for t in tensors]
 
 
 def _forward_reference(sizes, step_sizes, weights, key, dropout, eps, tensors) -> None:
-    x_gates, hyper_x_gates, *state = tensors[:6]
+    x_gates, hyper_x_gates, *state = _widened(tensors[:6])
     *states, h_gates, hyper_gates = tensors[6:]
-    weight_hh, bias, norms, hyper = _structured(weights)
+    weight_hh, bias, norms, hyper = _structured(_widened(weights))
     now, start = LSTMState(*state), 0
     for size in step_sizes.tolist():
         rows = slice(start, start + size)
@@ -183,14 +205,14 @@ def _forward_reference(sizes, step_sizes, weights, key, dropout, eps, tensors) -
 
 
 def _backward_reference(sizes, step_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
-    *inputs, dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last = inputs
+    *inputs, dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last = _widened(inputs)
     _, N, B, H, M, _ = sizes
-    shapes = ((N, H), (B, H), (B, H), *([(B, M), (B, M)] if M else []))
-    grads = (dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last)
+    shapes = (N, H), (B, H), (B, H), *([(B, M), (B, M)] if M else [])
+    grads = dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last
     dh, *dlast = (
         inputs[0].new_zeros(shape) if d is None else d for d, shape in zip(grads, shapes, strict=False)
     )
-    options = *_structured(weights), key, dropout, eps
+    options = *_structured(_widened(weights)), key, dropout, eps
     made = reference.lstm_backward(step_sizes, *options, *inputs, dh, LSTMState(*dlast))
     parts = (
         made.x_gates, made.h_gates, made.hyper_gates, made.z, *made.state, made.bias, made.d_weight,
@@ -201,8 +223,63 @@ def _backward_reference(sizes, step_sizes, weights, key, dropout, eps, inputs, o
             output.copy_(part)
 
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [address(t) for t in tensors]
+
+
+def _forward_cpu(sizes, step_sizes, weights, key, dropout, eps, tensors) -> None:
+    options = _addresses(weights), address(key), dropout, eps, _addresses(tensors)
+    _cpu.lstm(sizes, step_sizes.data_ptr(), *options, dtype_name(tensors[0]), torch.get_num_threads())
+
+
+def _backward_cpu(sizes, step_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
+    options = _addresses(weights), address(key), dropout, eps, _addresses(inputs), _addresses(outputs)
+    dtype, threads = dtype_name(inputs[0]), torch.get_num_threads()
+    _cpu.lstm_backward(sizes, step_sizes.data_ptr(), *options, dtype, threads)
+
+
+def _cuda_arguments(sizes, step_sizes, x_gates, backward) -> tuple:
+    """What comes last: the scratch, dtype and stream."""
+    dtype = dtype_name(x_gates)
+    floats = _cuda.lstm_scratch(sizes, step_sizes.data_ptr(), dtype, backward)
+    scratch = x_gates.new_empty(floats, dtype=torch.float32)
+    return scratch, dtype, torch.cuda.current_stream().cuda_stream
+
+
+def _forward_cuda(sizes, step_sizes, weights, key, dropout, eps, tensors) -> None:
+    with torch.cuda.device(tensors[0].device):
+        options = _addresses(weights), address(key), dropout, eps, _addresses(tensors)
+        scratch, *last = _cuda_arguments(sizes, step_sizes, tensors[0], False)
+        _cuda.lstm(sizes, step_sizes.data_ptr(), *options, scratch.data_ptr(), *last)
+
+
+def _backward_cuda(sizes, step_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
+    with torch.cuda.device(inputs[0].device):
+        options = _addresses(weights), address(key), dropout, eps, _addresses(inputs), _addresses(outputs)
+        scratch, *last = _cuda_arguments(sizes, step_sizes, inputs[0], True)
+        _cuda.lstm_backward(sizes, step_sizes.data_ptr(), *options, scratch.data_ptr(), *last)
+
+
+def _forward_triton(*arguments) -> None:
+    triton_kernels("lstm").run(*arguments)
+
+
+def _backward_triton(*arguments) -> None:
+    triton_kernels("lstm").run_backward(*arguments)
+
+
+_FORWARD = {
+    "reference": _forward_reference,
+    "cpu": _forward_cpu,
+    "triton": _forward_triton,
+    "cuda": _forward_cuda,
+}
+_BACKWARD = {
+    "reference": _backward_reference,
+    "cpu": _backward_cpu,
+    "triton": _backward_triton,
+    "cuda": _backward_cuda,
+}
 
 
 # ---- the ops
@@ -227,10 +304,11 @@ def _forward(x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, 
     steps = _step_sizes(batch_sizes, x_gates.shape[0], state[0].shape[0])
     kept = (t if keep and like is not None else None for t, like in zip(made[8:], state[::2], strict=True))
     rows = [None if s is None else t for t, s in zip(made, state, strict=False)]
-    options = _sizes(x_gates, state, weights, steps), torch.tensor(steps, dtype=torch.int64), weights
+    sizes, step_sizes = _sizes(x_gates, state, weights, steps), torch.tensor(steps, dtype=torch.int64)
+    tensors = [x_gates, hyper_x_gates, *state, *rows, *kept]
     with no_autocast([x_gates]):
-        forward = _FORWARD[_engine(x_gates)]
-        forward(*options, key, dropout, eps, [x_gates, hyper_x_gates, *state, *rows, *kept])
+        forward = _FORWARD[_engine(x_gates, sizes, step_sizes, False)]
+        forward(sizes, step_sizes, weights, key if dropout else None, dropout, eps, tensors)
     for last, t, initial in zip(made[4:8], rows, state, strict=True):
         if initial is not None:
             torch.cat([t[start:end] for start, end in _last_rows(steps)] or [initial], out=last)
@@ -271,8 +349,10 @@ def _backward(
         inputs = x_gates, state[1], state[3], c, hyper_c, h_gates, hyper_gates, z, *grads
         gradients = [None if t is None else d for t, d in zip((*state, *weights), rest, strict=True)]
         outputs = dx_gates, dh_gates, dhyper_gates, dz, *gradients[:4], gradients[5], *gradients[10:]
-        options = torch.tensor(steps, dtype=torch.int64), weights, key, dropout, eps
-        _BACKWARD[_engine(x_gates)](sizes, *options, inputs, outputs)
+        step_sizes = torch.tensor(steps, dtype=torch.int64)
+        backward = _BACKWARD[_engine(x_gates, sizes, step_sizes, True)]
+        options = weights, key if dropout else None, dropout, eps
+        backward(sizes, step_sizes, *options, inputs, outputs)
         dgates = dx_gates if dh_gates is None else dh_gates
         wanted = [d if need else None for d, need in zip(gradients[4:], needed, strict=True)]
         _weight_gradients(wanted, dgates, dhyper_gates, dz, state, h, hyper_h, _previous_rows(steps))
@@ -283,7 +363,8 @@ def _weight_gradients(wanted, dgates, dhyper_gates, dz, state, h, hyper_h, previ
     """Writes those of weight_hh, hyper_weight_xh, hyper_weight_hh, z_weight and z_bias that are wanted."""
 
     def product(out: Tensor, d: Tensor, first: Tensor, before: Tensor) -> None:
-        torch.mm(d[len(first) :].t(), before, out=out).addmm_(d[: len(first)].t(), first)
+        B = min(len(first), len(d))  # no steps: nothing to sum
+        torch.mm(d[B:].t(), before, out=out).addmm_(d[:B].t(), first[:B])
 
     dweight_hh, _, dweight_xh, dhyper_weight_hh, dz_weight, dz_bias = wanted[:6]
     if dweight_hh is not None or dweight_xh is not None:
@@ -346,6 +427,20 @@ class LSTMFunction(torch.autograd.Function):
 
 
 # ---- the public function
+
+
+def _named(kind: type, name: str, value):
+    """`value` as that NamedTuple; TypeError unless it has its members."""
+    least = len(kind._fields) - len(kind._field_defaults)
+    if isinstance(value, (tuple, list)) and least <= len(value) <= len(kind._fields):
+        return kind(*value)
+    got = (
+        f"a {type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else type(value).__name__
+    )
+    article = "an" if kind is LSTMState else "a"
+    raise TypeError(f"{name} must be {article} {kind.__name__} ({', '.join(kind._fields)}), got {got}")
 
 
 def _check_sizes(x_gates, state: LSTMState, hyper: HyperCell | None) -> dict[str, int]:
@@ -489,7 +584,11 @@ def lstm(
     devices.
     """
     check_backend(backend)
-    dropout, eps, state = float(dropout), float(eps), LSTMState(*state)
+    dropout, eps, state = float(dropout), float(eps), _named(LSTMState, "state", state)
+    norms = None if norms is None else _named(Norms, "norms", norms)
+    hyper = None if hyper is None else _named(HyperCell, "hyper", hyper)
+    if hyper is not None and hyper.norms is not None:
+        hyper = hyper._replace(norms=_named(Norms, "hyper.norms", hyper.norms))
     _check(x_gates, state, weight_hh, bias, norms, hyper)
     _check_options(x_gates, state, batch_sizes, key, dropout, eps)
     hyper_x_gates = None if hyper is None else hyper.x_gates
@@ -502,7 +601,7 @@ def lstm(
         _step_sizes(batch_sizes, x_gates.shape[0], state.h.shape[0])
         output, *last = _expression(tensors, *given)
         return output, LSTMState(*last)
-    if dtype.itemsize == 2 and _engine(tensors[0]) in ("cpu", "reference"):
+    if dtype.itemsize == 2 and engine(tensors[0]) in ("cpu", "reference"):
         tensors = _in_dtype(tensors, torch.float32)
     if torch.compiler.is_compiling():  # torch 2.11: half the gradient of a tensor given twice
         tensors = [None if t is None else t.view_as(t) for t in tensors]
