@@ -35,10 +35,12 @@ from train.command import (
     recipe_values,
     set_up_device,
 )
+from train.dynamics import text_dynamics
 from train.generate_text import sample
 from train.language import TextData, vocabulary_of
 from train.loop import RunError, Trainer, autocast, exponential, plateau
 from train.models.charlm import MODELS, CharLM
+from train.report import save_figure
 from train.text import Vocabulary, load_text
 
 MODEL_OPTIONS = {  # what makes a model, and in how many numbers it is told
@@ -321,7 +323,9 @@ def published(options: dict[str, Any]) -> Published | None:
 
 def own_sections(trainer: Trainer, args: argparse.Namespace) -> str:
     """What report.md says beyond the usual."""
-    sections = _parts(trainer.model), _published_table(trainer, args), _sample(trainer, args)
+    sections = [_parts(trainer.model), _published_table(trainer, args), _sample(trainer, args)]
+    if MODELS[args.model].hyper:
+        sections.append(_dynamics(trainer))
     return "\n".join(sections)
 
 
@@ -362,6 +366,17 @@ def _sample(trainer: Trainer, args: argparse.Namespace) -> str:
     lines = "\n".join(f"    {line}" for line in text.split("\n"))
     how = f"Temperature {args.temperature:g}, seed {args.seed}, after epoch {trainer.best['epoch']}"
     return f"## Sample\n\n{how}:\n\n{lines}\n"
+
+
+def _dynamics(trainer: Trainer) -> str:
+    """Where in the validation text the weights change; the text itself in dynamics.png."""
+    text = trainer.data.text
+    changes = text_dynamics(trainer.model, text.vocabulary, text.validation)
+    save_figure(changes.figure(), trainer.out / "dynamics.png")
+    return (
+        "## Where the weights change\n\n![text, each character coloured by the change](dynamics.png)\n\n"
+        f"In the validation text, after epoch {trainer.best['epoch']}. {changes.to_markdown()}\n"
+    )
 
 
 class CharLMCommand(Command):

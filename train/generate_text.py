@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -49,9 +50,7 @@ def _sample(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     characters = vocabulary.to_list()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         state = None
         for part in prime.split(PRIME_STEPS):
             logits, state = model(part[None].to(device), state)
@@ -60,6 +59,15 @@ def _sample(
             yield characters[token]
             if i + 1 < length:
                 logits, state = model(token.view(1, 1).to(device), state)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hyperfast.ops._library import check_backend
-from hyperfast.reference import HyperCell, LSTMState, Norms, lstm
+from hyperfast.ops.lstm import lstm
+from hyperfast.reference import HyperCell, LSTMState, Norms
 
 NORMS = ("gates_norm_weight", "gates_norm_bias", "cell_norm_weight", "cell_norm_bias")  # as in `Norms`
 State = LSTMState | tuple[Tensor | None, ...]
@@ -138,9 +139,8 @@ class _Cell(nn.Module):
         key = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
         hyper = self._hyper(x)
         x_gates = F.linear(x, self.weight_ih)
-        return lstm(
-            x_gates, state, self.weight_hh, self.bias, self._norms(), hyper, batch_sizes, key, dropout
-        )
+        weights = self.weight_hh, self.bias, self._norms(), hyper
+        return lstm(x_gates, state, *weights, batch_sizes, key, dropout, backend=self.backend)
 
     def public(self, state: LSTMState) -> State:
         """The state as callers get it."""

@@ -41,10 +41,6 @@ library.define(
 )
 
 
-_NONE = (None,) * 4
-_PRODUCTS = (0, 2, 3, 4, 5)  # the weights whose gradients are products over all rows
-
-
 def _compute_dtype(x_gates: Tensor) -> torch.dtype:
     """What c, norms and their gradients are held in, and the reference computes in."""
     return torch.float32 if x_gates.dtype.itemsize == 2 else x_gates.dtype
@@ -52,45 +48,44 @@ def _compute_dtype(x_gates: Tensor) -> torch.dtype:
 
 def _flat(weight_hh: Tensor, bias: Tensor, norms: Norms | None, hyper: HyperCell | None) -> list:
     """The weights as the ops take them."""
+    none = (None,) * 4
     of_hyper = (None,) * 5 if hyper is None else hyper[1:6]
-    return [weight_hh, bias, *of_hyper, *(norms or _NONE), *(hyper and hyper.norms or _NONE)]
+    hyper_norms = none if hyper is None else hyper.norms or none
+    return [weight_hh, bias, *of_hyper, *(norms or none), *hyper_norms]
 
 
-def _structured(weights: Sequence[Tensor | None], hyper_x_gates: Tensor | None = None) -> tuple:
-    """weight_hh, bias, norms and hyper as `reference.lstm` takes them."""
+def _reference(tensors: Sequence[Tensor | None], batch_sizes, key, dropout, eps) -> list[Tensor]:
+    """h of every row and the last state, of x_gates, hyper_x_gates, state and weights as the ops take them;
+    in float32 where these have half precision, and h rounded."""
+    widened = [None if t is None else t.to(_compute_dtype(tensors[0])) for t in tensors]
+    with no_autocast([tensors[0]]):
+        output, last = reference.lstm(*_structured(widened), batch_sizes, key, dropout, eps)
+    made = output, *(s for s in last if s is not None)
+    likes = tensors[2], *(s for s in tensors[2:6] if s is not None)
+    return [m.to(like.dtype) for m, like in zip(made, likes, strict=True)]
+
+
+def _structured(tensors: Sequence[Tensor | None]) -> tuple:
+    """x_gates, state, weight_hh, bias, norms, hyper as `reference.lstm` takes them."""
+    x_gates, hyper_x_gates, *rest = tensors
+    state, weights = LSTMState(*rest[:4]), rest[4:]
     norms, hyper_norms = (None if n[0] is None else Norms(*n) for n in (weights[7:11], weights[11:]))
-    hyper = None if weights[2] is None else HyperCell(hyper_x_gates, *weights[2:7], hyper_norms)
-    return weights[0], weights[1], norms, hyper
+    hyper = None if hyper_x_gates is None else HyperCell(hyper_x_gates, *weights[2:7], hyper_norms)
+    return x_gates, state, weights[0], weights[1], norms, hyper
 
 
-def _in_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """x_gates, hyper_x_gates, state and weights in `dtype`, but c and norms at least in float32."""
-    wide = torch.float32 if dtype.itemsize == 2 else dtype
-    kinds = [wide if i in (3, 5) or i >= 13 else dtype for i in range(len(tensors))]
-    return [None if t is None else t.to(kind) for t, kind in zip(tensors, kinds, strict=True)]
-
-
-def _expression(tensors: Sequence[Tensor | None], batch_sizes, key, dropout, eps) -> list[Tensor]:
-    """h of every row and the last state by the reference, of x_gates, hyper_x_gates, state and weights; half
-    precision in float32, and h rounded."""
-    x_gates, hyper_x_gates, *rest = _in_dtype(tensors, _compute_dtype(tensors[0]))
-    weights = _structured(rest[4:], hyper_x_gates)
-    with no_autocast([x_gates]):
-        output, last = reference.lstm(x_gates, LSTMState(*rest[:4]), *weights, batch_sizes, key, dropout, eps)
-    made = zip((output, *last), (tensors[2], *tensors[2:6]), strict=True)
-    return [m.to(like.dtype) for m, like in made if m is not None]
-
-
-def _differentiable_backward(tensors, given: tuple, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of `_expression`, which can be differentiated again; None where none is needed."""
-    # views: a tensor may be among them twice, or be made of another
-    leaves = [None if t is None else t.view_as(t) for t in tensors]
+def _gradients(leaves: Sequence[Tensor | None], given, grads, create_graph: bool) -> list[Tensor | None]:
+    """The gradients of the `leaves` of `_reference` that require one, by autograd; None for the others."""
     wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
-    used = [(o, d) for o, d in zip(_expression(leaves, *given), grads, strict=True) if d is not None]
-    outputs, grads = zip(*used, strict=True)
-    inputs = [leaves[i] for i in wanted]
-    found = torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True)
     made: list[Tensor | None] = [None] * len(leaves)
+    with torch.enable_grad():
+        outputs = _reference(leaves, *given)
+        used = [(o, d) for o, d in zip(outputs, grads, strict=False) if d is not None and o.requires_grad]
+        if not used:
+            return made
+        outputs, grads = zip(*used, strict=True)
+        inputs = [leaves[i] for i in wanted]
+        found = torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, allow_unused=True)
     for i, gradient in zip(wanted, found, strict=True):
         made[i] = gradient
     return made
@@ -145,96 +140,53 @@ def _rows(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([t[:0], *parts])
 
 
-# ---- the engines: all take (T, N, B, H, M, Z), the step sizes int64 [T] on the CPU, weights, key, dropout,
-# eps and tensors, contiguous, None for what there is none of.
-# Forward: x_gates, hyper_x_gates, state (4); to be written h, c, hyper_h, hyper_c, h_gates, hyper_gates, the
-# last two None if not kept.
-# Backward: x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z [N, 12Z], the gradients of h and of the
-# last h, c, hyper_h, hyper_c; to be written those of x_gates, h_gates (None without hyper: x_gates'),
-# hyper_gates, z, state (4), bias, d_weight, norms (4), hyper norms (4).
-
-
-def _engine(x_gates: Tensor) -> str:
-    """Which kernels serve."""
-    return "reference"
-
-
-def _forward_reference(sizes, step_sizes, weights, key, dropout, eps, tensors) -> None:
-    x_gates, hyper_x_gates, *state = tensors[:6]
-    *states, h_gates, hyper_gates = tensors[6:]
-    weight_hh, bias, norms, hyper = _structured(weights)
-    now, start = LSTMState(*state), 0
-    for size in step_sizes.tolist():
-        rows = slice(start, start + size)
-        now = LSTMState(*(None if s is None else s[:size] for s in now))
-        if h_gates is not None:
-            h_gates[rows] = now.h @ weight_hh.mT
-        if hyper is not None:
-            hyper = hyper._replace(x_gates=hyper_x_gates[rows])
-            if hyper_gates is not None:
-                hyper_gates[rows] = torch.addmm(hyper.x_gates, now.h, hyper.weight_xh.mT)
-                hyper_gates[rows] += now.hyper_h @ hyper.weight_hh.mT
-        options = hyper, torch.arange(start, start + size, device=x_gates.device), key, dropout, eps
-        now = reference.lstm_step(x_gates[rows], now, weight_hh, bias, norms, *options)
-        for made, s in zip(states, now, strict=True):
-            if s is not None:
-                made[rows] = s
-        start += size
-
-
-def _backward_reference(sizes, step_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
-    *inputs, dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last = inputs
-    _, N, B, H, M, _ = sizes
-    shapes = ((N, H), (B, H), (B, H), *([(B, M), (B, M)] if M else []))
-    grads = (dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last)
-    dh, *dlast = (
-        inputs[0].new_zeros(shape) if d is None else d for d, shape in zip(grads, shapes, strict=False)
-    )
-    options = *_structured(weights), key, dropout, eps
-    made = reference.lstm_backward(step_sizes, *options, *inputs, dh, LSTMState(*dlast))
-    parts = (
-        made.x_gates, made.h_gates, made.hyper_gates, made.z, *made.state, made.bias, made.d_weight,
-        *(made.norms or _NONE), *(made.hyper_norms or _NONE),
-    )  # fmt: skip
-    for output, part in zip(outputs, parts, strict=True):
-        if output is not None:
-            output.copy_(part)
-
-
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-
-
 # ---- the ops
 
 
-def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Optional tensors come as they are: what is lazily negated in them is for the op to negate."""
-    return [None if t is None else t.contiguous().resolve_neg() for t in tensors]
-
-
-def _sizes(x_gates, state, weights, step_sizes: Sequence[int]) -> tuple[int, ...]:
-    """T, N, B, H, M, Z."""
-    M, Z = (0, 0) if weights[6] is None else (weights[3].shape[1], weights[6].shape[2])
-    return len(step_sizes), *x_gates.shape[:1], *state[0].shape, M, Z
-
-
 @torch.library.impl(library, "lstm", "CompositeExplicitAutograd")
-def _forward(x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep) -> list[Tensor]:
-    made = _forward_fake(x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep)
-    x_gates, hyper_x_gates, key, *state = _contiguous((x_gates, hyper_x_gates, key, *state))
-    weights = _contiguous(weights)
-    steps = _step_sizes(batch_sizes, x_gates.shape[0], state[0].shape[0])
-    kept = (t if keep and like is not None else None for t, like in zip(made[8:], state[::2], strict=True))
-    rows = [None if s is None else t for t, s in zip(made, state, strict=False)]
-    options = _sizes(x_gates, state, weights, steps), torch.tensor(steps, dtype=torch.int64), weights
+def _forward_reference(
+    x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep
+) -> list[Tensor]:
+    outputs = _forward_fake(x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep)
+    rows, last, kept = outputs[:4], outputs[4:8], outputs[8:]
+    tensors = x_gates, hyper_x_gates, *state, *weights
+    widened = [None if t is None else t.to(_compute_dtype(x_gates)) for t in tensors]
+    x_gates, now, weight_hh, bias, norms, hyper = _structured(widened)
+    sizes = _step_sizes(batch_sizes, len(x_gates), len(now.h))
     with no_autocast([x_gates]):
-        forward = _FORWARD[_engine(x_gates)]
-        forward(*options, key, dropout, eps, [x_gates, hyper_x_gates, *state, *rows, *kept])
-    for last, t, initial in zip(made[4:8], rows, state, strict=True):
+        for start, size in zip(_starts(sizes), sizes, strict=True):
+            now = LSTMState(*(None if s is None else s[:size] for s in now))
+            at = torch.arange(start, start + size, device=x_gates.device)
+            part = None if hyper is None else hyper._replace(x_gates=hyper.x_gates[start : start + size])
+            now = reference.lstm_step(
+                x_gates[start : start + size], now, weight_hh, bias, norms, part, at, key, dropout, eps
+            )
+            for made, s in zip(rows, now, strict=True):
+                if s is not None:
+                    made[start : start + size] = s
+        _gather_last(rows, state, sizes, last)
+        if keep:
+            _keep(kept, rows, state, hyper_x_gates, weights, _previous_rows(sizes))
+    return outputs
+
+
+def _gather_last(rows, state, sizes: Sequence[int], last) -> None:
+    for made, t, initial in zip(last, rows, state, strict=True):
         if initial is not None:
-            torch.cat([t[start:end] for start, end in _last_rows(steps)] or [initial], out=last)
-    return made
+            torch.cat([t[start:end] for start, end in _last_rows(sizes)] or [initial], out=made)
+
+
+def _keep(kept, rows, state, hyper_x_gates, weights, previous: Sequence[tuple[int, int]]) -> None:
+    """h_gates and hyper_gates of what the forward made."""
+    h_gates, hyper_gates = kept
+    h, hyper_h = (
+        None if s is None else torch.cat([s, _rows(t, previous)])[: len(t)]
+        for t, s in ((rows[0], state[0]), (rows[2], state[2]))
+    )
+    torch.mm(h, weights[0].t(), out=h_gates)
+    if hyper_x_gates is not None:
+        torch.addmm(hyper_x_gates, h, weights[2].t(), out=hyper_gates)
+        hyper_gates.addmm_(hyper_h, weights[3].t())
 
 
 @torch.library.register_fake("hyperfast::lstm", lib=library)
@@ -249,62 +201,29 @@ def _forward_fake(
 
 
 @torch.library.impl(library, "lstm_backward", "CompositeExplicitAutograd")
-def _backward(
+def _backward_reference(
     grads, x_gates, hyper_x_gates, state, weights, kept, batch_sizes, key, dropout, eps, needed
 ) -> list[Tensor]:
-    made = _backward_fake(
+    outputs = _backward_fake(
         grads, x_gates, hyper_x_gates, state, weights, kept, batch_sizes, key, dropout, eps, needed
     )
-    x_gates, key, *state = _contiguous((x_gates, key, *state))
-    weights, kept, grads = map(_contiguous, (weights, kept, grads))
-    steps = _step_sizes(batch_sizes, x_gates.shape[0], state[0].shape[0])
-    sizes = _sizes(x_gates, state, weights, steps)
-    h, c, hyper_h, hyper_c, h_gates, hyper_gates = kept
-    z = dz = dh_gates = None
-    dx_gates, dhyper_gates, *rest = made
-    if hyper_x_gates is None:
-        hyper_h = hyper_c = hyper_gates = dhyper_gates = None
-    with no_autocast([x_gates]):
-        if hyper_x_gates is not None:
-            z = torch.addmm(weights[5], hyper_h, weights[4].t())
-            dz, dh_gates = torch.empty_like(z), torch.empty_like(x_gates)
-        inputs = x_gates, state[1], state[3], c, hyper_c, h_gates, hyper_gates, z, *grads
-        gradients = [None if t is None else d for t, d in zip((*state, *weights), rest, strict=True)]
-        outputs = dx_gates, dh_gates, dhyper_gates, dz, *gradients[:4], gradients[5], *gradients[10:]
-        options = torch.tensor(steps, dtype=torch.int64), weights, key, dropout, eps
-        _BACKWARD[_engine(x_gates)](sizes, *options, inputs, outputs)
-        dgates = dx_gates if dh_gates is None else dh_gates
-        wanted = [d if need else None for d, need in zip(gradients[4:], needed, strict=True)]
-        _weight_gradients(wanted, dgates, dhyper_gates, dz, state, h, hyper_h, _previous_rows(steps))
-    return made
-
-
-def _weight_gradients(wanted, dgates, dhyper_gates, dz, state, h, hyper_h, previous) -> None:
-    """Writes those of weight_hh, hyper_weight_xh, hyper_weight_hh, z_weight and z_bias that are wanted."""
-
-    def product(out: Tensor, d: Tensor, first: Tensor, before: Tensor) -> None:
-        torch.mm(d[len(first) :].t(), before, out=out).addmm_(d[: len(first)].t(), first)
-
-    dweight_hh, _, dweight_xh, dhyper_weight_hh, dz_weight, dz_bias = wanted[:6]
-    if dweight_hh is not None or dweight_xh is not None:
-        before = _rows(h, previous)
-        if dweight_hh is not None:
-            product(dweight_hh, dgates, state[0], before)
-        if dweight_xh is not None:
-            product(dweight_xh, dhyper_gates, state[0], before)
-    if dhyper_weight_hh is not None:
-        product(dhyper_weight_hh, dhyper_gates, state[2], _rows(hyper_h, previous))
-    if dz_weight is not None:
-        torch.mm(dz.t(), hyper_h, out=dz_weight)
-    if dz_bias is not None:
-        torch.sum(dz, 0, out=dz_bias)
+    tensors = x_gates, hyper_x_gates, *state, *weights
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    given = grads[:3] if hyper_x_gates is None else grads
+    made = _gradients(leaves, (batch_sizes, key, dropout, eps), given, create_graph=False)
+    for output, gradient in zip(outputs, made, strict=True):
+        if gradient is None:
+            output.zero_()
+        elif output.numel():
+            output.copy_(gradient)
+    return outputs
 
 
 @torch.library.register_fake("hyperfast::lstm_backward", lib=library)
 def _backward_fake(
     grads, x_gates, hyper_x_gates, state, weights, kept, batch_sizes, key, dropout, eps, needed
 ) -> list[Tensor]:
-    weights = [w if needed[i] or i not in _PRODUCTS else None for i, w in enumerate(weights)]
+    weights = [w if need else None for w, need in zip(weights, needed, strict=True)]
     tensors = x_gates, hyper_x_gates, *state, *weights
     return [x_gates.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
 
@@ -335,7 +254,9 @@ class LSTMFunction(torch.autograd.Function):
         tensors, kept = saved[:-6], saved[-6:]
         given, needed = (batch_sizes, key, ctx.dropout, ctx.eps), ctx.needs_input_grad[4:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # differentiable again
-            made = _differentiable_backward(tensors, given, grads)
+            # views: a tensor may be here twice, or be made of another
+            leaves = [None if t is None else t.view_as(t) for t in tensors]
+            made = _gradients(leaves, given, grads, create_graph=True)
         else:
             x_gates, hyper_x_gates, *rest = tensors
             grads = [*grads, *[None] * (5 - len(grads))]
@@ -457,6 +378,13 @@ def _is_autocast(x_gates: Tensor) -> bool:
     return device != "meta" and x_gates.dtype != torch.float64 and torch.is_autocast_enabled(device)
 
 
+def _in_dtypes(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """x_gates, hyper_x_gates, state and weights in `dtype`; c and norms at least in float32."""
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    kinds = [wide if i in (3, 5) or i >= 13 else dtype for i in range(len(tensors))]
+    return [None if t is None else t.to(kind) for t, kind in zip(tensors, kinds, strict=True)]
+
+
 def lstm(
     x_gates: Tensor,
     state: LSTMState,
@@ -495,15 +423,13 @@ def lstm(
     hyper_x_gates = None if hyper is None else hyper.x_gates
     tensors = [x_gates, hyper_x_gates, *state, *_flat(weight_hh, bias, norms, hyper)]
     dtype = torch.get_autocast_dtype(x_gates.device.type) if _is_autocast(x_gates) else x_gates.dtype
-    tensors = _in_dtype(tensors, dtype)
+    tensors = _in_dtypes(tensors, dtype)
     given = batch_sizes, key, dropout, eps
     with_function = needs_function(batch_sizes, key, *tensors)
     if backend == "reference" or is_transformed():
         _step_sizes(batch_sizes, x_gates.shape[0], state.h.shape[0])
-        output, *last = _expression(tensors, *given)
+        output, *last = _reference(tensors, *given)
         return output, LSTMState(*last)
-    if dtype.itemsize == 2 and _engine(tensors[0]) in ("cpu", "reference"):
-        tensors = _in_dtype(tensors, torch.float32)
     if torch.compiler.is_compiling():  # torch 2.11: half the gradient of a tensor given twice
         tensors = [None if t is None else t.view_as(t) for t in tensors]
     if with_function:
@@ -512,5 +438,4 @@ def lstm(
         x_gates, hyper_x_gates, *rest = tensors
         made = torch.ops.hyperfast.lstm(x_gates, hyper_x_gates, rest[:4], rest[4:], *given, False)
         output, last = made[0], made[4 : 6 if hyper is None else 8]
-    narrowed = (s.to(dtype) if i in (0, 2) else s for i, s in enumerate(last))
-    return output.to(dtype), LSTMState(*narrowed)
+    return output, LSTMState(*last)
