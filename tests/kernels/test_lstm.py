@@ -119,9 +119,9 @@ def poisoned(like: Tensor | None) -> Tensor | None:
     return None if like is None else torch.full_like(like, torch.nan).contiguous()
 
 
-def options_of(case: Case, p: Problem, keyless: bool = False):
-    key = None if case.dropout == 0 else p.key
-    return case.sizes(), torch.tensor(case.batch_sizes, dtype=torch.int64), weights_of(p), key, case.dropout, EPS
+def options_of(case: Case, p: Problem) -> tuple:
+    sizes, key = torch.tensor(case.batch_sizes, dtype=torch.int64), p.key if case.dropout else None
+    return case.sizes(), sizes, weights_of(p), key, case.dropout, EPS
 
 
 def forward(case: Case, p: Problem, kept: bool = True) -> Kept:
@@ -200,14 +200,16 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, assert_accurate)
     for got, right, simple in compare:
         for name, *values in zip(right._fields, got, right, simple, strict=True):
             made, expected, rough = map(flat, values)
+            if not made:
+                continue
             assert all(t.isfinite().all() for t in made), name
             assert_accurate([t.to(dtype) for t in made], expected, dtype, rough)
 
 
 CASES = {
     "everything": Case((3, 2), 7, 5, 2, norms=True, dropout=0.3),
-    "z in the kernels": Case((2, 1), 5, 3, 3, norms=True, rows_of_z=132),
-    "chunks": Case((3, 2, 2), 9, 4, 1, dropout=0.5, chunk=1),
+    "z in the kernels": Case((1, 1), 5, 3, 3, rows_of_z=132),
+    "chunks": Case((3, 2), 9, 4, 1, dropout=0.5, chunk=1),
     "one step": Case((2,), 17, norms=True),
     "plain": Case((2, 1), 6, dropout=0.1),
 }
@@ -230,7 +232,7 @@ def test_equals_reference(case, device, configured, assert_accurate):
 
 
 def test_half_precision(device, configured, assert_accurate):
-    case = CASES["everything"]._replace(H=12, M=6)
+    case = Case((3,), 12, 6, 5, norms=True)
     configured(case)
     check(case, torch.bfloat16, device, assert_accurate)
 
@@ -244,7 +246,7 @@ def test_equals_reference_in_every_dtype(case, dtype, device, configured, assert
 
 def test_nothing_kept_and_no_gradients_given(device, configured):
     """As in inference, and where only the output or only a last state is used."""
-    case = Case((2, 1), 5, 3, 2, rows_of_z=132)
+    case = Case((2,), 5, 3, 2)
     configured(case)
     p = case.problem(torch.float32, device)
     kept = forward(case, p)
@@ -271,7 +273,7 @@ def test_no_steps(device):
 
 
 def test_equal_bit_for_bit_every_time(device, configured):
-    case = Case((2, 2), 8, 4, 2, dropout=0.5)
+    case = Case((2,), 8, 4, 2, dropout=0.5)
     configured(case)
     p = case.problem(torch.float32, device)
     kept = forward(case, p)
