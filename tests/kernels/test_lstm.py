@@ -1,5 +1,5 @@
-"""The kernels of `lstm` against the reference in float64: odd sizes, packed rows, norms, dropout, both ways to
-z, and sums over several chunks of steps."""
+"""The kernels of `lstm` against the reference in float64: odd sizes, packed rows, norms, dropout, both ways
+to z, and sums over several chunks of steps."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ EPS = 1e-3
 
 
 class Case(NamedTuple):
-    """batch_sizes; H, M, Z (0, 0: no hyper LSTM). rows_of_z: Z_ROWS; chunk: CHUNK_BYTES; programs: PROGRAMS."""
+    """batch_sizes; H, M, Z (0, 0: no hyper LSTM). rows_of_z: Z_ROWS, chunk: CHUNK_BYTES, programs:
+    PROGRAMS of the kernels."""
 
     batch_sizes: tuple[int, ...]
     H: int
