@@ -7,6 +7,7 @@
 #include <array>
 #include <initializer_list>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,6 +16,8 @@
 #include "cpu/generate_units.h"
 #include "cpu/hyper_linear.h"
 #include "cpu/kernels.h"
+#include "cpu/lstm.h"
+#include "cpu/lstm_backward.h"
 
 namespace py = pybind11;
 using namespace hyperfast;
@@ -154,8 +157,14 @@ HyperLinearSizes sizes_of(const std::array<int64_t, 5>& sizes, int threads) {
 
 size_t compute_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
-// uninitialised
-std::unique_ptr<char[]> scratch_of(size_t bytes) { return std::unique_ptr<char[]>(new char[bytes]); }
+// Uninitialised, beginning with a cache line.
+constexpr std::align_val_t kLine{64};
+struct FreeLines {
+  void operator()(char* p) const { ::operator delete[](p, kLine); }
+};
+std::unique_ptr<char[], FreeLines> scratch_of(size_t bytes) {
+  return std::unique_ptr<char[], FreeLines>(new (kLine) char[bytes]);
+}
 
 void hyper_linear(const std::array<int64_t, 6>& tensors, const std::array<int64_t, 5>& sizes,
                   const std::string& dtype, int threads) {
@@ -398,6 +407,114 @@ void batch_norm_backward(const std::array<int64_t, 5>& sizes, int64_t x, int64_t
   kernels().batch_norm_backward(segment, type, scratch.get(), threads);
 }
 
+// What lstm and lstm_backward take alike.
+LstmSizes lstm_sizes(const std::array<int64_t, 6>& sizes, int64_t batch_sizes, int threads) {
+  const auto [T, N, B, H, M, Z] = sizes;
+  if (T < 0 || N < 0 || B < 0 || H < 1 || M < 0 || Z < 0 || (M == 0) != (Z == 0) || threads < 1)
+    throw py::value_error("need T, N, B >= 0, H, threads >= 1, M and Z both >= 1 or both 0");
+  const LstmSizes made{T, N, B, H, M, Z, pointer<int64_t>(batch_sizes)};
+  int64_t rows = 0, before = B;
+  for (int64_t t = 0; t < T; ++t) {
+    if (made.batch_sizes[t] < 1 || made.batch_sizes[t] > before)
+      throw py::value_error("batch_sizes fall from B and are at least 1");
+    rows += before = made.batch_sizes[t];
+  }
+  if (rows != N) throw py::value_error("batch_sizes count N rows");
+  return made;
+}
+
+LstmWeights lstm_weights(const std::array<int64_t, 15>& w) {
+  const auto norms = [&](int i) {
+    return LstmNorms{pointer(w[i]), pointer(w[i + 1]), pointer(w[i + 2]), pointer(w[i + 3])};
+  };
+  return {pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), pointer(w[4]),
+          pointer(w[5]), pointer(w[6]), norms(7),      norms(11)};
+}
+
+DType lstm_dtype(const std::string& dtype) {
+  const DType type = dtype_of(dtype);
+  if (type == DType::bfloat16) throw py::value_error("dtype must be float32 or float64");
+  return type;
+}
+
+void lstm(const std::array<int64_t, 6>& sizes, int64_t batch_sizes, const std::array<int64_t, 15>& weights,
+          int64_t key, double dropout, double eps, const std::array<int64_t, 12>& tensors,
+          const std::string& dtype, int threads) {
+  const auto& [x_gates, hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates,
+               hyper_gates] = tensors;
+  const Lstm call{lstm_sizes(sizes, batch_sizes, threads),
+                  lstm_weights(weights),
+                  {pointer<int64_t>(key), dropout},
+                  eps,
+                  pointer(x_gates),
+                  pointer(hyper_x_gates),
+                  pointer(h0),
+                  pointer(c0),
+                  pointer(hyper_h0),
+                  pointer(hyper_c0),
+                  pointer(h),
+                  pointer(c),
+                  pointer(hyper_h),
+                  pointer(hyper_c),
+                  pointer(h_gates),
+                  pointer(hyper_gates)};
+  const DType type = lstm_dtype(dtype);
+  for (const int64_t address : weights) check_aligned(address, element_size(type));
+  for (const int64_t address : tensors) check_aligned(address, element_size(type));
+  py::gil_scoped_release release;
+  const auto scratch = scratch_of(lstm_scratch(call.sizes, call.h_gates, type, threads));
+  kernels().lstm(call, type, scratch.get(), threads);
+}
+
+void lstm_backward(const std::array<int64_t, 6>& sizes, int64_t batch_sizes,
+                   const std::array<int64_t, 15>& weights, int64_t key, double dropout, double eps,
+                   const std::array<int64_t, 13>& inputs, const std::array<int64_t, 18>& outputs,
+                   const std::string& dtype, int threads) {
+  const auto& [x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last,
+               dhyper_h_last, dhyper_c_last] = inputs;
+  const auto norms = [&](int i) {
+    return std::array<void*, 4>{pointer(outputs[i]), pointer(outputs[i + 1]), pointer(outputs[i + 2]),
+                                pointer(outputs[i + 3])};
+  };
+  LstmBackward call{lstm_sizes(sizes, batch_sizes, threads),
+                    lstm_weights(weights),
+                    {pointer<int64_t>(key), dropout},
+                    eps,
+                    pointer(x_gates),
+                    pointer(c0),
+                    pointer(hyper_c0),
+                    pointer(c),
+                    pointer(hyper_c),
+                    pointer(h_gates),
+                    pointer(hyper_gates),
+                    pointer(z),
+                    pointer(dh),
+                    pointer(dh_last),
+                    pointer(dc_last),
+                    pointer(dhyper_h_last),
+                    pointer(dhyper_c_last),
+                    pointer(outputs[0]),
+                    pointer(outputs[1]),
+                    pointer(outputs[2]),
+                    pointer(outputs[3]),
+                    pointer(outputs[4]),
+                    pointer(outputs[5]),
+                    pointer(outputs[6]),
+                    pointer(outputs[7]),
+                    pointer(outputs[8]),
+                    pointer(outputs[9]),
+                    norms(10),
+                    norms(14)};
+  const DType type = lstm_dtype(dtype);
+  for (const int64_t address : weights) check_aligned(address, element_size(type));
+  for (const int64_t address : inputs) check_aligned(address, element_size(type));
+  for (const int64_t address : outputs) check_aligned(address, element_size(type));
+  py::gil_scoped_release release;
+  const auto scratch =
+      scratch_of(lstm_backward_scratch(call.sizes, call.weights.norms.gates_weight, type, threads));
+  kernels().lstm_backward(call, type, scratch.get(), threads);
+}
+
 std::vector<std::string> isas() {
   const Kernels* found[8];
   const int count = supported(found, 8);
@@ -450,6 +567,20 @@ PYBIND11_MODULE(_cpu, m) {
   };
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
+  m.def(
+      "lstm", &lstm, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"), py::arg("key"),
+      py::arg("dropout"), py::arg("eps"), py::arg("tensors"), py::arg("dtype"), py::arg("threads"),
+      "sizes: (T, N, B, H, M, Z); batch_sizes: int64 [T]; weights: (weight_hh, bias, hyper_weight_xh, "
+      "hyper_weight_hh, z_weight, z_bias, d_weight, four of norms, four of hyper_norms), tensors: (x_gates, "
+      "hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates, hyper_gates), the last "
+      "two both or neither; 0 for what is not there; key: int64 [1] or 0.");
+  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"),
+        py::arg("key"), py::arg("dropout"), py::arg("eps"), py::arg("inputs"), py::arg("outputs"),
+        py::arg("dtype"), py::arg("threads"),
+        "As lstm; inputs: (x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last, "
+        "dhyper_h_last, dhyper_c_last), the last five may be 0; outputs: (dx_gates, dh_gates, dhyper_gates, "
+        "dz, "
+        "dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, four of dnorms, four of dhyper_norms).");
   m.def("batch_norm", &batch_norm, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("residual"), py::arg("statistics"), py::arg("given"), py::arg("eps"), py::arg("y"),
         py::arg("index"), py::arg("running"), py::arg("momentum"), py::arg("stored"), py::arg("dtype"),

@@ -254,12 +254,12 @@ struct LstmBackward {
   const void* z;                                                  // [N, 12Z] hyper_h z_weight^T + z_bias
   const void* dh;                                                 // [N, H]
   const void *dh_last, *dc_last, *dhyper_h_last, *dhyper_c_last;  // [B, H] twice, [B, M] twice
-  void *dx_gates, *dh_gates, *dhyper_gates,
-      *dz;  // [N, 4H], [N, 4H] (null without hyper: dx_gates), [N, 4M], [N, 12Z]
+  void *dx_gates, *dh_gates;                // [N, 4H] twice; dh_gates null without hyper: dx_gates
+  void *dhyper_gates, *dz;                  // [N, 4M], [N, 12Z]
   void *dh0, *dc0, *dhyper_h0, *dhyper_c0;  // [B, H] twice, [B, M] twice
   void *dbias, *dd_weight;                  // [4H], [12, H, Z]
-  void* dnorms[4];                          // [4H], [4H], [H], [H], in the order of LstmNorms
-  void* dhyper_norms[4];                    // [4M], [4M], [M], [M]
+  std::array<void*, 4> dnorms;              // [4H], [4H], [H], [H], in the order of LstmNorms
+  std::array<void*, 4> dhyper_norms;        // [4M], [4M], [M], [M]
 };
 
 struct Kernels {
@@ -282,6 +282,10 @@ struct Kernels {
   void (*outer_product_backward)(const OuterProductBackward&, DType, int threads);
   void (*im2col)(const Im2col&, DType, int threads);
   void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
+  // dtype float32 or float64. scratch: lstm_scratch bytes (lstm.h)
+  void (*lstm)(const Lstm&, DType, void* scratch, int threads);
+  // dtype float32 or float64. scratch: lstm_backward_scratch bytes (lstm_backward.h)
+  void (*lstm_backward)(const LstmBackward&, DType, void* scratch, int threads);
   // scratch: images.scratch() doubles
   void (*batch_norm)(const BatchNormSegment&, DType, double* scratch, int threads);
   void (*batch_norm_backward)(const BatchNormBackwardSegment&, DType, double* scratch, int threads);
@@ -300,6 +304,8 @@ struct Kernels {
   void outer_product_backward(const OuterProductBackward&, DType, int);                           \
   void im2col(const Im2col&, DType, int);                                                         \
   void col2im(const Im2col&, DType, int);                                                         \
+  void lstm(const Lstm&, DType, void*, int);                                                      \
+  void lstm_backward(const LstmBackward&, DType, void*, int);                                     \
   void batch_norm(const BatchNormSegment&, DType, double*, int);                                  \
   void batch_norm_backward(const BatchNormBackwardSegment&, DType, double*, int);                 \
   }

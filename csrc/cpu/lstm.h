@@ -8,6 +8,40 @@
 #include "philox.h"
 
 namespace hyperfast {
+
+constexpr int64_t kLstmRows = 16;  // rows of a step whose gates a thread has at hand
+
+// Numbers of d_weight as DPanels packs it.
+inline int64_t d_panels_size(int64_t H, int64_t Z) { return 12 * count_panels(H) * Z * kPanel; }
+
+// Of the forward. C: the type computed with.
+template <class C>
+struct LstmScratch {
+  C *weight_hh, *hyper_weight_xh, *hyper_weight_hh, *z_weight, *d_weight;  // packed
+  C *h_gates, *hyper_gates;  // [B, 4H], [B, 4M], of a step, where they are not kept
+  C *gates, *z;              // [threads, kLstmRows, 4, padded H], [threads, kLstmRows, 12Z]
+  int64_t bytes;
+  LstmScratch(const LstmSizes& s, bool keeps, int threads, void* base) {
+    Scratch scratch(base);
+    weight_hh = scratch.take<C>(packed_size(s.H, 4 * s.H));
+    hyper_weight_xh = scratch.take<C>(packed_size(s.H, 4 * s.M));
+    hyper_weight_hh = scratch.take<C>(packed_size(s.M, 4 * s.M));
+    z_weight = scratch.take<C>(packed_size(s.M, 12 * s.Z));
+    d_weight = scratch.take<C>(d_panels_size(s.H, s.Z));
+    h_gates = scratch.take<C>(keeps ? 0 : s.B * 4 * s.H);
+    hyper_gates = scratch.take<C>(keeps ? 0 : s.B * 4 * s.M);
+    gates = scratch.take<C>(threads * gates_size(s));
+    z = scratch.take<C>(threads * kLstmRows * 12 * s.Z);
+    bytes = scratch.bytes;
+  }
+  static int64_t gates_size(const LstmSizes& s) { return kLstmRows * 4 * round_up(s.H, kPanel); }
+};
+
+inline int64_t lstm_scratch(const LstmSizes& s, bool keeps, DType dtype, int threads) {
+  return dtype == DType::float64 ? LstmScratch<double>(s, keeps, threads, nullptr).bytes
+                                 : LstmScratch<float>(s, keeps, threads, nullptr).bytes;
+}
+
 namespace {
 
 // The first `lanes` lanes of a whole vector or of less; the others are zero.
@@ -63,7 +97,6 @@ struct DPanels {
   int64_t H, Z, panels;
   DPanels(int64_t H, int64_t Z) : H(H), Z(Z), panels(count_panels(H)) {}
   int64_t count() const { return 4 * panels; }  // of all gates; every one is packed by itself
-  int64_t size() const { return count() * 3 * Z * kPanel; }
   template <class C>
   const C* at(const C* packed, int64_t gate, int64_t panel, int64_t place) const {
     return packed + ((gate * panels + panel) * 3 + place) * Z * kPanel;

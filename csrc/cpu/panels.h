@@ -45,17 +45,99 @@ void pack_panel(const C* from, int64_t ks, int64_t js, int64_t K, int64_t column
   }
 }
 
-// The product of `rows` rows of a with panel `panel`: finish(row, column, sums, lanes) gets vectors of sums,
-// column counted from the first panel's, of which the first `lanes` are columns.
+// acc[P][J] += a[P, K] panel[K, J vectors]; asks for `lines` cache lines of what comes next on the way
+template <int P, int J, class C, int W, class Sums>
+inline void add_products(Simd<C, W>, const C* a, int64_t lda, const C* panel, int64_t K, const C* next,
+                         int64_t lines, Sums& acc) {
+  using S = Simd<C, W>;
+  const auto step = [&](int64_t k) {
+    typename S::V b[J];
+    for (int j = 0; j < J; ++j) b[j] = S::load(panel + k * kPanel + j * W);
+    for (int p = 0; p < P; ++p)
+      for (int j = 0; j < J; ++j) acc[p][j] += a[p * lda + k] * b[j];
+  };
+  int64_t k = 0;
+  for (; k < lines; ++k) {
+    __builtin_prefetch(next + k * (64 / sizeof(C)), 0, 2);
+    step(k);
+  }
+  for (; k < K; ++k) step(k);
+}
+
+// A left factor [rows, K], rows lda apart.
+template <class C>
+struct Factor {
+  const C* a;
+  int64_t lda, K;
+};
+
+// The product of `rows` rows with one panel: finish(row, column, sums) gets vectors of sums, `width` columns, a
+// multiple of W. The factors' columns count one after the other along the panel. It is walked in blocks that
+// stay in the first cache while all rows pass; meanwhile the block after is fetched, which for the last one is
+// at `next`.
+template <class C, int W, size_t Factors, class Finish>
+void multiply_panel(Simd<C, W> simd, int64_t rows, const Factor<C> (&factors)[Factors], const C* panel,
+                    int64_t width, const C* next, Finish finish) {
+  using S = Simd<C, W>;
+  constexpr int64_t held_k = 1024 / sizeof(C), held_rows = 128, line = 64 / sizeof(C);
+  constexpr int P = sizeof(C) * W == 64 ? 8 : 6;
+  alignas(64) C tile[held_rows * kPanel];
+  for (int64_t first = 0; first < rows; first += held_rows) {
+    const int64_t end = first + held_rows < rows ? first + held_rows : rows, blocks = ceil_div(end - first, P);
+    const C* b = panel;
+    for (size_t f = 0; f < Factors; ++f)
+      for (int64_t k = 0; k < factors[f].K; k += held_k) {
+        const int64_t lda = factors[f].lda, K = factors[f].K - k < held_k ? factors[f].K - k : held_k;
+        const C* a = factors[f].a + k;
+        const bool starts = f == 0 && k == 0, ends = f + 1 == Factors && k + K == factors[f].K;
+        const C* after = ends ? next : b + K * kPanel;
+        const int64_t wanted = ceil_div(held_k * kPanel / line, blocks), lines = wanted < K ? wanted : K;
+        int64_t row = first;
+        const auto held = [&](auto count, auto vectors, int64_t j, int64_t asked) {
+          constexpr int H = decltype(count)::value, J = decltype(vectors)::value;
+          typename S::V acc[H][J] = {};
+          C* sums = tile + (row - first) * kPanel + j;
+          if (!starts)
+            for (int p = 0; p < H; ++p)
+              for (int i = 0; i < J; ++i) acc[p][i] = S::load(sums + p * kPanel + i * W);
+          add_products<H, J>(simd, a + row * lda, lda, b + j, K, after + (row - first) / P * lines * line, asked,
+                             acc);
+#pragma GCC unroll 8
+          for (int p = 0; p < H; ++p)
+#pragma GCC unroll 2
+            for (int i = 0; i < J; ++i)
+              if (ends) finish(row + p, j + i * W, acc[p][i]);
+              else S::store(sums + p * kPanel + i * W, acc[p][i]);
+        };
+        const auto strip = [&](auto count) {
+          for (; row + count <= end; row += count) {
+            int64_t j = 0;
+            for (; j + 2 * W <= width; j += 2 * W)
+              held(count, std::integral_constant<int, 2>(), j, j == 0 && after ? lines : 0);
+            if (j < width) held(count, std::integral_constant<int, 1>(), j, 0);
+          }
+        };
+        strip(std::integral_constant<int, P>());
+        strip(std::integral_constant<int, P / 2>());
+        strip(std::integral_constant<int, 1>());
+        b += K * kPanel;
+      }
+  }
+}
+
+// The product of `rows` rows of a with panel `panel` of b [K, columns]: finish(row, column, sums, lanes) gets
+// vectors of sums, column counted from the first panel's, of which the first `lanes` are columns.
 template <class C, int W, class Finish>
 void multiply_panel(Simd<C, W> simd, int64_t rows, const C* a, int64_t lda, const C* panels, int64_t K,
                     int64_t columns, int64_t panel, Finish finish) {
   const int64_t first = panel * kPanel, left = columns - first;
   const int64_t width = left < kPanel ? round_up(left, W) : kPanel;
-  multiply(simd, rows, width, a, lda, int64_t(1), panels + panel * K * kPanel, kPanel, K,
-           [&](int64_t row, int64_t j, auto sums) {
-             finish(row, first + j, sums, int(left - j < W ? left - j : W));
-           });
+  const Factor<C> factors[1] = {{a, lda, K}};
+  const C* from = panels + panel * K * kPanel;
+  multiply_panel(simd, rows, factors, from, width, left > kPanel ? from + K * kPanel : nullptr,
+                 [&](int64_t row, int64_t j, auto sums) {
+                   finish(row, first + j, sums, int(left - j < W ? left - j : W));
+                 });
 }
 
 }  // namespace

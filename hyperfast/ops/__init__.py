@@ -7,6 +7,7 @@ from hyperfast.ops.generate import generate
 from hyperfast.ops.generate_backward import generate_backward
 from hyperfast.ops.generate_units import generate_units
 from hyperfast.ops.hyper_layers import hyper_conv2d, hyper_linear
+from hyperfast.ops.lstm import lstm
 from hyperfast.ops.sgd_generate import sgd_generate
 from hyperfast.reference import AdamWCoefficients, SGDCoefficients
 
@@ -21,5 +22,6 @@ __all__ = [
     "generate_units",
     "hyper_conv2d",
     "hyper_linear",
+    "lstm",
     "sgd_generate",
 ]

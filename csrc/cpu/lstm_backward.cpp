@@ -1,0 +1,643 @@
+// The backward of an LSTM or HyperLSTM through time (hyperfast/reference.py, lstm_backward).
+// Floor, flops of a step of B rows: 8 B H^2 + 8 B M H + 8 B M^2 for what dh and dhyper_h carry on, 24 B M Z
+// for dz, 72 B H Z for d, dz and dd_weight; with B 32, H 512, M 128, Z 16: 108 million, 0.34 ms at the 320
+// GFLOPS of two cores. Bytes: 19 H + 14 M + 24 Z numbers a row are read or written once.
+//
+// Columns of H are cut into panels, which belong to threads for the whole sequence: the carried dh and dc,
+// the sums over rows and d_weight with its gradient stay in one core's cache, no sum depends on the number of
+// threads, and only dh_gates and dz go from core to core. A step has up to five phases with a barrier after
+// each: the gates' gradients by panel (three phases with layer norm, for its sums over a row), the hyper
+// LSTM's by row, the products by panel. What does not depend on the step behind (the gates before
+// normalisation, by the modulation recomputed from z) is done beside the products.
+#include "lstm_backward.h"
+
+#include <omp.h>
+
+#include "lstm.h"
+
+namespace hyperfast {
+namespace {
+
+// ---- a cell, one row and any run of its units at a time
+
+// Arrays of several quantities have the distance between two in `.._step`.
+template <class C>
+struct CellRow {
+  int64_t n;       // units
+  const C* gates;  // [4, n] before normalisation
+  int64_t gates_step;
+  const C *c, *c_before, *dh, *dh_output;  // dh_output: added to dh, or null
+  C* dc;                                   // becomes that of the step before
+  C* work;  // [6, n]: slopes of gates i, f, g by dc, do, forget gate, dc by h; the first four become dgates
+  int64_t work_step;
+  const RowNorm<C>* norms;  // [5]: gates and c; null: none
+  const C *gates_weight, *gates_bias, *cell_weight, *cell_bias;
+  int64_t weight_step;
+  C* sums;  // [10, n]: gates_weight, gates_bias, cell_weight, cell_bias
+  int64_t sums_step;
+  const DropoutScale<C>* dropout;  // or null
+  int64_t row, column;             // of the first unit, for dropout
+};
+
+template <class C, int W>
+struct Cell {
+  using S = Simd<C, W>;
+  using V = typename S::V;
+  static constexpr S simd{};
+
+  static V load(const C* p, int lanes) { return hyperfast::load(simd, p, lanes); }
+  static void add(C* sum, V v) { S::store(sum, S::load(sum) + v); }
+
+  // The first pass: everything that needs no dc. totals [2]: what c's layer norm needs.
+  template <bool normed>
+  static void slopes(const CellRow<C>& r, C* totals) {
+    V total{}, product{};
+    for_vectors<W>(r.n, [&](int64_t j, int lanes) {
+      V gates[4], read = load(r.c + j, lanes), xhat{}, weight{};
+      for (int k = 0; k < 4; ++k) {
+        gates[k] = load(r.gates + k * r.gates_step + j, lanes);
+        if (normed)
+          gates[k] = normalised(gates[k], r.norms[k]) * load(r.gates_weight + k * r.weight_step + j, lanes) +
+                     load(r.gates_bias + k * r.weight_step + j, lanes);
+      }
+      if (normed) {
+        xhat = normalised(read, r.norms[4]), weight = load(r.cell_weight + j, lanes);
+        read = xhat * weight + load(r.cell_bias + j, lanes);
+      }
+      const V i = sigmoid(simd, gates[0]), f = sigmoid(simd, gates[1]), o = sigmoid(simd, gates[3]);
+      const V g = hyperfast::tanh(simd, gates[2]), tanh_c = hyperfast::tanh(simd, read);
+      V dh = load(r.dh + j, lanes);
+      if (r.dh_output) dh += load(r.dh_output + j, lanes);
+      V by_h = dh * o * (C(1) - tanh_c * tanh_c);
+      if (normed) {
+        add(r.sums + 8 * r.sums_step + j, by_h * xhat);
+        add(r.sums + 9 * r.sums_step + j, by_h);
+        by_h *= weight;
+        total += by_h;
+        product += by_h * xhat;
+      }
+      const V scale = r.dropout ? r.dropout->at(simd, r.row, r.column + j) : V{} + C(1);
+      const V scaled = i * scale;
+      C* work = r.work + j;
+      S::store(work, g * scaled * (C(1) - i));
+      S::store(work + r.work_step, load(r.c_before + j, lanes) * f * (C(1) - f));
+      S::store(work + 2 * r.work_step, scaled * (C(1) - g * g));
+      S::store(work + 3 * r.work_step, dh * tanh_c * o * (C(1) - o));
+      S::store(work + 4 * r.work_step, f);
+      S::store(work + 5 * r.work_step, by_h);
+    });
+    if (normed) totals[0] = S::sum(total), totals[1] = S::sum(product);
+  }
+
+  // The second: dc, and the gradients of the gates after normalisation. totals [4, 2]: what their norms need.
+  template <bool normed>
+  static void gradients(const CellRow<C>& r, C* totals) {
+    V total[4] = {}, product[4] = {};
+    for_vectors<W>(r.n, [&](int64_t j, int lanes) {
+      C* work = r.work + j;
+      V by_h = S::load(work + 5 * r.work_step);
+      if (normed) by_h = before_norm(by_h, load(r.c + j, lanes), r.norms[4]);
+      const V dc = S::load(r.dc + j) + by_h;
+      S::store(r.dc + j, dc * S::load(work + 4 * r.work_step));
+      for (int k = 0; k < 4; ++k) {
+        V g = S::load(work + k * r.work_step);
+        if (k < 3) g *= dc;
+        if (normed) {
+          const V xhat = normalised(load(r.gates + k * r.gates_step + j, lanes), r.norms[k]);
+          add(r.sums + k * r.sums_step + j, g * xhat);
+          add(r.sums + (4 + k) * r.sums_step + j, g);
+          g *= load(r.gates_weight + k * r.weight_step + j, lanes);
+          total[k] += g;
+          product[k] += g * xhat;
+        }
+        S::store(work + k * r.work_step, g);
+      }
+    });
+    if (normed)
+      for (int k = 0; k < 4; ++k) totals[2 * k] = S::sum(total[k]), totals[2 * k + 1] = S::sum(product[k]);
+  }
+
+  // The third: of a vector of gate k before normalisation.
+  template <bool normed>
+  static V dgate(const CellRow<C>& r, int k, int64_t j, int lanes) {
+    const V g = S::load(r.work + k * r.work_step + j);
+    return normed ? before_norm(g, load(r.gates + k * r.gates_step + j, lanes), r.norms[k]) : g;
+  }
+
+  static V normalised(V x, const RowNorm<C>& norm) { return (x - norm.mean) * norm.inverse; }
+  static V before_norm(V g, V x, const RowNorm<C>& norm) {
+    return norm.inverse * (g - norm.offset - normalised(x, norm) * norm.slope);
+  }
+};
+
+// ---- the whole
+
+template <class C, int W>
+class Backward {
+  using S = Simd<C, W>;
+  using V = typename S::V;
+  using Steps = Cell<C, W>;
+  static constexpr S simd{};
+
+  const LstmBackward& p;
+  const LstmSizes& s;
+  const LstmBackwardScratch<C>& scratch;
+  const LstmStrips strips;
+  const DPanels d_panels;
+  const bool normed, hyper_normed, hyper;
+  const C eps;
+  const DropoutScale<C> dropout, hyper_dropout;
+
+  template <class To = const C>
+  static To* at(const void* tensor) {
+    return static_cast<To*>(const_cast<void*>(tensor));
+  }
+
+ public:
+  Backward(const LstmBackward& p, const LstmBackwardScratch<C>& scratch)
+      : p(p),
+        s(p.sizes),
+        scratch(scratch),
+        strips(p.sizes.H),
+        d_panels(p.sizes.H, p.sizes.Z),
+        normed(p.weights.norms.gates_weight),
+        hyper_normed(p.weights.hyper_norms.gates_weight),
+        hyper(p.sizes.M),
+        eps(C(p.eps)),
+        dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 0),
+        hyper_dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 1) {}
+
+  // What every thread of a parallel region calls.
+  void run(int64_t thread, int64_t threads) const {
+    const Share mine(strips.count, thread, threads);
+    Share panels = mine;
+    panels.begin = strips.of(mine.begin).begin, panels.end = strips.of(mine.end).begin;
+    prepare(panels, thread, threads);
+#pragma omp barrier
+    int64_t start = s.N;
+    for (int64_t t = s.T - 1; t >= 0; --t) {
+      const int64_t size = s.batch_sizes[t];
+      start -= size;
+      const Step step{size, start, t ? start - s.batch_sizes[t - 1] : -1};
+      if (normed && t == s.T - 1) {
+        statistics(step, panels, thread);
+#pragma omp barrier
+      }
+      if (normed) normed_gates(step, mine, panels, thread);
+      else plain_gates(step, mine, thread);
+#pragma omp barrier
+      if (hyper) {
+        const Share blocks(ceil_div(size, kHyperRows), thread, threads);
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) hyper_rows(step, block, thread);
+#pragma omp barrier
+      }
+      carry(step, panels, Share(count_panels(s.M), thread, threads), t % 2);
+      if (normed && t) statistics({s.batch_sizes[t - 1], start - s.batch_sizes[t - 1], 0}, panels, thread);
+#pragma omp barrier
+    }
+    finish(panels, thread, threads);
+  }
+
+ private:
+  // Rows `start` to `start + size`; `before`: the first one of the step before, or -1.
+  struct Step {
+    int64_t size, start, before;
+  };
+
+  int64_t width(int64_t panel) const { return std::min(kPanel, s.H - panel * kPanel); }
+
+  // ---- before and after all steps
+
+  void prepare(const Share& panels, int64_t thread, int64_t threads) const {
+    const LstmWeights& w = p.weights;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      pack_panel(at<>(w.weight_hh), s.H, int64_t(1), 4 * s.H, s.H, panel, scratch.weight_hh);
+      std::fill_n(scratch.sums + panel * kSums * kPanel, kSums * kPanel, C(0));
+      begin_panel(at<>(p.dh_last), s.H, panel, scratch.dh + panel * s.B * kPanel, kPanel);
+      begin_panel(at<>(p.dc_last), s.H, panel, scratch.dc + panel * s.B * kPanel, kPanel);
+      if (!hyper) continue;
+      pack_panel(at<>(w.hyper_weight_xh), s.H, int64_t(1), 4 * s.M, s.H, panel, scratch.hyper_weight_xh);
+      std::fill_n(scratch.dd_weight + panel * 12 * s.Z * kPanel, 12 * s.Z * kPanel, C(0));
+      for (int64_t gate = 0; gate < 4; ++gate)
+        d_panels.pack(at<>(w.d_weight), gate * d_panels.panels + panel, scratch.d_panels);
+      pack_d_rows(panel);
+    }
+    const Share small(count_panels(s.M), thread, threads);
+    for (int64_t panel = small.begin; panel < small.end; ++panel) {
+      pack_panel(at<>(w.hyper_weight_hh), s.M, int64_t(1), 4 * s.M, s.M, panel, scratch.hyper_weight_hh);
+      pack_panel(at<>(w.z_weight), s.M, int64_t(1), 12 * s.Z, s.M, panel, scratch.z_weight);
+      begin_panel(at<>(p.dhyper_h_last), s.M, panel, scratch.dhyper_h + panel * kPanel, scratch.padded_M);
+      begin_panel(at<>(p.dhyper_c_last), s.M, panel, scratch.dhyper_c + panel * kPanel, scratch.padded_M);
+    }
+    const Share blocks(scratch.hyper_blocks, thread, threads);
+    const int64_t size = kSums * scratch.padded_M;
+    std::fill_n(scratch.hyper_sums + blocks.begin * size, (blocks.end - blocks.begin) * size, C(0));
+  }
+
+  // A panel of from [B, n], or zeros, and zeros in the columns that pad it.
+  void begin_panel(const C* from, int64_t n, int64_t panel, C* to, int64_t ldt) const {
+    const int64_t columns = from ? std::min(kPanel, n - panel * kPanel) : 0;
+    for (int64_t b = 0; b < s.B; ++b) {
+      std::copy_n(from + b * n + panel * kPanel, columns, to + b * ldt);
+      std::fill_n(to + b * ldt + columns, kPanel - columns, C(0));
+    }
+  }
+
+  void pack_d_rows(int64_t panel) const {
+    const int64_t padded = scratch.padded_Z;
+    C* to = scratch.d_rows + panel * 12 * kPanel * padded;
+    for (int64_t place = 0; place < 12; ++place)
+      for (int64_t h = 0; h < kPanel; ++h, to += padded) {
+        const int64_t column = panel * kPanel + h, columns = column < s.H ? s.Z : 0;
+        std::copy_n(at<>(p.weights.d_weight) + (place * s.H + column) * s.Z, columns, to);
+        std::fill_n(to + columns, padded - columns, C(0));
+      }
+  }
+
+  void finish(const Share& panels, int64_t thread, int64_t threads) const {
+    void* const outputs[] = {p.dbias, p.dnorms[0], p.dnorms[1], p.dnorms[2], p.dnorms[3]};
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t first = panel * kPanel, n = width(panel);
+      for (int64_t b = 0; b < s.B; ++b) {
+        std::copy_n(scratch.dh + (panel * s.B + b) * kPanel, n, at<C>(p.dh0) + b * s.H + first);
+        std::copy_n(scratch.dc + (panel * s.B + b) * kPanel, n, at<C>(p.dc0) + b * s.H + first);
+      }
+      const C* sums = scratch.sums + panel * kSums * kPanel;
+      for (int i = 0; i < (normed ? 5 : 1); ++i)
+        for (int k = 0; k < (i < 3 ? 4 : 1); ++k, sums += kPanel)
+          std::copy_n(sums, n, at<C>(outputs[i]) + k * s.H + first);
+      for (int64_t place = 0; hyper && place < 12; ++place)
+        for (int64_t z = 0; z < s.Z; ++z)
+          for (int64_t h = 0; h < n; ++h)
+            at<C>(p.dd_weight)[(place * s.H + first + h) * s.Z + z] =
+                scratch.dd_weight[((panel * 12 + place) * s.Z + z) * kPanel + h];
+    }
+    const Share rows(s.B, thread, threads);
+    for (int64_t b = rows.begin; hyper && b < rows.end; ++b) {
+      std::copy_n(scratch.dhyper_h + b * scratch.padded_M, s.M, at<C>(p.dhyper_h0) + b * s.M);
+      std::copy_n(scratch.dhyper_c + b * scratch.padded_M, s.M, at<C>(p.dhyper_c0) + b * s.M);
+    }
+    if (!hyper_normed || thread) return;
+    const C* sums = scratch.hyper_sums;
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < (i < 2 ? 4 : 1); ++k, sums += scratch.padded_M)
+        for (int64_t m = 0; m < s.M; ++m) {
+          C sum = 0;
+          for (int64_t block = 0; block < scratch.hyper_blocks; ++block)
+            sum += sums[block * kSums * scratch.padded_M + m];
+          at<C>(p.dhyper_norms[i])[k * s.M + m] = sum;
+        }
+  }
+
+  // ---- the LSTM's cell: tiles of a panel and at most kBackwardRows rows, [12, kBackwardRows, kPanel]
+
+  C* tile_of(int64_t thread) const { return scratch.tile + thread * 12 * kBackwardRows * kPanel; }
+  static C* place_of(C* tile, int64_t place) { return tile + place * kBackwardRows * kPanel; }
+
+  // Calls f(first row, rows) for all tiles of a panel.
+  template <class F>
+  static void for_tiles(int64_t size, F f) {
+    for (int64_t b = 0; b < size; b += kBackwardRows) f(b, std::min(kBackwardRows, size - b));
+  }
+
+  // d_x and d_h, with d_b where `places` is 3
+  void modulation(const Step& step, int64_t panel, int64_t b, int64_t rows, int64_t places, C* tile) const {
+    const C* z = at<>(p.z) + (step.start + b) * 12 * s.Z;
+    for (int64_t place = 0; place < places; ++place)
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        C* to = place_of(tile, place * 4 + gate);
+        multiply(simd, rows, round_up(width(panel), W), z + (place * 4 + gate) * s.Z, 12 * s.Z, int64_t(1),
+                 d_panels.at(scratch.d_panels, gate, panel, place), kPanel, s.Z,
+                 [&](int64_t row, int64_t j, V sums) { S::store(to + row * kPanel + j, sums); });
+      }
+  }
+
+  // The gates before normalisation of row b: to [4, kPanel]
+  void gates_before(const Step& step, int64_t panel, int64_t b, C* tile, int64_t row, C* to) const {
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      const int64_t column = gate * s.H + panel * kPanel, element = (step.start + b) * 4 * s.H + column;
+      for_vectors<W>(width(panel), [&](int64_t j, int lanes) {
+        V x = load(simd, at<>(p.x_gates) + element + j, lanes);
+        V h = load(simd, at<>(p.h_gates) + element + j, lanes);
+        V bias = load(simd, at<>(p.weights.bias) + column + j, lanes);
+        if (hyper) {
+          const C* d = place_of(tile, gate) + row * kPanel + j;
+          x *= S::load(d);
+          h *= S::load(place_of(const_cast<C*>(d), 4));
+          bias += S::load(place_of(const_cast<C*>(d), 8));
+        }
+        S::store(to + gate * kPanel + j, x + h + bias);
+      });
+    }
+  }
+
+  CellRow<C> row_of(const Step& step, int64_t panel, int64_t b, C* work, const RowNorm<C>* norms) const {
+    const int64_t column = panel * kPanel, element = (step.start + b) * s.H + column;
+    const LstmNorms& w = p.weights.norms;
+    const auto from_column = [&](const void* weight) { return normed ? at<>(weight) + column : nullptr; };
+    CellRow<C> r{};
+    r.n = width(panel);
+    r.gates = work, r.gates_step = r.work_step = r.sums_step = kPanel;
+    r.work = work + 4 * kPanel;
+    r.c = at<>(p.c) + element;
+    r.c_before =
+        step.before < 0 ? at<>(p.c0) + b * s.H + column : at<>(p.c) + (step.before + b) * s.H + column;
+    r.dh = scratch.dh + (panel * s.B + b) * kPanel;
+    r.dh_output = p.dh ? at<>(p.dh) + element : nullptr;
+    r.dc = scratch.dc + (panel * s.B + b) * kPanel;
+    r.norms = norms;
+    r.gates_weight = from_column(w.gates_weight), r.gates_bias = from_column(w.gates_bias);
+    r.cell_weight = from_column(w.cell_weight), r.cell_bias = from_column(w.cell_bias);
+    r.weight_step = s.H;
+    r.sums = scratch.sums + (panel * kSums + 4) * kPanel;
+    r.dropout = p.dropout.share ? &dropout : nullptr;
+    r.row = step.start + b, r.column = column;
+    return r;
+  }
+
+  // dx_gates, dh_gates and dbias of a row; in the tile dd takes the place of d.
+  template <bool with_norm>
+  void write_row(const Step& step, int64_t panel, int64_t b, const CellRow<C>& r, C* tile,
+                 int64_t row) const {
+    C* dbias = scratch.sums + panel * kSums * kPanel;
+    for (int k = 0; k < 4; ++k) {
+      const int64_t column = k * s.H + panel * kPanel, element = (step.start + b) * 4 * s.H + column;
+      C* kept = scratch.dh_gates + b * scratch.padded_gates + column;
+      C* d = place_of(tile, k) + row * kPanel;
+      for_vectors<W>(r.n, [&](int64_t j, int lanes) {
+        const V g = Steps::template dgate<with_norm>(r, k, j, lanes);
+        Steps::add(dbias + k * kPanel + j, g);
+        V dx = g, dh = g;
+        if (hyper) {
+          C *d_x = d + j, *d_h = place_of(d_x, 4), *d_b = place_of(d_x, 8);
+          dx *= S::load(d_x), dh *= S::load(d_h);
+          S::store(d_x, g * load(simd, at<>(p.x_gates) + element + j, lanes));
+          S::store(d_h, g * load(simd, at<>(p.h_gates) + element + j, lanes));
+          S::store(d_b, g);
+          store(simd, at<C>(p.dh_gates) + element + j, dh, lanes);
+        }
+        store(simd, at<C>(p.dx_gates) + element + j, dx, lanes);
+        store(simd, kept + j, dh, lanes);
+      });
+    }
+  }
+
+  // From dd: the strip's share of dz, and dd_weight.
+  void embeddings(const Step& step, int64_t strip, int64_t panel, int64_t b, int64_t rows, C* tile) const {
+    const int64_t padded = scratch.padded_Z, n = width(panel);
+    const bool add = panel > strips.of(strip).begin;
+    C* dz = scratch.dz + (strip * s.B + b) * 12 * padded;
+    const C* z = at<>(p.z) + (step.start + b) * 12 * s.Z;
+    for (int64_t place = 0; place < 12; ++place) {
+      const C *dd = place_of(tile, place), *d_rows = scratch.d_rows + (panel * 12 + place) * kPanel * padded;
+      with_width<C>(s.Z, [&](auto narrow) {
+        multiply(narrow, rows, padded, dd, kPanel, int64_t(1), d_rows, padded, n,
+                 [&](int64_t row, int64_t j, auto sums) {
+                   C* to = dz + (row * 12 + place) * padded + j;
+                   narrow.store(to, add ? narrow.load(to) + sums : sums);
+                 });
+      });
+      C* total = scratch.dd_weight + (panel * 12 + place) * s.Z * kPanel;
+      multiply(simd, s.Z, round_up(n, W), z + place * s.Z, int64_t(1), 12 * s.Z, dd, kPanel, rows,
+               [&](int64_t k, int64_t j, V sums) { Steps::add(total + k * kPanel + j, sums); });
+    }
+  }
+
+  void plain_gates(const Step& step, const Share& mine, int64_t thread) const {
+    C *tile = tile_of(thread), *work = scratch.work + thread * kBackwardRows * kWork * kPanel;
+    for (int64_t strip = mine.begin; strip < mine.end; ++strip)
+      for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
+        for_tiles(step.size, [&](int64_t b, int64_t rows) {
+          if (hyper) modulation(step, panel, b, rows, 3, tile);
+          for (int64_t row = 0; row < rows; ++row) {
+            C* row_work = work + row * kWork * kPanel;
+            gates_before(step, panel, b + row, tile, row, row_work);
+            const CellRow<C> r = row_of(step, panel, b + row, row_work, nullptr);
+            Steps::template slopes<false>(r, nullptr);
+            Steps::template gradients<false>(r, nullptr);
+            write_row<false>(step, panel, b + row, r, tile, row);
+          }
+          if (hyper) embeddings(step, strip, panel, b, rows, tile);
+        });
+  }
+
+  // ---- the same with layer norm
+
+  C* work_of(int64_t panel, int64_t b) const { return scratch.work + (panel * s.B + b) * kWork * kPanel; }
+
+  // The gates before normalisation, and mean and sum of squared deviations of each panel.
+  void statistics(const Step& step, const Share& panels, int64_t thread) const {
+    C* tile = tile_of(thread);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+      for_tiles(step.size, [&](int64_t b, int64_t rows) {
+        if (hyper) modulation(step, panel, b, rows, 3, tile);
+        for (int64_t row = b; row < b + rows; ++row) {
+          C* gates = work_of(panel, row);
+          gates_before(step, panel, row, tile, row - b, gates);
+          for (int64_t k = 0; k < 5; ++k) {
+            const C* x = k < 4 ? gates + k * kPanel : at<>(p.c) + (step.start + row) * s.H + panel * kPanel;
+            C* to = scratch.statistics + (panel * 10 + k) * s.B + row;
+            deviations(x, width(panel), to[0], to[5 * s.B]);
+          }
+        }
+      });
+  }
+
+  static void deviations(const C* x, int64_t n, C& mean, C& squares) {
+    V sum{};
+    for_vectors<W>(n, [&](int64_t j, int lanes) { sum += load(simd, x + j, lanes); });
+    mean = S::sum(sum) / C(n);
+    const C center = mean;
+    C rest = 0;
+    V total{};
+    for_vectors<W>(n, [&](int64_t j, int lanes) {
+      const V d = load(simd, x + j, lanes) - center;
+      if (lanes == W) total += d * d;
+      else
+        for (int i = 0; i < lanes; ++i) rest += (x[j + i] - center) * (x[j + i] - center);
+    });
+    squares = S::sum(total) + rest;
+  }
+
+  // Mean and inverse deviation of whole rows (Chan, Golub and LeVeque, 1979).
+  void combine_statistics(const Step& step, RowNorm<C>* norms) const {
+    for (int64_t k = 0; k < 5; ++k)
+      for (int64_t b = 0; b < step.size; ++b) {
+        const C* from = scratch.statistics + k * s.B + b;
+        C mean = 0, squares = 0;
+        for (int64_t panel = 0; panel < strips.panels; ++panel)
+          mean += C(width(panel)) * from[panel * 10 * s.B];
+        mean /= C(s.H);
+        for (int64_t panel = 0; panel < strips.panels; ++panel) {
+          const C d = from[panel * 10 * s.B] - mean;
+          squares += from[(panel * 10 + 5) * s.B] + C(width(panel)) * d * d;
+        }
+        norms[b * 5 + k] = {mean, 1 / std::sqrt(squares / C(s.H) + eps), 0, 0};
+      }
+  }
+
+  // sums [panels, B, 2 count] to the norms from `first` on
+  void combine_sums(const Step& step, const C* sums, int64_t first, int64_t count, RowNorm<C>* norms) const {
+    for (int64_t b = 0; b < step.size; ++b)
+      for (int64_t k = 0; k < count; ++k) {
+        C total = 0, product = 0;
+        for (int64_t panel = 0; panel < strips.panels; ++panel) {
+          const C* from = sums + ((panel * s.B + b) * count + k) * 2;
+          total += from[0], product += from[1];
+        }
+        RowNorm<C>& norm = norms[b * 5 + first + k];
+        norm.offset = total / C(s.H), norm.slope = product / C(s.H);
+      }
+  }
+
+  void normed_gates(const Step& step, const Share& mine, const Share& panels, int64_t thread) const {
+    RowNorm<C>* norms = scratch.norms + thread * s.B * 5;
+    const auto row_at = [&](int64_t panel, int64_t b) {
+      return row_of(step, panel, b, work_of(panel, b), norms + b * 5);
+    };
+    combine_statistics(step, norms);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+      for (int64_t b = 0; b < step.size; ++b)
+        Steps::template slopes<true>(row_at(panel, b), scratch.cell_sums + (panel * s.B + b) * 2);
+#pragma omp barrier
+    combine_sums(step, scratch.cell_sums, 4, 1, norms);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+      for (int64_t b = 0; b < step.size; ++b)
+        Steps::template gradients<true>(row_at(panel, b), scratch.gate_sums + (panel * s.B + b) * 8);
+#pragma omp barrier
+    combine_sums(step, scratch.gate_sums, 0, 4, norms);
+    C* tile = tile_of(thread);
+    for (int64_t strip = mine.begin; strip < mine.end; ++strip)
+      for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
+        for_tiles(step.size, [&](int64_t b, int64_t rows) {
+          if (hyper) modulation(step, panel, b, rows, 2, tile);
+          for (int64_t row = 0; row < rows; ++row)
+            write_row<true>(step, panel, b + row, row_at(panel, b + row), tile, row);
+          if (hyper) embeddings(step, strip, panel, b, rows, tile);
+        });
+  }
+
+  // ---- the hyper LSTM: dz, dhyper_gates and dhyper_c of a block of rows
+
+  void hyper_rows(const Step& step, int64_t block, int64_t thread) const {
+    const int64_t b = block * kHyperRows, rows = std::min(kHyperRows, step.size - b), M = s.M;
+    const int64_t padded = scratch.padded_M;
+    C* dz = at<C>(p.dz) + (step.start + b) * 12 * s.Z;
+    for (int64_t row = 0; row < rows; ++row) sum_dz(b + row, dz + row * 12 * s.Z);
+    for (int64_t panel = 0; panel < count_panels(M); ++panel)
+      multiply_panel(simd, rows, dz, 12 * s.Z, scratch.z_weight, 12 * s.Z, M, panel,
+                     [&](int64_t row, int64_t j, V sums, int) {
+                       Steps::add(scratch.dhyper_h + (b + row) * padded + j, sums);
+                     });
+    for (int64_t row = 0; row < rows; ++row) {
+      C* work = scratch.hyper_work + thread * kHyperRows * kWork * padded;
+      C* sums = scratch.hyper_sums + block * kSums * padded;
+      if (hyper_normed) hyper_row<true>(step, b + row, work, sums);
+      else hyper_row<false>(step, b + row, work, sums);
+    }
+  }
+
+  void sum_dz(int64_t b, C* dz) const {
+    const int64_t padded = scratch.padded_Z, size = 12 * padded;
+    const C* from = scratch.dz + b * size;
+    for (int64_t place = 0; place < 12; ++place)
+      for (int64_t k = 0; k < s.Z; ++k) {
+        C sum = 0;
+        for (int64_t strip = 0; strip < strips.count; ++strip)
+          sum += from[strip * s.B * size + place * padded + k];
+        dz[place * s.Z + k] = sum;
+      }
+  }
+
+  template <bool with_norm>
+  void hyper_row(const Step& step, int64_t b, C* work, C* sums) const {
+    const int64_t M = s.M, row = step.start + b;
+    const LstmNorms& w = p.weights.hyper_norms;
+    RowNorm<C> norms[5];
+    CellRow<C> r{};
+    r.n = M;
+    r.gates = at<>(p.hyper_gates) + row * 4 * M, r.gates_step = r.weight_step = M;
+    r.work = work, r.work_step = r.sums_step = scratch.padded_M;
+    r.c = at<>(p.hyper_c) + row * M;
+    r.c_before = step.before < 0 ? at<>(p.hyper_c0) + b * M : at<>(p.hyper_c) + (step.before + b) * M;
+    r.dh = scratch.dhyper_h + b * scratch.padded_M, r.dc = scratch.dhyper_c + b * scratch.padded_M;
+    r.norms = norms;
+    r.gates_weight = at<>(w.gates_weight), r.gates_bias = at<>(w.gates_bias);
+    r.cell_weight = at<>(w.cell_weight), r.cell_bias = at<>(w.cell_bias);
+    r.sums = sums;
+    r.dropout = p.dropout.share ? &hyper_dropout : nullptr;
+    r.row = row;
+    for (int k = 0; with_norm && k < 5; ++k) {
+      const RowStatistics<C> found(simd, k < 4 ? r.gates + k * M : r.c, M, eps);
+      norms[k] = {found.mean, found.inverse, 0, 0};
+    }
+    C totals[8];
+    const auto take = [&](int k, const C* from) {
+      norms[k].offset = from[0] / C(M), norms[k].slope = from[1] / C(M);
+    };
+    Steps::template slopes<with_norm>(r, totals);
+    if (with_norm) take(4, totals);
+    Steps::template gradients<with_norm>(r, totals);
+    for (int k = 0; with_norm && k < 4; ++k) take(k, totals + 2 * k);
+    C* dgates = at<C>(p.dhyper_gates) + row * 4 * M;
+    for (int k = 0; k < 4; ++k)
+      for_vectors<W>(M, [&](int64_t j, int lanes) {
+        store(simd, dgates + k * M + j, Steps::template dgate<with_norm>(r, k, j, lanes), lanes);
+      });
+  }
+
+  // ---- the products
+
+  void carry(const Step& step, const Share& panels, const Share& small, bool down) const {
+    const C* dhyper_gates = hyper ? at<>(p.dhyper_gates) + step.start * 4 * s.M : nullptr;
+    for (int64_t i = panels.begin; i < panels.end; ++i) {
+      // the panels used last are still in the cache
+      const int64_t panel = down ? panels.begin + panels.end - 1 - i : i;
+      C* dh = scratch.dh + panel * s.B * kPanel;
+      product(step.size, width(panel), scratch.dh_gates, scratch.padded_gates, scratch.weight_hh, 4 * s.H,
+              panel, dh, kPanel, false);
+      if (hyper)
+        product(step.size, width(panel), dhyper_gates, 4 * s.M, scratch.hyper_weight_xh, 4 * s.M, panel, dh,
+                kPanel, true);
+    }
+    for (int64_t panel = small.begin; panel < small.end; ++panel)
+      product(step.size, std::min(kPanel, s.M - panel * kPanel), dhyper_gates, 4 * s.M,
+              scratch.hyper_weight_hh, 4 * s.M, panel, scratch.dhyper_h + panel * kPanel, scratch.padded_M,
+              false);
+  }
+
+  // to[rows, columns] (+)= a[rows, K] times a panel, in pieces of K that stay in the first cache.
+  static void product(int64_t rows, int64_t columns, const C* a, int64_t lda, const C* packed, int64_t K,
+                      int64_t panel, C* to, int64_t ldt, bool add) {
+    constexpr int64_t piece = 512 / int64_t(sizeof(C));
+    for (int64_t k = 0; k < K; k += piece) {
+      const bool adds = add || k;
+      multiply(simd, rows, round_up(columns, W), a + k, lda, int64_t(1), packed + (panel * K + k) * kPanel,
+               kPanel, std::min(piece, K - k), [&](int64_t row, int64_t j, V sums) {
+                 C* at = to + row * ldt + j;
+                 S::store(at, adds ? S::load(at) + sums : sums);
+               });
+    }
+  }
+};
+
+}  // namespace
+
+namespace HYPERFAST_ISA {
+
+void lstm_backward(const LstmBackward& p, DType dtype, void* memory, int threads) {
+  const auto run = [&](auto t) {
+    using C = decltype(t);
+    const LstmBackwardScratch<C> scratch(p.sizes, p.weights.norms.gates_weight, threads, memory);
+    with_width<C>(kMaxK, [&](auto simd) {
+      const Backward<C, decltype(simd)::width> backward(p, scratch);
+#pragma omp parallel num_threads(threads)
+      backward.run(omp_get_thread_num(), omp_get_num_threads());
+    });
+  };
+  if (dtype == DType::float64) run(double());
+  else run(float());
+}
+
+}  // namespace HYPERFAST_ISA
+}  // namespace hyperfast

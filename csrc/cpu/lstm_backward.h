@@ -1,0 +1,89 @@
+// How the backward of an LSTM cuts its work, and what scratch it needs; the sizes alone decide.
+#pragma once
+#include <algorithm>
+
+#include "panels.h"
+
+namespace hyperfast {
+
+constexpr int64_t kBackwardRows = 16;  // of a tile; a tile is a panel of columns wide
+constexpr int64_t kHyperRows = 4;      // of a block of the hyper LSTM, whose columns are not cut
+constexpr int64_t kMaxStrips = 16;     // neighbouring panels, whose shares of dz are added up together
+constexpr int64_t kWork = 10,
+                  kSums = 14;  // numbers of a unit: kept from phase to phase; summed over all rows
+
+struct LstmStrips {
+  int64_t panels, count;
+  explicit LstmStrips(int64_t H) : panels(count_panels(H)), count(std::min(panels, kMaxStrips)) {}
+  Share of(int64_t strip) const { return Share(panels, strip, count); }  // its panels
+};
+
+// To whole vectors of the narrowest width that holds Z (with_width), for any instruction set.
+inline constexpr int64_t padded_embedding(int64_t Z) { return round_up(Z, Z > 8 ? 16 : Z > 4 ? 8 : 4); }
+
+// Mean, inverse deviation and the gradient's two means of a layer norm: x' = (x - mean) inverse, dx = inverse
+// (g - offset - x' slope).
+template <class C>
+struct RowNorm {
+  C mean, inverse, offset, slope;
+};
+
+// C: the type computed with.
+template <class C>
+struct LstmBackwardScratch {
+  // packed weights; d_rows: [panels, 12, kPanel, padded Z]
+  C *weight_hh, *hyper_weight_xh, *hyper_weight_hh, *z_weight, *d_panels, *d_rows;
+  C *dh, *dc;              // [panels, B, kPanel], carried from step to step
+  C *dhyper_h, *dhyper_c;  // [B, padded M], carried
+  C* dh_gates;             // [B, padded 4H], of this step
+  C* work;        // with norms [panels, B, kWork, kPanel], else [threads, kBackwardRows, kWork, kPanel]
+  C* statistics;  // of rows in a panel [panels, 2 x 5, B]: mean and squares of 4 gates and c
+  C *cell_sums, *gate_sums;  // of rows in a panel [panels, 2, B], [panels, 8, B]
+  C* dz;                     // [strips, B, 12 padded Z]
+  C* dd_weight;              // [panels, 12, Z, kPanel]
+  C* sums;                   // [panels, kSums, kPanel]: dbias, then norms
+  C* hyper_sums;             // [blocks of rows, kSums, padded M]
+  RowNorm<C>* norms;         // [threads, B, 5]
+  C* tile;                   // [threads, 12, kBackwardRows, kPanel]
+  C* hyper_work;             // [threads, kHyperRows, kWork, padded M]
+  int64_t bytes, padded_M, padded_Z, padded_gates, hyper_blocks;
+
+  LstmBackwardScratch(const LstmSizes& s, bool normed, int threads, void* base) {
+    const LstmStrips strips(s.H);
+    const int64_t panels = strips.panels, hyper_units = s.M ? 1 : 0;
+    padded_M = round_up(s.M, kPanel), padded_Z = padded_embedding(s.Z);
+    padded_gates = 4 * s.H + kColumnPad;  // rows do not begin on the same lines of the first cache
+    hyper_blocks = hyper_units * ceil_div(s.B, kHyperRows);
+    Scratch scratch(base);
+    weight_hh = scratch.take<C>(packed_size(4 * s.H, s.H));
+    hyper_weight_xh = scratch.take<C>(packed_size(4 * s.M, s.H));
+    hyper_weight_hh = scratch.take<C>(packed_size(4 * s.M, s.M));
+    z_weight = scratch.take<C>(packed_size(12 * s.Z, s.M));
+    d_panels = scratch.take<C>(12 * panels * s.Z * kPanel);
+    d_rows = scratch.take<C>(12 * panels * padded_Z * kPanel);
+    dh = scratch.take<C>(panels * s.B * kPanel);
+    dc = scratch.take<C>(panels * s.B * kPanel);
+    dhyper_h = scratch.take<C>(s.B * padded_M);
+    dhyper_c = scratch.take<C>(s.B * padded_M);
+    dh_gates = scratch.take<C>(s.B * padded_gates);
+    work = scratch.take<C>((normed ? panels * s.B : threads * kBackwardRows) * kWork * kPanel);
+    statistics = scratch.take<C>(normed ? panels * 10 * s.B : 0);
+    cell_sums = scratch.take<C>(normed ? panels * 2 * s.B : 0);
+    gate_sums = scratch.take<C>(normed ? panels * 8 * s.B : 0);
+    dz = scratch.take<C>(strips.count * s.B * 12 * padded_Z);
+    dd_weight = scratch.take<C>(12 * panels * s.Z * kPanel);
+    sums = scratch.take<C>(panels * kSums * kPanel);
+    hyper_sums = scratch.take<C>(hyper_blocks * kSums * padded_M);
+    norms = scratch.take<RowNorm<C>>(normed ? threads * s.B * 5 : 0);
+    tile = scratch.take<C>(threads * 12 * kBackwardRows * kPanel);
+    hyper_work = scratch.take<C>(threads * kHyperRows * kWork * padded_M);
+    bytes = scratch.bytes;
+  }
+};
+
+inline int64_t lstm_backward_scratch(const LstmSizes& s, bool normed, DType dtype, int threads) {
+  return dtype == DType::float64 ? LstmBackwardScratch<double>(s, normed, threads, nullptr).bytes
+                                 : LstmBackwardScratch<float>(s, normed, threads, nullptr).bytes;
+}
+
+}  // namespace hyperfast
