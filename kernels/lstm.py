@@ -492,8 +492,7 @@ class Forward:
 
 
 class Backward:
-    """Memory and launches of a call, by the arguments of `run_backward`. dc0 and dhyper_c0 hold the gradient
-    of c while it goes back through the steps."""
+    """Memory and launches of a call, by the arguments of `run_backward`."""
 
     def __init__(self, sizes, weights, key, dropout, eps, inputs, outputs):
         self.sizes, self.weights = Sizes(*sizes), Weights(*weights)
@@ -503,6 +502,7 @@ class Backward:
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.state = like.new_zeros(B, H + M)
         self.dgates = like.new_empty(B, 4 * (H + M))
+        self.dcs = [like.new_zeros(B, n, dtype=wide) for n in (H, M)]
         normed, hyper_normed = (self.weights.norms(h)["gates_weight_ptr"] is not None for h in (False, True))
         self.widths = 4 + 10 * normed, 10 * hyper_normed
         columns = self.widths[0] * H, self.widths[1] * M
@@ -522,19 +522,19 @@ class Backward:
     def _launch(self, hyper: bool) -> Launch:
         H, weights = self.sizes.H, self.weights
         x, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, _, dh, *_ = self.inputs
-        dx, dr, dhyper_gates, dz, _, dc0, _, dhyper_c0, *_ = self.outputs
+        dx, dr, dhyper_gates, dz, *_ = self.outputs
         arguments = _shared(weights, hyper, *self.options)
         arguments |= {"shares_ptr": self.shares[hyper] if self.widths[hyper] else None}
-        arguments |= {"SHARES": self.widths[hyper]}
+        arguments |= {"SHARES": self.widths[hyper], "dc_ptr": self.dcs[hyper]}
         if hyper:
             arguments |= {"x_ptr": hyper_gates, "r_ptr": None, "c0_ptr": hyper_c0, "c_ptr": hyper_c}
             arguments |= {"d_ptr": None, "dd_ptr": None, "dh_ptr": None}
-            arguments |= {"dx_ptr": dhyper_gates, "dr_ptr": None, "dc_ptr": dhyper_c0}
+            arguments |= {"dx_ptr": dhyper_gates, "dr_ptr": None}
             arguments |= {"dstate_ptr": self.state[:, H:], "dgates_ptr": self.dgates[:, 4 * H :]}
         else:
             d, dd = (self.d, self.dd) if self.sizes.M else (None, None)
             arguments |= {"x_ptr": x, "r_ptr": h_gates, "c0_ptr": c0, "c_ptr": c, "dh_ptr": dh}
-            arguments |= {"d_ptr": d, "dd_ptr": dd, "dx_ptr": dx, "dr_ptr": dr, "dc_ptr": dc0}
+            arguments |= {"d_ptr": d, "dd_ptr": dd, "dx_ptr": dx, "dr_ptr": dr}
             arguments |= {"dstate_ptr": self.state, "dgates_ptr": self.dgates}
         takes_z = hyper and self.takes_z
         arguments |= {"dz_ptr": dz if takes_z else None}
@@ -552,15 +552,12 @@ class Backward:
         self._write()
 
     def _take_last(self) -> None:
-        """What comes from the last states; a sequence's own end, where it is shorter than others, takes
-        nothing from steps after it."""
+        """What comes from the last states. Rows of sequences that ended keep it until their own last step."""
         H = self.sizes.H
-        dh_last, dc_last, dhyper_h_last, dhyper_c_last = self.inputs[9:]
-        dc0, dhyper_c0 = self.outputs[5], self.outputs[7]
-        places = (self.state[:, :H], dc0, self.state[:, H:], dhyper_c0)
-        for place, last in zip(places, (dh_last, dc_last, dhyper_h_last, dhyper_c_last), strict=True):
-            if place is not None:
-                place.zero_() if last is None else place.copy_(last)
+        places = self.state[:, :H], self.dcs[0], self.state[:, H:], self.dcs[1]
+        for place, last in zip(places, self.inputs[9:], strict=True):
+            if last is not None:
+                place.copy_(last)
 
     def _chunks(self, steps: list[Step]) -> Iterator[list[Step]]:
         """Steps whose rows fit d, from the last to the first."""
@@ -604,11 +601,11 @@ class Backward:
     def _write(self) -> None:
         """What was summed, where it is wanted."""
         H = self.sizes.H
-        dh0, dhyper_h0, dbias, dd_weight, *dnorms = (self.outputs[i] for i in (4, 6, *range(8, 18)))
-        dh0.copy_(self.state[:, :H])
-        if self.sizes.M:
-            dhyper_h0.copy_(self.state[:, H:])
-            dd_weight.copy_(self.dd_weight)
+        dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, *dnorms = self.outputs[4:]
+        parts = self.state[:, :H], self.dcs[0], self.state[:, H:], self.dcs[1], self.dd_weight
+        for out, part in zip((dh0, dc0, dhyper_h0, dhyper_c0, dd_weight), parts, strict=True):
+            if out is not None:
+                out.copy_(part)
         wanted = [[dbias, *dnorms[:4]], dnorms[4:]]
         for total, outputs in zip(self.totals, wanted, strict=True):
             outputs = [out for out in outputs if out is not None]

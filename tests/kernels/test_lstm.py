@@ -218,7 +218,7 @@ MORE = {
     "everything, longer": Case((5, 5, 4, 2, 1, 1), 33, 17, 4, norms=True, dropout=0.2, rows_of_z=132),
     "blocks of columns": Case((3, 3), 257, 16, 5, programs=4),
     "blocks of rows": Case((9, 8, 3), 31, 32, 16, norms=True, programs=3),
-    "one of everything": Case((1,), 1, 1, 1, norms=False, rows_of_z=132),
+    "ones": Case((7, 5), 1, 1, 1, rows_of_z=132),
     "z in several blocks": Case((1, 1), 15, 100, 7, rows_of_z=132, chunk=1),
     "layer norm": Case((4, 4, 3, 3), 65, norms=True, dropout=0.4, chunk=4000),
     "plain, longer": Case((3, 3, 3, 1, 1), 300, chunk=1, programs=2),
