@@ -42,9 +42,9 @@ CASES = {
     "hyper": Case((2, 2, 1), 19, 7, 3, blocks=4),
     "hyper_norms": Case((4, 3, 1), 33, 11, 4, norms=True),
     "dropout": Case((3, 2), 13, 5, 8, norms=True, dropout=0.4),
-    "two_tiles": Case((37, 33), 9, 6, 1, norms=True, dropout=0.1, blocks=5),
+    "two_tiles": Case((37, 33), 9, 6, 1, dropout=0.1, blocks=5),
     "larger_hyper": Case((2, 2), 5, 70, 2, norms=True),
-    "chunks": Case((2, 1), 130, 3, 2, norms=True, blocks=6),
+    "chunks": Case((2, 1), 130, 12, 2, norms=True, blocks=6),
 }
 LONG = {
     "many_units": Case((2, 1), 515, 33, 16, norms=True, blocks=20),

@@ -27,7 +27,7 @@ __device__ void cell_forward(const LstmPlan& s, const CellShape& cell, float eps
   float mean[4] = {}, inverse[4] = {1, 1, 1, 1};
   if (cell.gates_weight)
     statistics(sums, n, eps, mean, inverse, [&](int i, int u) { return gates[i * n + u]; });
-  for (int u = threadIdx.x; u < n; u += kLstmThreads) {
+  for (int u = thread_number(); u < n; u += kLstmThreads) {
     float a[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -44,7 +44,7 @@ __device__ void cell_forward(const LstmPlan& s, const CellShape& cell, float eps
   float cell_mean[1] = {}, cell_inverse[1] = {1};
   if (cell.cell_weight)
     statistics(sums, n, eps, cell_mean, cell_inverse, [&](int, int u) { return gates[u]; });
-  for (int u = threadIdx.x; u < n; u += kLstmThreads) {
+  for (int u = thread_number(); u < n; u += kLstmThreads) {
     float read = gates[u];
     if (cell.cell_weight)
       read = multiply_add((read - cell_mean[0]) * cell_inverse[0], cell.cell_weight[u], cell.cell_bias[u]);
@@ -56,8 +56,8 @@ __device__ void cell_forward(const LstmPlan& s, const CellShape& cell, float eps
 template <class T>
 __device__ void embed(const LstmPlan& s, const LstmWeights& w, const float* hyper_h, float* z) {
   __syncthreads();
-  const int lane = threadIdx.x % 32;
-  for (int q = threadIdx.x / 32; q < 12 * s.Z; q += kLstmWarps) {
+  const int lane = thread_number() % 32;
+  for (int q = thread_number() / 32; q < 12 * s.Z; q += kLstmWarps) {
     const T* weight = static_cast<const T*>(w.z_weight) + static_cast<int64_t>(q) * s.M;
     float sum = 0;
     for (int m = lane; m < s.M; m += 32) sum = multiply_add(static_cast<float>(weight[m]), hyper_h[m], sum);
@@ -80,7 +80,7 @@ __device__ void forward_row(const Lstm& p, const LstmPlan& s, const Exchange& x,
                       : static_cast<const float*>(all) + before * n;
   };
   if (M) {
-    for (int m = threadIdx.x; m < M; m += kLstmThreads)
+    for (int m = thread_number(); m < M; m += kLstmThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t at = row * 4 * M + i * M + m;
@@ -95,7 +95,7 @@ __device__ void forward_row(const Lstm& p, const LstmPlan& s, const Exchange& x,
                  });
     embed<T>(s, p.weights, hyper_h, z);
   }
-  for (int u = threadIdx.x; u < H; u += kLstmThreads)
+  for (int u = thread_number(); u < H; u += kLstmThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t at = row * 4 * H + i * H + u;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kLstmThreads, 1)
   load_strips<T>(s, weights, false,
                  [&](int, int k, int column) { return forward_weight<T>(p.weights, s, k, column); });
   for (int b = blockIdx.x; b < s.B; b += s.blocks)
-    for (int k = threadIdx.x; k < s.K; k += kLstmThreads)
+    for (int k = thread_number(); k < s.K; k += kLstmThreads)
       x.state[static_cast<int64_t>(k) * s.pitch + b] =
           k < s.H ? widen<T>(p.h0, static_cast<int64_t>(b) * s.H + k)
                   : widen<T>(p.hyper_h0, static_cast<int64_t>(b) * s.M + k - s.H);
@@ -151,6 +151,10 @@ __global__ void __launch_bounds__(kLstmThreads, 1)
   for (int t = 0, run = 0; t < static_cast<int>(p.sizes.T); ++t) {
     if (t == runs.ends[run]) ++run;
     const int size = runs.sizes[run];
+    for (int b = blockIdx.x; b < size; b += s.blocks) {
+      prefetch_row<T>(p.x_gates, start + b, 4 * s.H);
+      if (s.M) prefetch_row<T>(p.hyper_x_gates, start + b, 4 * s.M);
+    }
     grid_barrier();  // h of the step before is there
     multiply_strips<lane_columns>(s, weights, x.state, x.products, size, memory);
     grid_barrier();  // all products are there, and nobody reads h any more

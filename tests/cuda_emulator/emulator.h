@@ -189,6 +189,7 @@ cudaError_t resident_blocks(void (*)(Parameters...), int, size_t shared, int& bl
   return cudaSuccess;
 }
 inline void grid_barrier() { emulator::wait_for_grid(); }
+inline int thread_number() { return static_cast<int>(threadIdx.x); }
 inline void prefetch(const void*) {}
 
 template <class T>
