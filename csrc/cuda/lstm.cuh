@@ -33,7 +33,6 @@ constexpr int kWarpRows = 4;                        // rows k of a warp in a sta
 constexpr int kChunkRows = kLstmWarps * kWarpRows;  // of all warps
 constexpr int kRingStages = 4;                      // 32 KiB in flight
 constexpr int kRingFloats = kRingStages * kChunkRows * kBatchTile;
-constexpr int kSumPitch = kBatchTile + 4;  // of a column's sums
 constexpr int kMaxRuns = 256;
 
 // Batch sizes fall: steps up to ends[i] have sizes[i] rows.
@@ -155,12 +154,17 @@ __device__ void multiply_strip(const T* weights, const float* input, int K, int 
     wait_copies<0>();
     __syncthreads();  // nobody reads a ring any more
 
-    float* own = memory + (warp % (kLstmWarps / 2) * kWidth + lane / 8 * lane_columns) * kSumPitch + row;
+    // warp's sum of a column and a row of the batch; both fours of rows and columns lie in different banks
+    const auto place = [](int warp, int column, int b) {
+      return (warp * kWidth + column) * kBatchTile + (b ^ column % 8 * 4);
+    };
     for (int half = 1; half >= 0; --half) {
       if (warp / (kLstmWarps / 2) == half)
 #pragma unroll
         for (int j = 0; j < lane_columns; ++j) {
-          auto& at = *reinterpret_cast<Pack<float, 4>*>(own + j * kSumPitch);
+          const int column = lane / 8 * lane_columns + j;
+          float* own = memory + place(warp % (kLstmWarps / 2), column, row);
+          auto& at = *reinterpret_cast<Pack<float, 4>*>(own);
 #pragma unroll
           for (int b = 0; b < 4; ++b) at.v[b] = half ? sum[b][j] : sum[b][j] + at.v[b];
         }
@@ -171,7 +175,7 @@ __device__ void multiply_strip(const T* weights, const float* input, int K, int 
       if (b0 + b >= batch || column >= columns) continue;
       float total = 0;
 #pragma unroll
-      for (int i = 0; i < kLstmWarps / 2; ++i) total += memory[(i * kWidth + column) * kSumPitch + b];
+      for (int i = 0; i < kLstmWarps / 2; ++i) total += memory[place(i, column, b)];
       output[static_cast<int64_t>(b0 + b) * out_pitch + column] = total;
     }
     __syncthreads();
@@ -319,7 +323,7 @@ inline bool lay_out(LstmPlan& s, int lane_columns, bool backward, int64_t of_row
   s.units = backward && s.M ? static_cast<int>(ceil_div(s.H, s.blocks)) : 0;
   const int64_t of_strip = static_cast<int64_t>(s.K) * s.width() * element;
   int64_t floats = kRingFloats;
-  for (const int64_t needed : {static_cast<int64_t>(kLstmWarps / 2 * s.width() * kSumPitch), of_row,
+  for (const int64_t needed : {static_cast<int64_t>(kLstmWarps / 2 * s.width() * kBatchTile), of_row,
                                static_cast<int64_t>(kBatchTile) * 12 * s.units})
     if (needed > floats) floats = needed;
   const int64_t weight_bytes = round_up(s.passes * of_strip, 16), row_bytes = round_up(4 * floats, 16);

@@ -1,4 +1,25 @@
-// lstm_backward
+// lstm_backward: the gradients through time in one launch; hyperfast.reference.lstm_backward has the
+// equations. Read lstm.cu first: matrices on chip, cooperative launch, barriers and CUDA graphs are the same
+// here.
+//
+// A step, from the last to the first, again is two phases with a barrier of the grid after each:
+//
+//   rows      a block takes whole rows: gates, activations and norms recomputed from what the forward kept,
+//             back through the main cell, dz, dhyper_h, the hyper cell. What a row adds to the gradients of
+//             bias and norms goes to sums of its block's own in L2 (14 H + 10 M, by the thread that owns the
+//             unit).
+//   products  each gate's part of dh and dhyper_h of the step before (lstm.cuh); and every block adds the
+//             step to dd_weight of its own units, whose sums stay in shared memory to the end: [12, H, Z] for
+//             each block of rows would be 393 KB a row and step.
+//
+// After the last step the blocks add up the blocks' sums, in order. The carried dc lives in dc0 and
+// dhyper_c0.
+//
+// Physics, as in lstm.cu: predicted, nothing measured. B 32, H 512, M 128, Z 16: products 3.5 us, dd_weight
+// 1, rows read d_weight twice (7.9 us) and about 4 for the rest, barriers 3: 19 us a step. B 128, H 1000, M
+// 128, Z 4: 36 + 2 + 14 + 3: 55 us. The rule of lstm.cu holds here too. Served: H up to about 1000 in float32
+// (M 128, Z 16), 1440 in half precision on an H100; larger ones are refused (lstm_refuses), forward and
+// backward alone.
 #include "lstm.cuh"
 
 namespace hyperfast::cuda {
