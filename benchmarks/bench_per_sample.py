@@ -11,7 +11,6 @@ time beyond what it held before and beyond the results, which every way returns:
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import interleaved, median, paired_ratio
+from benchmarks.machine import interleaved, median, paired_ratio, peak_bytes
 from hyperfast import ops
 
 MIB = 2**20
@@ -114,19 +113,6 @@ def ways(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
         return run
 
     return {way: step(function) for way, function in functions.items()}
-
-
-def peak_bytes(function: Callable[[], list[Tensor]]) -> int:
-    """The most that one call holds at a time, beyond its results."""
-    gc.collect()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        results = function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak - sum(t.nbytes for t in results)
 
 
 @pytest.mark.parametrize("group", CASES)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hyperfast import info
 
@@ -68,3 +70,16 @@ def median(values: list[float]) -> float:
 def paired_ratio(slower: list[float], faster: list[float]) -> float:
     """Median over rounds of slower / faster."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def peak_bytes(function: Callable[[], Sequence[Tensor]]) -> int:
+    """The most that one call holds at a time, beyond its results."""
+    gc.collect()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        results = function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak - sum(t.nbytes for t in results)

@@ -214,6 +214,182 @@ void hyper_linear_binding(const std::array<int64_t, 7>& tensors, const LinearSiz
   check_done("hyper_linear", hyper_linear(call, info.dtype, stream));
 }
 
+using LstmSizeNumbers = std::array<int64_t, 6>;  // T, N, B, H, M, Z
+using LstmWeightAddresses = std::array<int64_t, 15>;
+
+LstmSizes lstm_sizes(const LstmSizeNumbers& sizes, int64_t batch_sizes) {
+  const auto [T, N, B, H, M, Z] = sizes;
+  if (T < 1 || N < 1 || B < 1 || H < 1) throw py::value_error("T, N, B and H must be at least 1");
+  if (M < 0 || Z < 0 || (M == 0) != (Z == 0))
+    throw py::value_error("M and Z must be at least 1, or both 0 without a hyper LSTM");
+  if (T > INT32_MAX) throw py::value_error("T must be at most 2^31 - 1");
+  check_present("", "batch_sizes", {batch_sizes});
+  check_aligned("", {batch_sizes}, sizeof(int64_t));
+  const int64_t* steps = pointer<int64_t>(batch_sizes);
+  int64_t sum = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    if (steps[t] < 1 || steps[t] > (t ? steps[t - 1] : B))
+      throw py::value_error("batch_sizes must be at least 1, at most B, and never rise");
+    sum += steps[t];
+  }
+  if (sum != N || steps[0] != B) throw py::value_error("batch_sizes must begin with B and sum to N");
+  return {T, N, B, H, M, Z, steps};
+}
+
+// Those of an LSTM: all there, or all null.
+void check_together(const char* names, std::initializer_list<int64_t> addresses, bool there) {
+  for (const int64_t address : addresses)
+    if ((address != 0) != there)
+      throw py::value_error(std::string(names) +
+                            (there ? " must not be null" : " must be null without them"));
+}
+
+LstmNorms lstm_norms(const char* names, const int64_t* addresses) {
+  const auto [a, b, c, d] = std::array<int64_t, 4>{addresses[0], addresses[1], addresses[2], addresses[3]};
+  check_together(names, {a, b, c, d}, a != 0);
+  check_aligned("", {a, b, c, d}, sizeof(float));
+  return {pointer(a), pointer(b), pointer(c), pointer(d)};
+}
+
+LstmWeights lstm_weights(const LstmWeightAddresses& w, bool hyper, int64_t bytes) {
+  check_present("", "weight_hh and bias", {w[0], w[1]});
+  check_together("hyper_weight_xh to d_weight", {w[2], w[3], w[4], w[5], w[6]}, hyper);
+  if (!hyper) check_together("norms of a hyper LSTM", {w[11], w[12], w[13], w[14]}, false);
+  for (int i = 0; i < 7; ++i) check_aligned("", {w[i]}, bytes);
+  return {pointer(w[0]),
+          pointer(w[1]),
+          pointer(w[2]),
+          pointer(w[3]),
+          pointer(w[4]),
+          pointer(w[5]),
+          pointer(w[6]),
+          lstm_norms("norms", &w[7]),
+          lstm_norms("hyper norms", &w[11])};
+}
+
+LstmDropout lstm_dropout(int64_t key, double dropout) {
+  if (!(dropout >= 0 && dropout < 1)) throw py::value_error("dropout must be at least 0 and below 1");
+  if ((key != 0) != (dropout > 0)) throw py::value_error("key and dropout come together");
+  check_aligned("", {key}, sizeof(int64_t));
+  return {pointer<int64_t>(key), dropout};
+}
+
+// What both kernels take last; refusals of theirs are errors here.
+void check_lstm(const char* op, const LstmSizes& sizes, const DTypeInfo& info, bool backward,
+                int64_t scratch) {
+  if (const char* refused = lstm_refuses(sizes, info.dtype, backward))
+    throw py::value_error(std::string(op) + " is not served: " + refused);
+  check_present("", "scratch", {scratch});
+  check_aligned("", {scratch}, 16);
+}
+
+std::string lstm_refuses_binding(const LstmSizeNumbers& sizes, int64_t batch_sizes, const std::string& dtype,
+                                 bool backward) {
+  const char* refused = lstm_refuses(lstm_sizes(sizes, batch_sizes), dtype_info(dtype).dtype, backward);
+  return refused ? refused : "";
+}
+
+int64_t lstm_scratch_binding(const LstmSizeNumbers& sizes, int64_t batch_sizes, const std::string& dtype,
+                             bool backward) {
+  return lstm_scratch(lstm_sizes(sizes, batch_sizes), dtype_info(dtype).dtype, backward);
+}
+
+void lstm_binding(const LstmSizeNumbers& numbers, int64_t batch_sizes, const LstmWeightAddresses& weights,
+                  int64_t key, double dropout, double eps, const std::array<int64_t, 12>& tensors,
+                  int64_t scratch, const std::string& dtype, uintptr_t stream) {
+  const DTypeInfo info = dtype_info(dtype);
+  const LstmSizes sizes = lstm_sizes(numbers, batch_sizes);
+  const bool hyper = sizes.M > 0;
+  const auto [x, hyper_x, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates, hyper_gates] = tensors;
+  check_present("", "x_gates, h0, c0, h and c", {x, h0, c0, h, c});
+  check_together("hyper tensors", {hyper_x, hyper_h0, hyper_c0, hyper_h, hyper_c}, hyper);
+  if (!hyper) check_together("hyper tensors", {hyper_gates}, false);
+  check_aligned("", {x, hyper_x, h0, hyper_h0, h, hyper_h, h_gates, hyper_gates}, info.bytes);
+  check_aligned("", {c0, hyper_c0, c, hyper_c}, sizeof(float));
+  check_lstm("lstm", sizes, info, false, scratch);
+  const Lstm call{sizes,
+                  lstm_weights(weights, hyper, info.bytes),
+                  lstm_dropout(key, dropout),
+                  eps,
+                  pointer(x),
+                  pointer(hyper_x),
+                  pointer(h0),
+                  pointer(c0),
+                  pointer(hyper_h0),
+                  pointer(hyper_c0),
+                  pointer(h),
+                  pointer(c),
+                  pointer(hyper_h),
+                  pointer(hyper_c),
+                  pointer(h_gates),
+                  pointer(hyper_gates),
+                  pointer<float>(scratch)};
+  check_done("lstm", lstm(call, info.dtype, stream));
+}
+
+void lstm_backward_binding(const LstmSizeNumbers& numbers, int64_t batch_sizes,
+                           const LstmWeightAddresses& weights, int64_t key, double dropout, double eps,
+                           const std::array<int64_t, 13>& inputs, const std::array<int64_t, 18>& outputs,
+                           int64_t scratch, const std::string& dtype, uintptr_t stream) {
+  const DTypeInfo info = dtype_info(dtype);
+  const LstmSizes sizes = lstm_sizes(numbers, batch_sizes);
+  const bool hyper = sizes.M > 0;
+  const auto [x, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last, dhyper_h_last,
+              dhyper_c_last] = inputs;
+  const auto [dx, dh_gates, dhyper_gates, dz, dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight] =
+      std::array<int64_t, 10>{outputs[0], outputs[1], outputs[2], outputs[3], outputs[4],
+                              outputs[5], outputs[6], outputs[7], outputs[8], outputs[9]};
+  check_present("", "x_gates, c0, c, h_gates, dx_gates, dh0, dc0 and dbias",
+                {x, c0, c, h_gates, dx, dh0, dc0, dbias});
+  check_together(
+      "hyper tensors",
+      {hyper_c0, hyper_c, hyper_gates, z, dh_gates, dhyper_gates, dz, dhyper_h0, dhyper_c0, dd_weight},
+      hyper);
+  if (!hyper) check_together("hyper tensors", {dhyper_h_last, dhyper_c_last}, false);
+  check_aligned("",
+                {x, h_gates, hyper_gates, z, dh, dh_last, dhyper_h_last, dx, dh_gates, dhyper_gates, dz, dh0,
+                 dhyper_h0, dbias, dd_weight},
+                info.bytes);
+  check_aligned("", {c0, hyper_c0, c, hyper_c, dc_last, dhyper_c_last, dc0, dhyper_c0}, sizeof(float));
+  const LstmWeights checked = lstm_weights(weights, hyper, info.bytes);
+  const int64_t *dnorms = &outputs[10], *dhyper = &outputs[14];
+  check_together("gradients of norms", {dnorms[0], dnorms[1], dnorms[2], dnorms[3]}, weights[7] != 0);
+  check_together("gradients of hyper norms", {dhyper[0], dhyper[1], dhyper[2], dhyper[3]}, weights[11] != 0);
+  for (int i = 10; i < 18; ++i) check_aligned("", {outputs[i]}, sizeof(float));
+  check_lstm("lstm_backward", sizes, info, true, scratch);
+  const LstmBackward call{sizes,
+                          checked,
+                          lstm_dropout(key, dropout),
+                          eps,
+                          pointer(x),
+                          pointer(c0),
+                          pointer(hyper_c0),
+                          pointer(c),
+                          pointer(hyper_c),
+                          pointer(h_gates),
+                          pointer(hyper_gates),
+                          pointer(z),
+                          pointer(dh),
+                          pointer(dh_last),
+                          pointer(dc_last),
+                          pointer(dhyper_h_last),
+                          pointer(dhyper_c_last),
+                          pointer(dx),
+                          pointer(dh_gates),
+                          pointer(dhyper_gates),
+                          pointer(dz),
+                          pointer(dh0),
+                          pointer(dc0),
+                          pointer(dhyper_h0),
+                          pointer(dhyper_c0),
+                          pointer(dbias),
+                          pointer(dd_weight),
+                          {pointer(dnorms[0]), pointer(dnorms[1]), pointer(dnorms[2]), pointer(dnorms[3])},
+                          {pointer(dhyper[0]), pointer(dhyper[1]), pointer(dhyper[2]), pointer(dhyper[3])},
+                          pointer<float>(scratch)};
+  check_done("lstm_backward", lstm_backward(call, info.dtype, stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -245,5 +421,25 @@ PYBIND11_MODULE(_cuda, m) {
         "tensors: (weight [O I, K], bias [O I] or 0, z [K], x [M, I], layer_bias [O] or 0, y [M, O], scratch "
         "or "
         "0); sizes: (M, O, I, K), M at most 64. Not for float64.");
+  m.def("lstm_refuses", &lstm_refuses_binding, py::arg("sizes"), py::arg("batch_sizes"), py::arg("dtype"),
+        py::arg("backward"),
+        "Why the current device does not serve sizes (T, N, B, H, M, Z); empty where it does. batch_sizes: "
+        "address of int64 [T] on the host.");
+  m.def("lstm_scratch", &lstm_scratch_binding, py::arg("sizes"), py::arg("batch_sizes"), py::arg("dtype"),
+        py::arg("backward"), "Floats of scratch that lstm or lstm_backward needs; 0 where it is not served.");
+  m.def("lstm", &lstm_binding, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"), py::arg("key"),
+        py::arg("dropout"), py::arg("eps"), py::arg("tensors"), py::arg("scratch"), py::arg("dtype"),
+        py::arg("stream"),
+        "weights: weight_hh, bias, hyper_weight_xh, hyper_weight_hh, z_weight, z_bias, d_weight, 4 norms, 4 "
+        "hyper norms; tensors: x_gates, hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, "
+        "h_gates or 0, hyper_gates or 0. Norms and c in float32, all else in dtype. Not for float64.");
+  m.def(
+      "lstm_backward", &lstm_backward_binding, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"),
+      py::arg("key"), py::arg("dropout"), py::arg("eps"), py::arg("inputs"), py::arg("outputs"),
+      py::arg("scratch"), py::arg("dtype"), py::arg("stream"),
+      "inputs: x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last, "
+      "dhyper_h_last, dhyper_c_last, the last five or 0; outputs: dx_gates, dh_gates (0 without hyper: it is "
+      "dx_gates), dhyper_gates, dz, dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, 4 dnorms, 4 "
+      "dhyper_norms.");
   m.attr("MAX_ROWS") = kMaxRows;
 }

@@ -34,7 +34,8 @@ from train.command import (
     recipe_values,
 )
 from train.data import load_images
-from train.loop import ImageData, Trainer, one_cycle, piecewise
+from train.images import ImageData
+from train.loop import Trainer, one_cycle, piecewise
 from train.models.wrn import MODELS, build_wrn, rename_published_
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

@@ -32,8 +32,9 @@ from train.command import (
     recipe_values,
 )
 from train.data import load_images
+from train.images import ImageData
 from train.layer_options import describe, parse_layers, parse_sizes, parse_stages
-from train.loop import ImageData, Stages, Trainer, cosine, exponential, one_cycle
+from train.loop import Stages, Trainer, cosine, exponential, one_cycle
 from train.models import MODELS, build_model
 from train.models.fixed import FixedNet
 from train.models.full import rename_published_

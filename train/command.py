@@ -26,7 +26,9 @@ from train import report, summary
 from train.allocator import keep_freed_memory
 from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, ImageSet, split
-from train.loop import Config, ImageData, Interrupted, RunError, Stages, Trainer, open_run
+from train.images import ImageData
+from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
+from train.task import Task
 
 BETAS = (0.9, 0.999)
 PARENT = "HYPERFAST_TRAIN_PARENT"  # set where another command runs this one: that one says how to go on
@@ -99,17 +101,28 @@ def add_run_options(
     inits: Iterable[str] = INITIALISATIONS,
     init: str | None = DEFAULT,
 ) -> None:
-    """The options of a run, but its recipe. data: the data set's name; out: of the run's folder; inits: how
-    generators can start; init: how they do, None where the model decides."""
+    """The options of a run on images, but its recipe. data: the data set's name; out: of the run's folder;
+    inits: how generators can start; init: how they do, None where the model decides."""
+    add_loop_options(p, models, default, out)
     add = p.add_argument
-    boolean = argparse.BooleanOptionalAction
-    add("--fused", action=boolean, default=True, help="hyperfast's kernels and optimizer, or plain PyTorch")
-    add("--model", choices=list(models), default=default)
     start = init or "the model's own"
     add("--init", choices=list(inits), default=init, help=f"how generators start ({start})")
     add("--generated-l2", type=RATE, default=0.0, metavar="C", help="C / 2 |w|^2 of every generated weight w")
     add("--data", type=Path, help=f"folder with {data}, torchvision's or the hub's Parquet layout; "
         "otherwise HYPERFAST_DATA, otherwise it is downloaded")  # fmt: skip
+    accuracy = number(float, 0, above=True, high=100)
+    add("--target-accuracy", type=accuracy, metavar="PERCENT", help="stop after the first epoch whose test "
+        "accuracy reaches this, and say how long the training took")  # fmt: skip
+    add("--save-frozen", action=argparse.BooleanOptionalAction, default=False, help="write the plain network "
+        "of the best epoch, frozen.safetensors")  # fmt: skip
+
+
+def add_loop_options(p: Parser, models: Iterable[str], default: str, out: str) -> None:
+    """The options of any run, but its data and its recipe. out: of the run's folder."""
+    add = p.add_argument
+    boolean = argparse.BooleanOptionalAction
+    add("--fused", action=boolean, default=True, help="hyperfast's kernels and optimizer, or plain PyTorch")
+    add("--model", choices=list(models), default=default)
     add("--out", type=Path, help=f"folder of the run ({out})")
     add("--resume", action="store_true", help="continue the run in --out")
     found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,13 +133,8 @@ def add_run_options(
     add("--threads", type=COUNT, help="CPU threads (torch's choice)")
     add("--seed", type=number(int, 0), default=42)
     add("--max-steps", type=COUNT, help="stop the run after so many steps")
-    accuracy = number(float, 0, above=True, high=100)
-    add("--target-accuracy", type=accuracy, metavar="PERCENT", help="stop after the first epoch whose test "
-        "accuracy reaches this, and say how long the training took")  # fmt: skip
     add("--eval-batches", type=COUNT, help="evaluate on so many batches only")
     add("--save-every", type=COUNT, default=1, help="epochs between two last.pt (%(default)s)")
-    add("--save-frozen", action=boolean, default=False, help="write the plain network of the best epoch, "
-        "frozen.safetensors")  # fmt: skip
 
 
 def add_state_option(p: Parser) -> None:
@@ -140,11 +148,17 @@ def add_state_option(p: Parser) -> None:
 
 
 def add_recipe_options(
-    p: Parser, recipes: Collection[str], help: str, schedules: Collection[str]
+    p: Parser,
+    recipes: Collection[str],
+    help: str,
+    schedules: Collection[str],
+    patience: str = "--patience",
+    figure: str = "accuracy",
 ) -> Callable[..., argparse.Action]:
     """The options of `Recipe`, None where the recipe decides; returns what adds more of them.
 
-    help: what the `recipes` are; the first is the default.
+    help: what the `recipes` are; the first is the default. patience: the option's name; figure: what is
+    waited for.
     """
     add = p.add_argument_group("recipe (each model has its own, see below)").add_argument
     add("--recipe", choices=list(recipes), default=next(iter(recipes)), help=help)
@@ -155,18 +169,20 @@ def add_recipe_options(
     add("--lr", type=POSITIVE)
     add("--weight-decay", type=RATE)
     add("--clip", type=POSITIVE, help="gradient norm")
-    add("--patience", type=number(int, 0), help="epochs without a better validation accuracy, 0: any number")
+    add(patience, type=number(int, 0), dest="patience", metavar="PATIENCE", help="epochs without a better "
+        f"validation {figure}, 0: any number")  # fmt: skip
     return add
 
 
-def describe_recipes(recipes: Mapping[str, Mapping[str, Recipe]]) -> str:
-    """All recipes by name and model, in one paragraph."""
+def describe_recipes(recipes: Mapping[str, Mapping[str, Recipe]], names: Mapping[str, str] = {}) -> str:
+    """All recipes by name and model, in one paragraph. names: of options that are not those of the fields."""
 
     def each() -> Iterator[str]:
         for kind, by_model in recipes.items():
             for recipe in dict.fromkeys(by_model.values()):
                 values = ", ".join(
-                    f"{name.replace('_', '-')} {value}" for name, value in vars(recipe).items()
+                    f"{names.get(name, name).replace('_', '-')} {value}"
+                    for name, value in vars(recipe).items()
                 )
                 models = ", ".join(name for name, own in by_model.items() if own == recipe)
                 yield f"{kind} for {models}: {values}."
@@ -281,7 +297,7 @@ def make_optimizer(
 
 def make_trainer(
     args: argparse.Namespace,
-    data: ImageData,
+    data: Task,
     built: Built,
     schedule: Callable[[int, int], float],
     recipe: dict[str, Any],
@@ -289,10 +305,14 @@ def make_trainer(
 ) -> Trainer:
     """The loop of `built`, from `torch.manual_seed(args.seed)` on. recipe: what must be equal on resume
     beside the options that must be in every run."""
-    same = {name: getattr(args, name) for name in ("model", "init", "precision", "state_dtype")}
-    recipe = same | recipe | {name: getattr(args, name) for name in ("seed", "eval_batches", "generated_l2")}
-    free = ("fused", "device", "cuda_graph", "patience", "max_steps", "target_accuracy", "save_every")
-    circumstances = {name: getattr(args, name) for name in free}
+
+    def values(*names: str) -> dict[str, Any]:  # of options that this command has
+        return {name: getattr(args, name) for name in names if name in args}
+
+    recipe = values("model", "init", "precision", "state_dtype") | recipe
+    recipe |= values("seed", "eval_batches", "generated_l2")
+    circumstances = values("fused", "device", "cuda_graph", "patience", "max_steps", "target_accuracy")
+    circumstances |= values("save_every")
     circumstances |= {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     config = Config(
         epochs=args.epochs,
@@ -302,7 +322,7 @@ def make_trainer(
         precision=args.precision,
         device=args.device,
         cuda_graph=args.cuda_graph,
-        target_accuracy=args.target_accuracy,
+        target=getattr(args, "target_accuracy", None),
         max_steps=args.max_steps,
         eval_batches=args.eval_batches,
         save_every=args.save_every,
@@ -365,16 +385,17 @@ class Command:
         summary.discard(args.out)
         reason = trainer.fit()
         trainer.load_best()
-        frozen = args.out / "frozen.safetensors" if args.save_frozen else None
+        frozen = args.out / "frozen.safetensors" if getattr(args, "save_frozen", False) else None
         if frozen:
             save_frozen(trainer.model, frozen)
         title = f"{self.title}, {args.model}"
         extra = self.extra(trainer, args)
         path = report.write(trainer, title, reason, command, self.published(args), frozen, extra)
-        epoch, accuracy = trainer.best["epoch"], trainer.best["test_accuracy"]
+        metric, best, part = trainer.metric, trainer.best, trainer.reported
         if reached := trainer.target_row():
             reason += f", {reached['training_seconds']:.1f} s of training"
-        print(f"{reason}; test accuracy {accuracy:.2f} % at the best validation epoch, {epoch}; {path}")
+        figure = f"{part} {metric.words} {metric.cell(best, part)}"
+        print(f"{reason}; {figure} at the best validation epoch, {best['epoch']}; {path}")
         return trainer
 
     def main(self, arguments: Sequence[str] | None = None) -> int:

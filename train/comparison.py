@@ -16,15 +16,15 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from hyperfast.analysis import table
 from hyperfast.analysis.embeddings import STATISTICS
 from hyperfast.analysis.pictures import STYLE
-from train.checkpoint import write_atomically
-from train.report import marks, percent, save_figure, size_cells
+from train.checkpoint import CheckpointError, write_atomically
+from train.report import marks, save_figure, size_cells
 from train.summary import MB, Run
+from train.task import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE = "compare.md"
-PARTS = ("train", "test")  # whose curves are drawn
 ZOOM = 80  # percent
 Labelled = dict[str, Run]  # in the order of the tables
 # told apart without colour: marker, dash and shade differ
@@ -43,19 +43,21 @@ LOOKS = [
 def write(runs: list[Run], out: Path, command: str, failures: dict[str, str] | None = None) -> Path:
     """Write compare.md and its pictures into `out`; returns compare.md's path.
 
-    failures: why a model has no finished run, by name. Raises CheckpointError where `out` cannot be written.
+    failures: why a model has no finished run, by name. Raises CheckpointError where `out` cannot be written
+    and for runs that are measured by different figures.
     """
     named = labels(runs)
+    metric = _metric(named)
     parts = [
         "# Models compared\n",
-        _accuracy(named, out),
+        _results(named, out),
         _failures(failures or {}),
         _parameters(named),
         _sizes(named),
         _time(named),
     ]
-    save_figure(accuracy_curves(named), out / "accuracy.png")
-    save_figure(accuracy_against_size(named), out / "size.png")
+    save_figure(curves(named), out / f"{metric.name}.png")
+    save_figure(against_size(named), out / "size.png")
     if any(run.layers for run in runs):
         save_figure(z_ranges(named), out / "z_ranges.png")
         parts.append(_embeddings(named))
@@ -77,34 +79,52 @@ def labels(runs: list[Run]) -> Labelled:
     return named
 
 
+def _metric(named: Labelled) -> Metric:
+    """The figure of all runs. Raises CheckpointError where they have different ones."""
+    first, *others = dict.fromkeys(run.metric for run in named.values())
+    if others:
+        words = ", ".join(metric.words for metric in (first, *others))
+        raise CheckpointError(f"runs measured by different figures cannot be compared: {words}")
+    return first
+
+
 # -- sections ------------------------------------------------------------------------------------
 
 
-def _accuracy(named: Labelled, out: Path) -> str:
-    rows = []
+def _results(named: Labelled, out: Path) -> str:
+    metric, rows = _metric(named), []
+    parts = [part for part in ("validation", "test") if part in {"validation", *_reported(named)}]
     for name, run in named.items():
         s, best, published = run.summary, run.summary["best"], run.summary["published"]
         link = f"[{name}]({Path(os.path.relpath(run.folder, out)).as_posix()}/report.md)"
-        cells = [percent(best, "validation"), percent(best, "test"), "", ""]
+        cells = [metric.cell(best, part) for part in parts]
+        theirs = ["", ""]
         if published:
-            cells[2] = f"{published['accuracy']:.2f} %"
-            cells[3] = f"{best['test_accuracy'] - published['accuracy']:+.2f}"
-        rows.append([link, f"{s['epochs']} of {s['planned_epochs']}", best["epoch"], *cells])
+            difference = run.result - published[metric.name]
+            theirs = [metric.text(published[metric.name]), f"{difference:+.{metric.digits}f}"]
+        rows.append([link, f"{s['epochs']} of {s['planned_epochs']}", best["epoch"], *cells, *theirs])
     few = [name for name, run in named.items() if run.summary["eval_batches"] is not None]
     cut = [name for name, run in named.items() if run.summary["cut_short"]]
     notes = {
         "Evaluated on a few batches only, not comparable": few,
         "Best epoch cut short by --max-steps": cut,
     }
-    header = ["model", "epochs", "best", "validation accuracy", "test accuracy", "published", "difference"]
+    header = ["model", "epochs", "best", *(f"{part} {metric.words}" for part in parts)]
+    header += ["published", "difference"]
     text = [
-        "## Accuracy\n",
-        "Test accuracy at the best validation epoch; published: as the report of each run says.\n",
+        f"## {metric.words.capitalize()}\n",
+        f"{parts[-1].capitalize()} {metric.words} at the best validation epoch; published: as the report of "
+        "each run says.\n",
         table(header, rows),
         *(f"\n{note}: {', '.join(names)}." for note, names in notes.items() if names),
-        "\n![accuracy by epoch](accuracy.png)\n",
+        f"\n![{metric.words} by epoch]({metric.name}.png)\n",
     ]
     return "\n".join(text)
+
+
+def _reported(named: Labelled) -> list[str]:
+    """The parts on which the runs report their figure."""
+    return list(dict.fromkeys(run.reported for run in named.values()))
 
 
 def _failures(failures: dict[str, str]) -> str:
@@ -126,23 +146,24 @@ def _parameters(named: Labelled) -> str:
 
 
 def _sizes(named: Labelled) -> str:
-    rows = []
+    metric, rows = _metric(named), []
     for name, run in named.items():
-        accuracy, sizes = run.summary["best"]["test_accuracy"], run.summary["bytes"]
-        published = run.summary["published"] or {}
-        plain = size_cells(sizes["plain"] / MB, accuracy) if "plain" in sizes else ["", ""]
+        sizes, published = run.summary["bytes"], run.summary["published"] or {}
+        plain = size_cells(sizes["plain"] / MB, run.result) if "plain" in sizes else ["", ""]
         theirs = ["", ""]
         if published.get("megabytes"):
-            theirs = size_cells(published["megabytes"], published["accuracy"])
-        rows.append([name, *size_cells(sizes["best"] / MB, accuracy), *plain, *theirs])
+            theirs = size_cells(published["megabytes"], published[metric.name])
+        rows.append([name, *size_cells(sizes["best"] / MB, run.result), *plain, *theirs])
     header = ["model", "file, MB", "MB per point", "main network alone, MB", "MB per point"]
     header += ["published, MB", "MB per point"]
-    note = (
-        "File: best.pt, the weights. Main network alone: the plain network it generates, for deployment. "
-        "MB per point of test accuracy; 1 MB is 2^20 bytes."
-    )
-    picture = "![accuracy against size](size.png)"
-    return f"## Size against accuracy\n\n{table(header, rows)}\n\n{note}\n\n{picture}\n"
+    note = "File: best.pt, the weights. Main network alone: the plain network it generates, for deployment. "
+    if metric.larger_is_better:
+        note += f"MB per point of {' or '.join(_reported(named))} {metric.words}; "
+    else:
+        header, *rows = ([row[0], *row[1::2]] for row in (header, *rows))  # no points to share it among
+    picture = f"![{metric.words} against size](size.png)"
+    heading = f"## Size against {metric.words}"
+    return f"{heading}\n\n{table(header, rows)}\n\n{note}1 MB is 2^20 bytes.\n\n{picture}\n"
 
 
 def _time(named: Labelled) -> str:
@@ -150,9 +171,10 @@ def _time(named: Labelled) -> str:
     for name, run in named.items():
         t, where = run.summary["time"], run.summary["machine"]
         figures = [f"{t['epoch']:.1f}", f"{t['evaluation']:.1f}", f"{1000 * t['step']:.1f}"]
-        figures += [f"{t['images_per_second']:.0f}", f"{t['peak_memory'] / MB:.0f}"]
+        figures += [f"{t[f'{run.unit}_per_second']:.0f}", f"{t['peak_memory'] / MB:.0f}"]
         rows.append([name, *figures, where.get("GPU", where["CPU"]), where["threads"], where["torch"]])
-    header = ["model", "training, s per epoch", "evaluation, s per epoch", "step, ms", "images/s"]
+    unit = next(iter(named.values())).unit
+    header = ["model", "training, s per epoch", "evaluation, s per epoch", "step, ms", f"{unit}/s"]
     header += ["peak memory, MB", "machine", "threads", "torch"]
     note = "To be compared only where machine and threads are equal and nothing else ran."
     return f"## Time\n\n{table(header, rows)}\n\n{note}\n"
@@ -199,37 +221,43 @@ def look(i: int) -> dict[str, Any]:
     return style if i < len(LOOKS) else style | {"markerfacecolor": "white"}
 
 
-def accuracy_curves(named: Labelled) -> Figure:
-    """Training and test accuracy of every run over its epochs."""
+def curves(named: Labelled) -> Figure:
+    """The training figure of every run and the one that it reports, over its epochs."""
+    metric, parts = _metric(named), {name: ("train", run.reported) for name, run in named.items()}
+    labels = "training", " or ".join(_reported(named))
     longest = max(len(run.history) for run in named.values())
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.1), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
-        for axis, part, label in zip(axes, PARTS, ("training", "test"), strict=True):
+        for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
             for i, (name, run) in enumerate(named.items()):
                 beside = 0.1 * (i - (len(named) - 1) / 2) if longest == 1 else 0  # not on top of each other
                 epochs = [row["epoch"] + beside for row in run.history]
-                values = [row[f"{part}_accuracy"] for row in run.history]
+                values = [metric.of(row, parts[name][k]) for row in run.history]
                 axis.plot(
                     epochs, values, label=name, markevery=marks(len(epochs), i, len(named)), linewidth=1.3,
                     **look(i)
                 )  # fmt: skip
-            axis.set(xlabel="epoch", ylabel=f"{label} accuracy (%)")
+            axis.set(xlabel="epoch", ylabel=f"{label} {metric.axis}")
             axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
             axis.set_xlim(*((0, 2) if longest == 1 else (None, None)))
-        shown = [row[f"{part}_accuracy"] for run in named.values() for row in run.history for part in PARTS]
-        axes[0].set_ylim(bottom=_bottom(shown))
+        shown = [
+            metric.of(row, part) for name, run in named.items() for row in run.history for part in parts[name]
+        ]
+        axes[0].set_ylim(bottom=_bottom(metric, shown))
         _legend(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
-def _bottom(accuracies: list[float]) -> float | None:
-    """Where an axis of accuracies starts: at 0, but close to the lowest where all would lie in its top."""
-    return 0 if min(accuracies) < ZOOM else None
+def _bottom(metric: Metric, figures: list[float]) -> float | None:
+    """Where an axis starts: close to the lowest figure, but at 0 where more is better and not all of them
+    would lie in its top."""
+    return 0 if metric.larger_is_better and min(figures) < ZOOM else None
 
 
-def accuracy_against_size(named: Labelled) -> Figure:
-    """Test accuracy against the size of the file and against the number of parameters, published beside."""
+def against_size(named: Labelled) -> Figure:
+    """The result against the size of the file and against the number of parameters, published beside."""
+    metric = _metric(named)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.1), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
@@ -239,23 +267,21 @@ def accuracy_against_size(named: Labelled) -> Figure:
             total = s["parameters"]["total"]
             points = ((s["bytes"]["best"] / MB, published.get("megabytes")), (total, total))
             for axis, (ours, theirs) in zip(axes, points, strict=True):
-                accuracy = s["best"]["test_accuracy"]
                 if published and theirs:
-                    axis.plot([ours, theirs], [accuracy, published["accuracy"]], color="0.7", linewidth=0.7)
-                    axis.plot(
-                        theirs, published["accuracy"], **style | {"markerfacecolor": "white", "zorder": 3}
-                    )
-                axis.plot(ours, accuracy, clip_on=False, **style)
+                    figures = [run.result, published[metric.name]]
+                    axis.plot([ours, theirs], figures, color="0.7", linewidth=0.7)
+                    axis.plot(theirs, figures[1], **style | {"markerfacecolor": "white", "zorder": 3})
+                axis.plot(ours, run.result, clip_on=False, **style)
         for axis, label in zip(axes, ("size of the weights' file (MB)", "parameters"), strict=True):
             axis.set(xscale="log", xlabel=label)
             axis.margins(x=0.1)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_formatter(NullFormatter())
-        shown = [run.summary["best"]["test_accuracy"] for run in named.values()]
-        shown += [run.summary["published"]["accuracy"] for run in named.values() if run.summary["published"]]
-        axes[0].set_ylim(bottom=_bottom(shown))
-        axes[0].set_ylabel("test accuracy (%)")
+        shown = [run.result for run in named.values()]
+        shown += [run.summary["published"][metric.name] for run in named.values() if run.summary["published"]]
+        axes[0].set_ylim(bottom=_bottom(metric, shown))
+        axes[0].set_ylabel(f"{' or '.join(_reported(named))} {metric.axis}")
         handles = [Line2D([], [], **look(i) | {"linestyle": "none"}) for i in range(len(named))]
         names = list(named)
         if any(run.summary["published"] for run in named.values()):

@@ -23,7 +23,8 @@ from hyperfast.nn import named_generators
 from train import cifar10, command
 from train.command import COUNT, Built, Command, Parser, fill_in, make_optimizer, number, recipe_values
 from train.data import batches
-from train.loop import EVAL_BATCH, ImageData, Trainer, one_cycle
+from train.images import EVAL_BATCH, ImageData
+from train.loop import Trainer, one_cycle
 from train.models.conditional import MODELS, Z_DIM, ConditionalNet, build_conditional
 
 LEAST_SHIFT = 1e-3  # of the norm of the mean z: what is below is rounding

@@ -1,7 +1,8 @@
 """The training loop of all commands: epochs, evaluation, records, checkpoints, resume.
 
-Epoch e of a run with seed s draws its dropout, its data order and its augmentation from generators seeded
-by (s, e) alone, so the state at the end of an epoch is the parameters, the optimizer and the history: what
+What is learned from which data is a `train.task.Task`. Epoch e of a run with seed s draws its dropout, its
+data order and its augmentation from generators seeded by (s, e) alone, and what is carried from step to step
+begins anew, so the state at the end of an epoch is the parameters, the optimizer and the history: what
 `last.pt` holds. A run that was killed at any moment and resumed ends with the parameters of one that was
 not (CPU, same threads). On a GPU it goes on with the same order, augmentation and dropout, but not bit for
 bit: cuDNN chooses its algorithms by timing and some of them add in no fixed order, between two whole runs as
@@ -28,7 +29,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -36,22 +36,11 @@ from tqdm import tqdm
 from hyperfast.analysis import z_report
 from hyperfast.nn import named_weights
 from train import checkpoint
-from train.data import batches
 from train.graph import CaptureError, CudaGraph, GraphedStep
+from train.task import Metric, Row, RunError, Task
 from train.transfer import carry_moments, start_from_
 
-EVAL_BATCH = 256
-# Images augmented at once on a GPU. The published augmentation moves about 1 MB for each, by count, so 70 MB
-# for a batch of 64, where the generators of `full` alone move 2240 MB in a step; crop and flip are 0.3 MB.
-CHUNK = 4096
 WINDOW = 20  # steps whose figures a GPU keeps before the host waits for them
-Row = dict[
-    str, Any
-]  # one epoch: plain ints and floats by column name; accuracies in percent, times in seconds
-
-
-class RunError(ValueError):
-    """The run cannot start or go on: one line for the user."""
 
 
 class Interrupted(Exception):
@@ -63,33 +52,17 @@ class Interrupted(Exception):
 
 
 @dataclass
-class ImageData:
-    """uint8 images [n, C, H, W] and int64 labels [n] of the three parts, and what turns images into input."""
-
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    augment: Callable[[Tensor, torch.Generator], Tensor]  # uint8 [B, C, H, W] -> float32, training
-    normalize: Callable[[Tensor], Tensor]  # the same without chance, evaluation
-
-    def to(self, device: torch.device) -> ImageData:
-        """The same data on `device`."""
-        parts = [(x.to(device), y.to(device)) for x, y in (self.train, self.validation, self.test)]
-        return ImageData(*parts, self.augment, self.normalize)
-
-
-@dataclass
 class Config:
     """What the loop needs to know of a recipe. `max_steps` counts from the run's beginning."""
 
     epochs: int
     batch_size: int
     seed: int = 42
-    patience: int | None = None  # epochs without a better validation accuracy
+    patience: int | None = None  # epochs without a better validation figure
     precision: str = "fp32"  # "bf16": autocast
     device: str = "cpu"
     cuda_graph: bool = False  # the step as one CUDA graph; the optimizer must be capturable
-    target_accuracy: float | None = None  # percent: the run ends when the test accuracy reaches it
+    target: float | None = None  # the run ends when the figure of the last part reaches it
     max_steps: int | None = None
     eval_batches: int | None = None
     save_every: int = 1  # epochs between two last.pt
@@ -112,7 +85,7 @@ class Stages:
 
 
 class Trainer:
-    """Trains `model` on `data` and keeps `out`: last.pt, best.pt, metrics.csv and TensorBoard files.
+    """Trains `model` for the task `data`; keeps `out`: last.pt, best.pt, metrics.csv, TensorBoard files.
 
     `step()` clips, updates the parameters and returns the gradient norm before clipping; it may raise
     FloatingPointError. With config.cuda_graph it must not wait for the device, and its optimizer takes the
@@ -126,7 +99,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        data: ImageData,
+        data: Task,
         optimizer: torch.optim.Optimizer,
         step: Callable[[], Tensor | float],
         schedule: Callable[[int, int], float],
@@ -141,15 +114,9 @@ class Trainer:
         self.recipe, self.circumstances = recipe, circumstances or {}
         self.stages, self.epoch_built = stages, 0
         self.device = torch.device(config.device)
-        on_cpu = self.device.type == "cpu"
-        self.window = 1 if on_cpu else WINDOW
-        # one on the CPU, where a batch stays in the cache
-        self.batches_at_once = 1 if on_cpu else max(1, CHUNK // config.batch_size)
-        self.data = data.to(self.device)
-        self.steps_per_epoch = len(data.train[1]) // config.batch_size
-        if self.steps_per_epoch == 0:
-            n = len(data.train[1])
-            raise RunError(f"batch size {config.batch_size} is larger than the {n} training images")
+        self.window = 1 if self.device.type == "cpu" else WINDOW
+        self.data, self.metric, self.reported = data.to(self.device), data.metric, data.parts[-1]
+        self.steps_per_epoch = data.steps(config.batch_size)
         self.history: list[Row] = []
         self.best: Row | None = None
         self.steps = 0
@@ -170,23 +137,25 @@ class Trainer:
         return reason
 
     def _ended(self) -> str | None:
-        config, epoch = self.config, len(self.history)
+        config, epoch, metric = self.config, len(self.history), self.metric
         if (reached := self.target_row()) is not None:
-            return f"test accuracy {reached['test_accuracy']:.2f} % reached after epoch {reached['epoch']}"
+            figure = f"{self.reported} {metric.words} {metric.cell(reached, self.reported)}"
+            return f"{figure} reached after epoch {reached['epoch']}"
         if epoch >= config.epochs:
             return f"all {config.epochs} epochs done"
         if self.best and config.patience and epoch - self.best["epoch"] >= config.patience:
-            return f"no better validation accuracy in {config.patience} epochs"
+            return f"no better validation {metric.words} in {config.patience} epochs"
         if config.max_steps is not None and self.steps >= config.max_steps:
             return f"{config.max_steps} steps done"
         return None
 
     def target_row(self) -> Row | None:
-        """The first epoch whose test accuracy reached the target, if there is a target and such an epoch."""
-        target = self.config.target_accuracy
+        """The first epoch that reached the target, if there is a target and such an epoch."""
+        target, metric = self.config.target, self.metric
         if target is None:
             return None
-        return next((row for row in self.history if row["test_accuracy"] >= target), None)
+        reached = (row for row in self.history if not metric.better(target, metric.of(row, self.reported)))
+        return next(reached, None)
 
     def _run_epoch(self, board: SummaryWriter) -> None:
         """One epoch with evaluation; the records and checkpoints are written last."""
@@ -194,16 +163,16 @@ class Trainer:
         self._change(epoch - 1)
         row: Row = {"epoch": epoch, **self._train(epoch - 1)}
         start = time.perf_counter()
-        for part in ("validation", "test"):
-            loss, accuracy = self.evaluate(part)
-            row |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
+        for part in self.data.parts:
+            loss, figure = self.evaluate(part)
+            row |= {f"{part}_loss": loss, f"{part}_{self.metric.name}": figure}
             if not math.isfinite(loss):
                 raise RunError(f"epoch {epoch}: {part} loss is {loss}")
         row["evaluation_seconds"] = time.perf_counter() - start
         row["training_seconds"] = row["seconds"] + sum(earlier["seconds"] for earlier in self.history)
         row |= z_statistics(self.model)
         self.history.append(row)
-        if self.best is None or row["validation_accuracy"] > self.best["validation_accuracy"]:
+        if self.best is None or self._is_better(row, self.best):
             self.best = row
             self._save_best()
         if self._last_is_due(row):
@@ -212,7 +181,7 @@ class Trainer:
         for name, value in row.items():
             if name != "epoch":
                 board.add_scalar(name, value, epoch)
-        print(summary(row, self.config.epochs), flush=True)
+        print(self._line(row), flush=True)
 
     def _change(self, epoch: int) -> None:
         """Generates the layers that are generated from `epoch` on: weights and moments go on as they are."""
@@ -242,6 +211,17 @@ class Trainer:
         limit = self.config.max_steps
         cut_next = limit is not None and self.steps + self.steps_per_epoch > limit
         return row["epoch"] % self.config.save_every == 0 or cut_next or self._ended() is not None
+
+    def _is_better(self, row: Row, than: Row) -> bool:
+        return self.metric.better(*(self.metric.of(r, "validation") for r in (row, than)))
+
+    def _line(self, row: Row) -> str:
+        """An epoch for the terminal."""
+        figures = [f"{part} {self.metric.cell(row, part)}" for part in ("train", *self.data.parts)]
+        speed = f"{row[f'{self.data.unit}_per_second']:.0f} {self.data.unit}/s"
+        seconds = f"{row['seconds'] + row['evaluation_seconds']:.0f} s"
+        start = f"epoch {row['epoch']}/{self.config.epochs}: loss {row['train_loss']:.3f}"
+        return ", ".join([start, *figures, speed, seconds])
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -276,10 +256,10 @@ class Trainer:
         self._wait_for_device()
         start, waiting = time.perf_counter(), _Stopwatch(self.device)
         inputs = self._train_batches(epoch)
-        # tqdm counts images, so its rate is images/s
-        bar = tqdm(
-            total=limit * config.batch_size, unit="img", desc=f"epoch {epoch + 1}", leave=False, disable=None
-        )
+        # tqdm counts images or characters, so its rate is that of them
+        total = limit * self.data.count(config.batch_size)
+        options = {"unit": f" {self.data.unit}", "unit_scale": True, "leave": False, "disable": None}
+        bar = tqdm(total=total, desc=f"epoch {epoch + 1}", **options)
         with bar:
             for _ in range(limit):
                 self._signals.check()
@@ -291,7 +271,8 @@ class Trainer:
                 self.steps += 1
                 bar.update(y.numel())
                 if meter.fresh:
-                    bar.set_postfix(loss=f"{meter.loss:.3f}", acc=f"{meter.accuracy:.1f}%", refresh=False)
+                    figure = self.metric.text(self.metric.mean(meter.score, meter.count))
+                    bar.set_postfix({"loss": f"{meter.loss:.3f}", self.metric.name: figure}, refresh=False)
             meter.flush()
         self._wait_for_device()
         seconds = time.perf_counter() - start
@@ -299,11 +280,11 @@ class Trainer:
             "steps": limit,
             "lr": rate,
             "train_loss": meter.loss,
-            "train_accuracy": meter.accuracy,
+            f"train_{self.metric.name}": self.metric.mean(meter.score, meter.count),
             "gradient_norm": meter.norm,
             "seconds": seconds,
             "input_seconds": waiting.seconds(),
-            "images_per_second": meter.images / seconds,
+            f"{self.data.unit}_per_second": meter.count / seconds,
         }
         if config.cuda_graph:
             row["startup_seconds"] = self._seconds_to_start() - started
@@ -329,51 +310,26 @@ class Trainer:
             ) from error
 
     def _eager_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step: loss, correct answers and gradient norm, float32 [3] on the device."""
-        with self._autocast():
-            logits = self.model(x)
-        loss = F.cross_entropy(logits.float(), y)
+        """One optimizer step: loss, score and gradient norm, float32 [3] on the device."""
+        loss, score = self.data.loss(self._forward, x, y)
         loss.backward()
         norm = torch.as_tensor(self.step(), dtype=torch.float32, device=loss.device)
-        correct = (logits.detach().argmax(1) == y).sum()
-        figures = torch.stack((loss.detach().float(), correct.float(), norm))
+        figures = torch.stack((loss.detach().float(), score.float(), norm))
         self.optimizer.zero_grad(set_to_none=True)
         return figures
 
     @torch.no_grad()
     def evaluate(self, part: str) -> tuple[float, float]:
-        """Mean loss and accuracy in percent on "validation" or "test"."""
-        images, labels = getattr(self.data, part)
+        """Mean loss and the task's figure on "validation" or "test"."""
         self.model.eval()
-        loss, correct, seen = 0.0, 0, 0
-        for i, (x, y) in enumerate(batches(images, labels, EVAL_BATCH, shuffle=None, drop_last=False)):
-            if i == self.config.eval_batches:
-                break
-            self._signals.check()
-            with self._autocast():
-                logits = self.model(self._layout(self.data.normalize(x))).float()
-            loss = loss + F.cross_entropy(logits, y, reduction="sum")
-            correct = correct + (logits.argmax(1) == y).sum()
-            seen += len(y)
-        return float(loss) / seen, 100 * int(correct) / seen
+        return self.data.evaluate(self._forward, part, self.config.eval_batches, self._signals.check)
 
     def _train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches, augmented; a partial last one is dropped."""
-        seed, size = self.config.seed, self.config.batch_size
-        order = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
-        chance = torch.Generator(self.device).manual_seed(derive_seed(seed, epoch, "augment"))
-        chunk = size * self.batches_at_once
-        for x, y in batches(*self.data.train, chunk, shuffle=order, drop_last=False):
-            whole = len(y) // size * size
-            if whole:
-                x = self._layout(self.data.augment(x[:whole], chance))
-                yield from zip(x.split(size), y[:whole].split(size), strict=True)
+        return self.data.batches(epoch, self.config.seed, self.config.batch_size)
 
-    def _layout(self, x: Tensor) -> Tensor:
-        return x.to(memory_format=torch.channels_last)
-
-    def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+    def _forward(self, *inputs: Any) -> Any:
+        with autocast(self.device, self.config.precision):
+            return self.model(*inputs)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -388,20 +344,23 @@ class Trainer:
                 "steps": self.steps,
                 "recipe": self.recipe,
                 "circumstances": self.circumstances,
+                **self.data.keep(),
             },
         )
 
     def _save_best(self) -> None:
         state = {"model": self.model.state_dict(), "row": self.best, "recipe": self.recipe}
-        checkpoint.save(self.out / "best.pt", state)
+        checkpoint.save(self.out / "best.pt", state | self.data.keep())
 
     def resume(self) -> list[str]:
         """Continue from `last.pt`; returns what differs from then, in words.
 
-        Raises CheckpointError for a file that is damaged or does not fit, and RunError for another recipe.
+        Raises CheckpointError for a file that is damaged or does not fit, DataError and RunError for other
+        data and another recipe.
         """
         path = self.out / "last.pt"
         state = checkpoint.load(path, ("model", "optimizer", "history", "recipe", "steps"))
+        self.data.check(state, path)
         if differences := _differences(state["recipe"], self.recipe):
             raise RunError(f"{path}: the run had another recipe: {'; '.join(differences)}")
         self._build(len(state["history"]) - 1)
@@ -439,6 +398,11 @@ def open_run(out: Path, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise RunError(f"--out {out}: cannot be written, {error.strerror or error}") from error
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Where the network runs: in bfloat16 if `precision` is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def derive_seed(seed: int, epoch: int, purpose: str) -> int:
@@ -484,6 +448,26 @@ def piecewise(rates: Sequence[float], until: Sequence[float]) -> Callable[[int, 
     return lambda epoch, step: rates[bisect.bisect_right(until, step)]
 
 
+def plateau(
+    lr: float, decay: float, patience: int, metric: Metric, history: Callable[[], Sequence[Row]]
+) -> Callable[[int, int], float]:
+    """lr of an epoch: times `decay` after more than `patience` epochs in a row without a better validation
+    figure, as in ReduceLROnPlateau. history(): the epochs so far, which are all that it remembers."""
+
+    def rate(epoch: int, step: int) -> float:
+        now, best, waited = lr, None, 0
+        for value in (metric.of(row, "validation") for row in history()):
+            if best is None or metric.better(value, best):
+                best, waited = value, 0
+            else:
+                waited += 1
+            if waited > patience:
+                now, waited = now * decay, 0
+        return now
+
+    return rate
+
+
 def z_statistics(model: nn.Module) -> Row:
     """Smallest, largest, mean, std and norm of the embeddings of every generated layer: {"z/conv1/min":
     ...}."""
@@ -501,44 +485,31 @@ def write_csv(path: Path, history: list[Row]) -> None:
     checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def summary(row: Row, epochs: int) -> str:
-    """One line for the terminal."""
-    return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, train {row['train_accuracy']:.2f} %, "
-        f"validation {row['validation_accuracy']:.2f} %, test {row['test_accuracy']:.2f} %, "
-        f"{row['images_per_second']:.0f} images/s, {row['seconds'] + row['evaluation_seconds']:.0f} s"
-    )
-
-
 class _Meter:
     """Sums of one epoch. Figures stay on the device for `window` steps, so a GPU is not stopped at each."""
 
     def __init__(self, epoch: int, window: int, device: torch.device) -> None:
-        self.epoch, self.pending = epoch, []  # images of the steps whose figures are in the ring
+        self.epoch, self.pending = epoch, []  # counts of the steps whose figures are in the ring
         self.ring = torch.empty(window, 3, device=device)
-        self.steps = self.images = self.correct = 0
-        self.loss_sum = self.norm_sum = 0.0
+        self.steps = self.count = 0  # count: images or characters
+        self.loss_sum = self.score = self.norm_sum = 0.0
 
-    def add(self, figures: Tensor, images: int) -> None:
-        """figures: loss, correct answers and gradient norm of a step, float32 [3]."""
+    def add(self, figures: Tensor, count: int) -> None:
+        """figures: loss, score and gradient norm of a step, float32 [3]."""
         self.ring[len(self.pending)].copy_(figures)
-        self.pending.append(images)
+        self.pending.append(count)
         if len(self.pending) == len(self.ring):
             self.flush()
 
     def flush(self) -> None:
         """Take the pending values in; raises RunError at the first that is not finite."""
         figures = self.ring[: len(self.pending)].tolist()
-        for (loss, correct, norm), images in zip(figures, self.pending, strict=True):
+        for (loss, score, norm), count in zip(figures, self.pending, strict=True):
             for name, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     raise RunError(f"{_place(self.epoch, self.steps)}: {name} is {value}")
-            self.steps, self.images, self.correct = (
-                self.steps + 1,
-                self.images + images,
-                self.correct + int(correct),
-            )
-            self.loss_sum, self.norm_sum = self.loss_sum + loss * images, self.norm_sum + norm
+            self.steps, self.count, self.score = self.steps + 1, self.count + count, self.score + score
+            self.loss_sum, self.norm_sum = self.loss_sum + loss * count, self.norm_sum + norm
         self.pending.clear()
 
     @property
@@ -547,11 +518,7 @@ class _Meter:
 
     @property
     def loss(self) -> float:
-        return self.loss_sum / self.images
-
-    @property
-    def accuracy(self) -> float:
-        return 100 * self.correct / self.images
+        return self.loss_sum / self.count
 
     @property
     def norm(self) -> float:

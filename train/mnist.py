@@ -37,7 +37,8 @@ from train.command import (
     recipe_values,
 )
 from train.data import load_images
-from train.loop import ImageData, Interrupted, RunError, Trainer, exponential_by_step, one_cycle
+from train.images import ImageData
+from train.loop import Interrupted, RunError, Trainer, exponential_by_step, one_cycle
 from train.models.mnist import MODELS, build_mnist
 
 MEAN, STD = (0.1307,), (0.3081,)

@@ -1,4 +1,4 @@
-"""report.md of a finished run: accuracy, parameters, file sizes, embeddings, time, recipe and machine."""
+"""report.md of a finished run: result, parameters, file sizes, embeddings, time, recipe and machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from hyperfast.analysis.pictures import STYLE
 from train import summary
 from train.checkpoint import write_atomically
 from train.summary import MB, Summary
+from train.task import ACCURACY, Metric
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from torch import Tensor, nn
 
-    from train.loop import Row, Trainer
+    from train.loop import Trainer
+    from train.task import Row, Task
 
 COSTS = (
     "Parameters with z; ratio: for each generated weight. In the generators alone: flops of the matrix "
@@ -67,13 +71,13 @@ def write(
     """
     out, history = trainer.out, trainer.history
     figures = summary.collect(trainer, title, reason, command, published, frozen)
-    save_figure(curves(history, trainer.best["epoch"]), out / "curves.png")
+    save_figure(curves(history, trainer.best["epoch"], trainer.metric), out / "curves.png")
     parts = [
         f"# {title}\n",
-        _result(figures),
-        _files(figures),
-        "## Curves\n\n![accuracy and loss](curves.png)\n\nTraining figures are those of the steps: "
-        "batches as trained on (augmented where the recipe says so), weights still moving.\n",
+        _result(figures, trainer.metric, trainer.data.parts),
+        _files(figures, trainer.metric),
+        "## Curves\n\n![curves](curves.png)\n\nTraining figures are those of the steps: batches as "
+        "trained on (augmented where the recipe says so), weights still moving.\n",
         _parameters(figures["parameters"], generator_costs(trainer.model)),
     ]
     layers = list(figures["parameters"]["layers"])
@@ -87,7 +91,7 @@ def write(
         parts.append(f"## Filters\n\nAfter epoch {trainer.best['epoch']}.\n\n![filters](filters.png)\n")
     if extra:
         parts.append(extra)
-    parts += [_time(figures["time"]), _recipe(figures), _machine(figures["machine"])]
+    parts += [_time(figures["time"], trainer.data), _recipe(figures), _machine(figures["machine"])]
     path = out / "report.md"
     text = "\n".join(parts)
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -98,20 +102,21 @@ def write(
 # -- sections ------------------------------------------------------------------------------------
 
 
-def _result(figures: Summary) -> str:
+def _result(figures: Summary, metric: Metric, parts: Sequence[str]) -> str:
     best, published = figures["best"], figures["published"]
     ended = f"{figures['steps']} steps ({figures['reason']})"
     rows = [
-        ["this run, best validation epoch", best["epoch"], percent(best, "validation"), percent(best, "test")]
+        ["this run, best validation epoch", best["epoch"], *(metric.cell(best, part) for part in parts)],
     ]
     if published:
-        rows.append([f"published, {published['what']}", "", "", f"{published['accuracy']:.2f} %"])
+        empty = [""] * len(parts)
+        rows.append([f"published, {published['what']}", *empty, metric.text(published[metric.name])])
     lines = [
         f"Trained {figures['epochs']} of {figures['planned_epochs']} epochs, {ended}.\n",
-        table(["", "epoch", "validation accuracy", "test accuracy"], rows),
+        table(["", "epoch", *(f"{part} {metric.words}" for part in parts)], rows),
     ]
     if target := figures["target"]:
-        lines.append("\n" + _target(target))
+        lines.append("\n" + _target(target, f"{figures['reported']} {metric.words}", metric))
     if figures["eval_batches"] is not None:
         lines.append(f"\nEvaluated on {figures['eval_batches']} batches only: not comparable.")
     if figures["cut_short"]:
@@ -119,31 +124,38 @@ def _result(figures: Summary) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _target(target: dict[str, Any]) -> str:
-    """Whether and when the target accuracy was reached."""
+def _target(target: dict[str, Any], words: str, metric: Metric) -> str:
+    """Whether and when the target was reached."""
+    value = metric.text(target[metric.name])
     if target["epoch"] is None:
-        return f"No epoch reached the target of {target['accuracy']:.2f} % test accuracy."
+        return f"No epoch reached the target of {value} {words}."
     startup = target["startup_seconds"]
     return (
-        f"Test accuracy reached the target of {target['accuracy']:.2f} % after epoch {target['epoch']}: "
+        f"{words.capitalize()} reached the target of {value} after epoch {target['epoch']}: "
         f"{target['seconds']:.1f} s of training"
         + (f" ({startup:.1f} s of them to compile kernels and capture the step)" if startup else "")
         + f", {target['evaluation_seconds']:.1f} s of evaluation beside it."
     )
 
 
-def _files(figures: Summary) -> str:
-    """Sizes, and megabytes for each point of test accuracy."""
-    accuracy, sizes, published = figures["best"]["test_accuracy"], figures["bytes"], figures["published"]
-    rows = [["best.pt, weights", *size_cells(sizes["best"] / MB, accuracy)]]
+def _files(figures: Summary, metric: Metric) -> str:
+    """Sizes, and where more is better megabytes for each point of the result."""
+    result, sizes, published = (
+        metric.of(figures["best"], figures["reported"]),
+        figures["bytes"],
+        figures["published"],
+    )
+    rows = [["best.pt, weights", *size_cells(sizes["best"] / MB, result)]]
     if "plain" in sizes:
         name = figures["plain_file"]
         name = f"{name}, plain network" if name else "plain network (not written; --save-frozen)"
-        rows.append([name, *size_cells(sizes["plain"] / MB, accuracy)])
+        rows.append([name, *size_cells(sizes["plain"] / MB, result)])
     rows.append(["last.pt, to resume from", f"{sizes['last'] / MB:.1f}", ""])
     if published and published["megabytes"]:
-        rows.append(["published, saved model", *size_cells(published["megabytes"], published["accuracy"])])
-    text = table(["file", "MB", "MB per point of test accuracy"], rows)
+        rows.append(["published, saved model", *size_cells(published["megabytes"], published[metric.name])])
+    columns = 3 if metric.larger_is_better else 2
+    header = ["file", "MB", f"MB per point of {figures['reported']} {metric.words}"]
+    text = table(header[:columns], [row[:columns] for row in rows])
     return f"## Files\n\n{text}\n\n1 MB is 2^20 bytes.\n"
 
 
@@ -187,13 +199,14 @@ def _first_kernels(model: nn.Module) -> dict[str, Tensor]:
     return dict(list(kernels.items())[:KERNELS])
 
 
-def _time(time: dict[str, float]) -> str:
+def _time(time: dict[str, float], data: Task) -> str:
+    unit = data.unit
     rows = [
         ["training, s per epoch", f"{time['epoch']:.1f}"],
-        ["evaluation (validation and test), s per epoch", f"{time['evaluation']:.1f}"],
+        [f"evaluation ({' and '.join(data.parts)}), s per epoch", f"{time['evaluation']:.1f}"],
         ["training step, ms", f"{1000 * time['step']:.1f}"],
         ["of training for data, %", f"{100 * time['input']:.1f}"],
-        ["images/s in training", f"{time['images_per_second']:.0f}"],
+        [f"{unit}/s in training", f"{time[f'{unit}_per_second']:.0f}"],
         ["peak memory of the process, MB", f"{time['peak_memory'] / MB:.0f}"],
     ]
     if time["startup"]:
@@ -216,22 +229,23 @@ def _machine(machine: dict[str, Any]) -> str:
 # -- pictures ------------------------------------------------------------------------------------
 
 
-def curves(history: list[Row], best_epoch: int) -> Figure:
-    """Accuracy and loss of the three parts over epochs; a thin line marks the best validation epoch."""
+def curves(history: list[Row], best_epoch: int, metric: Metric = ACCURACY) -> Figure:
+    """Figure of all parts over epochs, and the loss where that is another thing; a thin line marks the best
+    validation epoch."""
     epochs = [row["epoch"] for row in history]
+    parts = {part: style for part, style in PARTS.items() if f"{part}_loss" in history[0]}
+    kinds = {metric.name: metric.axis} | ({} if metric.of_loss else {"loss": "cross-entropy"})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for axis, kind, label in zip(
-            axes, ("accuracy", "loss"), ("accuracy (%)", "cross-entropy"), strict=True
-        ):
-            for i, (part, style) in enumerate(PARTS.items()):
+        axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+        for axis, (kind, label) in zip(axes, kinds.items(), strict=True):
+            for i, (part, style) in enumerate(parts.items()):
                 values = [row[f"{part}_{kind}"] for row in history]
                 axis.plot(
                     epochs,
                     values,
                     label=part,
-                    markevery=marks(len(epochs), i, len(PARTS)),
+                    markevery=marks(len(epochs), i, len(parts)),
                     linewidth=1.3,
                     **style,
                 )
@@ -240,7 +254,8 @@ def curves(history: list[Row], best_epoch: int) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
             if len(epochs) == 1:
                 axis.set_xlim(0, 2)
-        axes[0].set_ylim(0, 1.1 * max(row[f"{part}_accuracy"] for row in history for part in PARTS) or 1)
+        if metric.larger_is_better:
+            axes[0].set_ylim(0, 1.1 * max(metric.of(row, part) for row in history for part in parts) or 1)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
@@ -297,10 +312,10 @@ def marks(points: int, i: int, curves: int) -> tuple[int, int]:
 # -- small things --------------------------------------------------------------------------------
 
 
-def size_cells(megabytes: float, accuracy: float) -> list[str]:
-    """Size, and megabytes for each point of test accuracy."""
-    return [f"{megabytes:.1f}", f"{megabytes / accuracy:.2f}" if accuracy else "-"]
+def size_cells(megabytes: float, points: float) -> list[str]:
+    """Size, and megabytes for each point of a figure."""
+    return [f"{megabytes:.1f}", f"{megabytes / points:.2f}" if points else "-"]
 
 
 def percent(row: Row, part: str) -> str:
-    return f"{row[f'{part}_accuracy']:.2f} %"
+    return ACCURACY.cell(row, part)

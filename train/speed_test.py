@@ -10,7 +10,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -22,7 +21,8 @@ from train.checkpoint import CheckpointError
 from train.command import set_up_device
 from train.data import batches
 from train.graph import WARM_UP, CudaGraph
-from train.loop import ImageData
+from train.images import ImageData
+from train.loop import autocast
 from train.models.wrn import build_wrn, model_of, rename_published_
 from train.report import table
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, load_data: Callable[[], ImageData]) -> dict[st
     model = model.to(device, memory_format=torch.channels_last)
     data = load_data().to(device)
     x = _input(data, data.test[0][: args.batch_size])
-    with torch.inference_mode(), _autocast(args, device):
+    with torch.inference_mode(), autocast(device, args.precision):
         forwards = ways(model)
         timers = {way: Timer(lambda f=f: f(x), device, args.cuda_graph) for way, f in forwards.items()}
         seconds = interleaved(timers, PASS)
@@ -145,10 +145,6 @@ def run(args: argparse.Namespace, load_data: Callable[[], ImageData]) -> dict[st
 
 def _input(data: ImageData, images: Tensor) -> Tensor:
     return data.normalize(images).to(memory_format=torch.channels_last)
-
-
-def _autocast(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def _machine(device: torch.device) -> str:

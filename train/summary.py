@@ -20,11 +20,12 @@ import hyperfast
 from hyperfast.analysis import generator_costs
 from hyperfast.nn import named_weights, parameter_counts, plain_state_dict
 from train.checkpoint import CheckpointError, write_atomically
+from train.task import ACCURACY, Metric, Row
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from train.loop import Row, Trainer
+    from train.loop import Trainer
     from train.report import Published
 
 FILE, METRICS = "summary.json", "metrics.csv"
@@ -46,6 +47,23 @@ class Run:
         return self.summary["recipe"].get("model", self.summary["title"])
 
     @property
+    def metric(self) -> Metric:
+        return Metric(**self.summary["metric"]) if "metric" in self.summary else ACCURACY
+
+    @property
+    def unit(self) -> str:
+        return self.summary.get("unit", "images")
+
+    @property
+    def reported(self) -> str:
+        """The part whose figure the run reports, at the best validation epoch."""
+        return self.summary.get("reported", "test")
+
+    @property
+    def result(self) -> float:
+        return self.metric.of(self.summary["best"], self.reported)
+
+    @property
     def layers(self) -> list[str]:
         """The generated layers."""
         return list(self.summary["parameters"]["layers"])
@@ -61,12 +79,15 @@ def collect(
 ) -> Summary:
     """The figures of a run that has ended; the model holds the best epoch's weights.
 
-    Sizes in bytes, accuracies in percent, times in seconds. frozen: the plain network's file, if written.
+    Sizes in bytes, times in seconds. frozen: the plain network's file, if written.
     """
     return {
         "format": FORMAT,
         "version": VERSION,
         "title": title,
+        "metric": dataclasses.asdict(trainer.metric),
+        "unit": trainer.data.unit,
+        "reported": trainer.reported,
         "command": command,
         "reason": reason,
         "epochs": len(trainer.history),
@@ -81,7 +102,7 @@ def collect(
         "parameters": _parameters(trainer.model),
         "bytes": _sizes(trainer, frozen),
         "plain_file": frozen.name if frozen else None,
-        "time": _time(trainer.history) | _gpu_memory(trainer.device),
+        "time": _time(trainer) | _gpu_memory(trainer.device),
         "machine": _machine(trainer.device),
         "published": dataclasses.asdict(published) if published else None,
     }
@@ -150,20 +171,21 @@ def _sizes(trainer: Trainer, frozen: Path | None) -> dict[str, int]:
     return sizes
 
 
-def _time(history: list[Row]) -> dict[str, float]:
+def _time(trainer: Trainer) -> dict[str, float]:
     """Means over the epochs; step: a training step once its graph is captured, startup: all of what came
     before, input: share of training spent on data."""
+    history, rate = trainer.history, f"{trainer.data.unit}_per_second"
     keys = ("seconds", "evaluation_seconds", "input_seconds", "steps")
     seconds, evaluation, waited, steps = (sum(row[key] for row in history) for key in keys)
     startup = sum(row.get("startup_seconds", 0.0) for row in history)
-    images = sum(row["images_per_second"] * row["seconds"] for row in history)
+    count = sum(row[rate] * row["seconds"] for row in history)
     return {
         "epoch": seconds / len(history),
         "evaluation": evaluation / len(history),
         "step": (seconds - startup) / steps,
         "startup": startup,
         "input": waited / seconds,
-        "images_per_second": images / seconds,
+        rate: count / seconds,
         "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
@@ -174,10 +196,10 @@ def _gpu_memory(device: torch.device) -> dict[str, int]:
 
 
 def _target(trainer: Trainer) -> dict[str, Any] | None:
-    """The target accuracy, and if it was reached: after which epoch, and the seconds until then."""
-    if trainer.config.target_accuracy is None:
+    """The target, and if it was reached: after which epoch, and the seconds until then."""
+    if trainer.config.target is None:
         return None
-    row, target = trainer.target_row(), {"accuracy": trainer.config.target_accuracy}
+    row, target = trainer.target_row(), {trainer.metric.name: trainer.config.target}
     if row is None:
         return target | {"epoch": None}
     until = trainer.history[: row["epoch"]]

@@ -89,4 +89,60 @@ struct HyperLinear {
 int64_t hyper_linear_scratch(int64_t M, int64_t O, int64_t I, int K, DType dtype);
 const char* hyper_linear(const HyperLinear& call, DType dtype, uintptr_t stream);  // not for f64
 
+// One layer of an LSTM, or of a HyperLSTM, over a whole sequence: hyperfast/reference.py, csrc/cpu/kernels.h.
+// Null are: hyper tensors without a hyper LSTM (M = Z = 0), norms without layer normalisation, key without
+// dropout, h_gates and hyper_gates where they are not kept, gradients that come in where they are zero, and
+// dh_gates without hyper (it is dx_gates). float32: norms, c, hyper_c and their gradients, whatever the
+// dtype.
+struct LstmSizes {
+  int64_t T, N, B, H, M, Z;    // T, N, B, H >= 1
+  const int64_t* batch_sizes;  // [T], of the host, falling from B; their sum is N
+};
+struct LstmNorms {                        // of n units
+  const void *gates_weight, *gates_bias;  // [4n]
+  const void *cell_weight, *cell_bias;    // [n]
+};
+struct LstmWeights {
+  const void *weight_hh, *bias;                   // [4H, H], [4H]
+  const void *hyper_weight_xh, *hyper_weight_hh;  // [4M, H], [4M, M]
+  const void *z_weight, *z_bias;                  // [12Z, M], [12Z]
+  const void* d_weight;                           // [12, H, Z]
+  LstmNorms norms, hyper_norms;
+};
+struct LstmDropout {
+  const int64_t* key;  // [1]
+  double share;
+};
+struct Lstm {
+  LstmSizes sizes;
+  LstmWeights weights;
+  LstmDropout dropout;
+  double eps;
+  const void *x_gates, *hyper_x_gates;        // [N, 4H], [N, 4M]
+  const void *h0, *c0, *hyper_h0, *hyper_c0;  // [B, H] twice, [B, M] twice
+  void *h, *c, *hyper_h, *hyper_c;            // [N, H] twice, [N, M] twice
+  void *h_gates, *hyper_gates;                // [N, 4H], [N, 4M]
+  float* scratch;                             // lstm_scratch floats, 16-byte aligned
+};
+struct LstmBackward {
+  LstmSizes sizes;
+  LstmWeights weights;
+  LstmDropout dropout;
+  double eps;
+  const void *x_gates, *c0, *hyper_c0, *c, *hyper_c, *h_gates, *hyper_gates;
+  const void* z;                                                  // [N, 12Z]
+  const void* dh;                                                 // [N, H]
+  const void *dh_last, *dc_last, *dhyper_h_last, *dhyper_c_last;  // [B, H] twice, [B, M] twice
+  void *dx_gates, *dh_gates, *dhyper_gates, *dz;                  // [N, 4H] twice, [N, 4M], [N, 12Z]
+  void *dh0, *dc0, *dhyper_h0, *dhyper_c0;
+  void *dbias, *dd_weight;  // [4H], [12, H, Z]
+  void *dnorms[4], *dhyper_norms[4];
+  float* scratch;
+};
+// Null, or why the kernel does not serve these sizes on the current device; the launchers say it too.
+const char* lstm_refuses(const LstmSizes& sizes, DType dtype, bool backward);
+int64_t lstm_scratch(const LstmSizes& sizes, DType dtype, bool backward);  // 0: refused
+const char* lstm(const Lstm& call, DType dtype, uintptr_t stream);
+const char* lstm_backward(const LstmBackward& call, DType dtype, uintptr_t stream);
+
 }  // namespace hyperfast::cuda

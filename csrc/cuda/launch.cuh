@@ -12,6 +12,7 @@
 #ifndef __CUDACC__
 #include "emulator.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 namespace hyperfast::cuda {
@@ -30,6 +31,64 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_
   // clang-format on
   return cudaGetLastError();
 }
+
+// What the current device has; shared: bytes a block may have.
+struct Device {
+  int multiprocessors;
+  size_t shared;
+  bool cooperative;  // launches
+};
+inline cudaError_t current_device(Device& device) {
+  int number, shared, cooperative;
+  cudaError_t error = cudaGetDevice(&number);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, number);
+  };
+  ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(cooperative, cudaDevAttrCooperativeLaunch);
+  if (error == cudaSuccess) device.shared = shared, device.cooperative = cooperative;
+  return error;
+}
+
+// How many blocks of a kernel the current device runs at once.
+template <class... Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared, int& blocks) {
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared)))
+    return error;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
+  blocks *= device.multiprocessors;
+  return error;
+}
+
+// Queues a kernel whose blocks all run at once, so that grid_barrier may be called; an error if the device
+// cannot hold them. Stream capture records it as a kernel node with the attribute `cooperative`.
+template <class... Parameters>
+cudaError_t launch_cooperative(void (*kernel)(Parameters...), int blocks, int threads, size_t shared,
+                               cudaStream_t stream, const Parameters&... arguments) {
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared)))
+    return error;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), addresses, shared, stream);
+}
+
+// Waits for all threads of all blocks; what any of them wrote before is then seen by all.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// threadIdx.x, of which the compiler knows nothing more: addresses made from it are not kept in registers
+// over the iterations of a long outer loop.
+__device__ __forceinline__ int thread_number() {
+  int number = threadIdx.x;
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// Asks for the line to come into L2.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // A block's T in shared memory, one for each T, uninitialised.
 template <class T>

@@ -14,11 +14,13 @@ from hyperfast.nn.layers import (
     generate_layers,
     hyper_layers,
 )
+from hyperfast.nn.lstm import LSTM, HyperLSTM, HyperLSTMCell, LSTMCell
 from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.nn.shared_core import SharedCoreGenerator
 from hyperfast.nn.two_layer import TwoLayerGenerator
 from hyperfast.nn.weights import named_generators, named_weights, parameter_counts, plain_state_dict
 from hyperfast.ops.generate import penalize_l2
+from hyperfast.reference import LSTMState
 
 __all__ = [
     "BatchNormReLUMaxPool2d",
@@ -26,9 +28,14 @@ __all__ = [
     "Conv2d",
     "Generator",
     "HyperConv2d",
+    "HyperLSTM",
+    "HyperLSTMCell",
     "HyperLayer",
     "HyperLinear",
     "HyperModule",
+    "LSTM",
+    "LSTMCell",
+    "LSTMState",
     "Linear",
     "LinearGenerator",
     "PerSampleWeight",

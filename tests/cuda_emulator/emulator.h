@@ -8,7 +8,8 @@
 // in step, as on GPUs since Volta, so a missing __syncwarp shows as well. Shared memory is allocated to the
 // byte, filled with NaN bits for every block. Asynchronous copies arrive as late as the waits allow (even
 // schedules) or at once (odd ones): late shows a missing wait, at once a buffer that is filled while others
-// still read it.
+// still read it. The blocks of a cooperative launch run at once, in the same orders, so that a missing grid
+// barrier shows too.
 //
 // A fault ends the launch with an error whose text cudaGetErrorString gives: threads that wait for ever,
 // lanes that meet in different operations, misaligned accesses and copies, copies never waited for. Accesses
@@ -40,12 +41,23 @@ inline Index thread, block, block_size, grid_size;
 
 void set_schedule(unsigned schedule);
 
-cudaError_t run(int blocks, int threads, size_t shared, const std::function<void()>& kernel);
+// cooperative: all blocks run at once, one on each multiprocessor.
+cudaError_t run(int blocks, int threads, size_t shared, bool cooperative,
+                const std::function<void()>& kernel);
+
+struct Device {
+  int multiprocessors;
+  size_t shared;  // bytes a block may have
+};
+Device device();
+void set_multiprocessors(int count);
+int resident_blocks(size_t shared);
 
 // Ends the launch with an error; does not return.
 [[noreturn]] void fault(const std::string& what);
 
 void wait_for_block();
+void wait_for_grid();
 // Waits for the lanes of `mask`, which must come here with the same operation; what each of the 32 handed
 // over.
 const uint64_t* exchange(const char* operation, unsigned mask, uint64_t value);
@@ -154,8 +166,32 @@ namespace hyperfast::cuda {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared, cudaStream_t,
                    const Arguments&... arguments) {
-  return emulator::run(blocks, threads, shared, [&] { kernel(arguments...); });
+  return emulator::run(blocks, threads, shared, false, [&] { kernel(arguments...); });
 }
+
+template <class... Parameters>
+cudaError_t launch_cooperative(void (*kernel)(Parameters...), int blocks, int threads, size_t shared,
+                               cudaStream_t, const Parameters&... arguments) {
+  return emulator::run(blocks, threads, shared, true, [&] { kernel(arguments...); });
+}
+
+struct Device {
+  int multiprocessors;
+  size_t shared;
+  bool cooperative;
+};
+inline cudaError_t current_device(Device& device) {
+  device = {emulator::device().multiprocessors, emulator::device().shared, true};
+  return cudaSuccess;
+}
+template <class... Parameters>
+cudaError_t resident_blocks(void (*)(Parameters...), int, size_t shared, int& blocks) {
+  blocks = emulator::resident_blocks(shared);
+  return cudaSuccess;
+}
+inline void grid_barrier() { emulator::wait_for_grid(); }
+inline int thread_number() { return static_cast<int>(threadIdx.x); }
+inline void prefetch(const void*) {}
 
 template <class T>
 T& shared_memory() {

@@ -443,8 +443,8 @@ def test_pictures(named, tmp_path, epochs):
         r.history = [r.history[0] | {"epoch": e + 1} for e in range(epochs)]
         r.summary["published"] = {"accuracy": 50.0, "megabytes": 3.0, "z_ranges": {"conv": [-2.0, 1.0]}}
     figures = {
-        "accuracy": comparison.accuracy_curves(named),
-        "size": comparison.accuracy_against_size(named),
+        "accuracy": comparison.curves(named),
+        "size": comparison.against_size(named),
         "z": comparison.z_ranges({"full": named["full"]}),
     }
     for figure in figures.values():
@@ -472,13 +472,13 @@ def test_pictures(named, tmp_path, epochs):
 
 def test_high_accuracies_are_shown_close(named):
     """0 to 100 % where something is low; otherwise the differences of good models must be seen."""
-    assert comparison.accuracy_curves(named).axes[0].get_ylim()[0] == 0
-    assert comparison.accuracy_against_size(named).axes[0].get_ylim()[0] == 0
+    assert comparison.curves(named).axes[0].get_ylim()[0] == 0
+    assert comparison.against_size(named).axes[0].get_ylim()[0] == 0
     for r in named.values():
         r.history = [row | {"train_accuracy": 98.5, "test_accuracy": 99.0} for row in r.history]
         r.summary |= {"best": r.history[0], "published": None}
-    assert comparison.accuracy_curves(named).axes[0].get_ylim()[0] > 90
-    assert comparison.accuracy_against_size(named).axes[0].get_ylim()[0] > 90
+    assert comparison.curves(named).axes[0].get_ylim()[0] > 90
+    assert comparison.against_size(named).axes[0].get_ylim()[0] > 90
 
 
 def test_looks_differ_without_colour():

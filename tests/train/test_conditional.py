@@ -6,7 +6,8 @@ from torch.func import functional_call
 import hyperfast
 from tests.train import tiny
 from train import conditional, report
-from train.loop import ImageData, RunError
+from train.images import ImageData
+from train.loop import RunError
 from train.models.conditional import FEATURES, GENERATED, MODELS, ConditionalNet, SmallNet, build_conditional
 from train.summary import load_run
 

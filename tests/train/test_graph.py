@@ -20,7 +20,8 @@ from tests.train.test_loop import assert_same, last
 from train import cifar100, graph
 from train.data import ImageSet
 from train.graph import WARM_UP, CaptureError, GraphedStep
-from train.loop import Config, ImageData, Interrupted, RunError, Trainer
+from train.images import ImageData
+from train.loop import Config, Interrupted, RunError, Trainer
 
 
 class Toy:
@@ -132,7 +133,7 @@ def same_figures(expected, got, rel=1e-4):
 def graphed_run(out, **config):
     """A trainer whose step is a graph, with chunks and windows on the CPU too."""
     trainer = tiny.make(out, **config, cuda_graph=True)
-    trainer.window, trainer.batches_at_once = 4, 4
+    trainer.window, trainer.data.at_once = 4, 4 * trainer.config.batch_size
     return trainer
 
 
@@ -221,7 +222,7 @@ def fake_step(fused, precision, device):
         with torch.device(device):
             model = cifar100.build_model("full", fused=fused)
         trainer = object.__new__(Trainer)  # without the data and records of a run
-        trainer.model, trainer.device = model, torch.device(device)
+        trainer.model, trainer.device, trainer.data = model, torch.device(device), object.__new__(ImageData)
         trainer.config = Config(1, 64, precision=precision, cuda_graph=True)
         trainer.optimizer, trainer.step = cifar100.make_optimizer(model, args)
         for group in trainer.optimizer.param_groups:

@@ -14,7 +14,7 @@ from torch import nn
 import hyperfast
 from tests.train import tiny
 from tests.train.tiny import Net, data, make
-from train import checkpoint, loop, summary
+from train import checkpoint, images, loop, summary
 from train.checkpoint import CheckpointError
 from train.loop import Interrupted, RunError, cosine, exponential_by_step, one_cycle, piecewise
 
@@ -77,7 +77,7 @@ def test_evaluation_is_exact_and_uses_every_image(tmp_path, monkeypatch):
     trainer.model.eval()
     with torch.no_grad():
         logits = trainer.model(x.float() / 255)
-    monkeypatch.setattr(loop, "EVAL_BATCH", 7)
+    monkeypatch.setattr(images, "EVAL_BATCH", 7)
     loss, accuracy = trainer.evaluate("validation")
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == y).double().mean().item())
@@ -400,7 +400,7 @@ def test_chunks_hold_the_batches_of_the_epoch(tmp_path, size, at_once):
     parts.augment = lambda x, generator: x.float()
     trainer = make(tmp_path, parts=parts, batch_size=size)
     expected = list(trainer._train_batches(3))
-    trainer.batches_at_once = at_once
+    trainer.data.at_once = at_once * size
     calls = []
     trainer.data.augment = lambda x, generator: (calls.append(len(x)), x.float())[1]
     got = list(trainer._train_batches(3))
@@ -412,7 +412,7 @@ def test_chunks_hold_the_batches_of_the_epoch(tmp_path, size, at_once):
 
 
 def test_a_target_ends_the_run(tmp_path):
-    trainer = make(tmp_path, epochs=5, target_accuracy=30.0)
+    trainer = make(tmp_path, epochs=5, target=30.0)
     accuracies = {"test": [10.0, 20.0, 31.0, 5.0], "validation": [3.0, 2.0, 1.0, 0.0]}
     trainer.evaluate = lambda part: (1.0, accuracies[part][len(trainer.history)])
     assert trainer.fit() == "test accuracy 31.00 % reached after epoch 3"
@@ -421,7 +421,7 @@ def test_a_target_ends_the_run(tmp_path):
     assert totals == pytest.approx([sum(seconds[:i]) for i in (1, 2, 3)])
     assert trainer.target_row() is trainer.history[2] and trainer.best["epoch"] == 1
     assert len(last(tmp_path)["history"]) == 3
-    again = make(tmp_path, epochs=5, target_accuracy=30.0)
+    again = make(tmp_path, epochs=5, target=30.0)
     again.resume()
     assert again.fit() == "test accuracy 31.00 % reached after epoch 3" and again.steps == 18
     figures = summary.collect(trainer, "Tiny", "the end", "command")

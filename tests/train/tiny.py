@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import hyperfast
-from train.loop import Config, ImageData, Trainer, cosine
+from train.images import ImageData
+from train.loop import Config, Trainer, cosine
 
 
 class Net(nn.Module):

@@ -1,0 +1,105 @@
+"""The next character of a text as a task of the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.checkpoint import CheckpointError
+from train.data import DataError
+from train.loop import derive_seed
+from train.task import Forward, Metric, Task
+from train.text import IGNORED, Text, Vocabulary, evaluation_streams, streams
+
+BPC = Metric("bpc", "bits per character", "", 3, 1 / math.log(2), larger_is_better=False, of_loss=True)
+EVAL_BATCH = 64  # passages of a part, whatever the training's batch size
+
+
+class TextData(Task):
+    """Truncated backpropagation through time: a step is B passages of T = length characters, each the
+    continuation of the one in its row of the step before, whose last state is where it begins.
+
+    An epoch begins with a state of zeros, and at another place of the text's beginning, so that its last
+    characters, which fill no step, are not the same ones each time. A score is a sum of losses in nats.
+    """
+
+    metric = BPC
+    unit = "characters"
+
+    def __init__(self, text: Text, length: int):
+        self.text, self.length = text, length
+        self.parts = ("validation",) if text.test is None else ("validation", "test")
+        self._state: tuple[Tensor, ...] | None = None  # its memory is that of all steps
+
+    def to(self, device: torch.device) -> TextData:
+        tokens = {part: getattr(self.text, part).to(device) for part in ("train", *self.parts)}
+        return TextData(dataclasses.replace(self.text, **tokens), self.length)
+
+    def steps(self, batch_size: int) -> int:
+        """Raises DataError for a part that is shorter than T."""
+        for part in self.parts:
+            if len(getattr(self.text, part)) <= self.length:
+                raise DataError(
+                    f"the {part} text has {len(getattr(self.text, part)):,} characters; a sequence length of "
+                    f"{self.length} needs {self.length + 1:,}: choose a smaller one"
+                )
+        return len(streams(self.text.train, batch_size, self.length))
+
+    def count(self, batch_size: int) -> int:
+        return batch_size * self.length
+
+    def batches(self, epoch: int, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        tokens = self.text.train
+        places = streams(tokens, batch_size, self.length).unused + 1
+        for kept in self._state or ():
+            kept.zero_()
+        return iter(streams(tokens, batch_size, self.length, derive_seed(seed, epoch, "order") % places))
+
+    def loss(self, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy. The state goes in as a copy: backward needs it when the next one is in its place."""
+        state = None if self._state is None else tuple(s.clone() for s in self._state)
+        logits, after = forward(x, state)
+        if self._state is None:
+            self._state = tuple(s.detach().clone() for s in after)
+        for kept, new in zip(self._state, after, strict=True):
+            kept.copy_(new.detach())
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        return loss, loss.detach() * y.numel()
+
+    def evaluate(
+        self, forward: Forward, part: str, limit: int | None, check: Callable[[], None]
+    ) -> tuple[float, float]:
+        """Every character but a part's first, which nothing goes before, is predicted once, from all that is
+        before it in its passage, T characters at least (`evaluation_streams`)."""
+        state, loss, seen = None, 0.0, 0
+        for i, (x, y) in enumerate(evaluation_streams(getattr(self.text, part), EVAL_BATCH, self.length)):
+            if i == limit:
+                break
+            check()
+            logits, state = forward(x, state)
+            y = y.flatten()
+            nats = F.cross_entropy(logits.float().flatten(0, 1), y, ignore_index=IGNORED, reduction="sum")
+            loss = loss + nats.double()
+            seen = seen + (y != IGNORED).sum()
+        return float(loss) / int(seen), self.metric.mean(float(loss), int(seen))
+
+    def keep(self) -> dict[str, Any]:
+        return {"vocabulary": self.text.vocabulary.to_list()}
+
+    def check(self, state: dict[str, Any], path: Path) -> None:
+        vocabulary_of(state, path).check(self.text.vocabulary, str(path), self.text.name)
+
+
+def vocabulary_of(state: dict[str, Any], path: Path) -> Vocabulary:
+    """That of the checkpoint `state` from `path`. Raises CheckpointError where it has none."""
+    try:
+        return Vocabulary(state["vocabulary"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: no checkpoint of a character language model: {error}") from error
