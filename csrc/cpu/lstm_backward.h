@@ -40,6 +40,7 @@ struct LstmBackwardScratch {
   C* statistics;  // of rows in a panel [panels, 2 x 5, B]: mean and squares of 4 gates and c
   C *cell_sums, *gate_sums;  // of rows in a panel [panels, 2, B], [panels, 8, B]
   C* dz;                     // [strips, B, 12 padded Z]
+  C* z;                      // of a step: [tiles of rows, 4 gates, Z, 3 places, kBackwardRows]
   C* dd_weight;              // [panels, 12, Z, kPanel]
   C* sums;                   // [panels, kSums, kPanel]: dbias, then norms
   C* hyper_sums;             // [blocks of rows, kSums, padded M]
@@ -70,6 +71,7 @@ struct LstmBackwardScratch {
     cell_sums = scratch.take<C>(normed ? panels * 2 * s.B : 0);
     gate_sums = scratch.take<C>(normed ? panels * 8 * s.B : 0);
     dz = scratch.take<C>(strips.count * s.B * 12 * padded_Z);
+    z = scratch.take<C>(ceil_div(s.B, kBackwardRows) * kBackwardRows * 12 * s.Z);
     dd_weight = scratch.take<C>(12 * panels * s.Z * kPanel);
     sums = scratch.take<C>(panels * kSums * kPanel);
     hyper_sums = scratch.take<C>(hyper_blocks * kSums * padded_M);
