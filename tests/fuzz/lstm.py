@@ -81,11 +81,16 @@ def call(draw: Draw, arguments: Arguments) -> tuple[list, list, dict[str, Tensor
     with CONTEXTS[arguments["context"]]():
         made = run(ops.lstm, given)
     leaves = {name: t for name, t in differentiable(arguments) if t.requires_grad}
-    if not leaves or not made[0].requires_grad:
+    if not leaves or not made[1].requires_grad:
         return made, [], {}
     seeds = [draw.normal(*m.shape, dtype=m.dtype, scale=1.0) for m in made]
-    grads = torch.autograd.grad(made, list(leaves.values()), seeds, allow_unused=True)
-    return made, seeds, dict(zip(leaves, grads, strict=True))
+    return made, seeds, dict(zip(leaves, gradients(made, list(leaves.values()), seeds), strict=True))
+
+
+def gradients(made: list[Tensor], leaves: list[Tensor], seeds: list[Tensor]) -> tuple[Tensor | None, ...]:
+    used = [(m, d.to(m.dtype)) for m, d in zip(made, seeds, strict=True) if m.requires_grad]
+    outputs, seeds = zip(*used, strict=True)
+    return torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
 
 
 def expected(arguments: Arguments, seeds: list[Tensor], names: dict, kind: torch.dtype) -> list[Tensor]:
@@ -106,9 +111,7 @@ def expected(arguments: Arguments, seeds: list[Tensor], names: dict, kind: torch
         given[name] = None if given[name] is None else reference.Norms(*given[name])
     made = run(reference.lstm, given)
     leaves = [twins[id(t)] for name, t in differentiable(arguments) if name in names]
-    grads = ()
-    if leaves:
-        grads = torch.autograd.grad(made, leaves, [d.to(kind) for d in seeds], allow_unused=True)
+    grads = gradients(made, leaves, seeds) if leaves else ()
     grads = (torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))
     return [*(m.detach() for m in made), *grads]
 

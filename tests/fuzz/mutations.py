@@ -53,7 +53,8 @@ def odd_strides_of_one(draw: Draw, t: Tensor) -> Tensor:
 
 def misaligned(draw: Draw, t: Tensor) -> Tensor:
     """At an address that is no multiple of the size of an element, as memory from elsewhere may be."""
-    if t.dtype not in (torch.float16, torch.float32, torch.float64) or not 0 < t.numel() < LARGE:
+    kinds = torch.float16, torch.float32, torch.float64
+    if t.dtype not in kinds or not has_bytes(t) or not 0 < t.numel() < LARGE:
         return t
     values = t.detach().contiguous().resolve_neg().numpy()
     memory = np.zeros(values.nbytes + 64, dtype=np.uint8)

@@ -39,7 +39,7 @@ CASES = {
     "hyper_packed": Case((5, 5, 3, 3, 2, 1, 1), 31, 9, 16, True, 0.1, False),
     "wide_hyper": Case((2, 2), 3, 65, 1, True),
     "rows": Case((13, 11), 63, 16, 4, True, 0.1, False),
-    "long": Case((3,) * 300, 4, 3, 2, True, 0.1),
+    "long": Case((3,) * 300, 4, 3, 2, True),
 }
 KEY = torch.tensor([-0x123456789ABCDEF])
 NAMES = (
