@@ -5,7 +5,7 @@ HEADER
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -89,40 +89,31 @@ def _previous(c_ptr, c0_ptr, before, offs_b, offs_n, mask, n: tl.constexpr, COMP
 
 
 @triton.jit
-def _modulated(x, r, d_ptr, of_d, GATE: tl.constexpr, mask, n: tl.constexpr, COMPUTE: tl.constexpr):
-    """d_x x + d_h r + d_b of one gate, by d [12, n] from of_d on; x + r without d."""
-    if d_ptr is None:
-        return x + r
-    else:
-        d_x = _load(d_ptr, of_d + GATE * n, mask, COMPUTE)
-        d_h = _load(d_ptr, of_d + (4 + GATE) * n, mask, COMPUTE)
-        return d_x * x + d_h * r + _load(d_ptr, of_d + (8 + GATE) * n, mask, COMPUTE)
-
-
-@triton.jit
-def _vector(ptr, GATE: tl.constexpr, offs_n, in_n, n: tl.constexpr, COMPUTE: tl.constexpr):
-    """[1, BLOCK_N] of a vector [4n], or [n] for GATE 0."""
-    return _load(ptr, GATE * n + offs_n, in_n, COMPUTE)
-
-
-@triton.jit
-def _gate_forward(
-    x_ptr, of_x, r_ptr, of_r, bias_ptr, d_ptr, of_d, kept_ptr, weight_ptr, norm_bias_ptr, eps, offs_n, in_n,
-    mask, GATE: tl.constexpr, n: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """One gate before its activation. Keeps r, or x + r without bias and modulation."""
-    x = _load(x_ptr, of_x + GATE * n, mask, COMPUTE)
-    r = _load(r_ptr, of_r + GATE * n, mask, COMPUTE)
-    y = _modulated(x, r, d_ptr, of_d, GATE, mask, n, COMPUTE)
-    if kept_ptr is not None:
-        _store(kept_ptr, of_x + GATE * n, y if bias_ptr is None else r, mask)
+def _gate(inputs, norm, kept_ptr, at, eps, GATE: tl.constexpr, n: tl.constexpr, COMPUTE: tl.constexpr):
+    """One gate before its activation; and, where there is a normalisation, for its backward, xhat and the
+    inverse of the deviation. Keeps r, or, where there is no bias, x + r."""
+    x_ptr, r_ptr, bias_ptr, d_ptr = inputs
+    weight_ptr, norm_bias_ptr = norm
+    of_x, of_r, of_d, offs_n, in_n, mask = at
+    y = _load(x_ptr, of_x + GATE * n, mask, COMPUTE)
+    if r_ptr is not None:
+        r = _load(r_ptr, of_r + GATE * n, mask, COMPUTE)
+        if d_ptr is None:
+            y += r
+        else:
+            y *= _load(d_ptr, of_d + GATE * n, mask, COMPUTE)
+            y += _load(d_ptr, of_d + (4 + GATE) * n, mask, COMPUTE) * r
+            y += _load(d_ptr, of_d + (8 + GATE) * n, mask, COMPUTE)
+        if kept_ptr is not None:
+            _store(kept_ptr, of_x + GATE * n, y if bias_ptr is None else r, mask)
     if bias_ptr is not None:
-        y += _vector(bias_ptr, GATE, offs_n, in_n, n, COMPUTE)
-    if weight_ptr is not None:
-        y, _ = _normalised(y, mask, eps, n)
-        y *= _vector(weight_ptr, GATE, offs_n, in_n, n, COMPUTE)
-        y += _vector(norm_bias_ptr, GATE, offs_n, in_n, n, COMPUTE)
-    return y
+        y += _load(bias_ptr, GATE * n + offs_n, in_n, COMPUTE)
+    if weight_ptr is None:
+        return y, y, y
+    else:
+        xhat, inverse = _normalised(y, mask, eps, n)
+        y = xhat * _load(weight_ptr, GATE * n + offs_n, in_n, COMPUTE)
+        return y + _load(norm_bias_ptr, GATE * n + offs_n, in_n, COMPUTE), xhat, inverse
 
 
 @triton.jit(do_not_specialize=["start", "before", "rows", "place", "threshold"])
@@ -165,26 +156,15 @@ def lstm_fwd_kernel(
     offs_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     in_n, row = offs_n < n, start + offs_b
     mask = (offs_b < rows) & in_n
-    of_x, of_r = row * (4 * n) + offs_n, offs_b * R_WIDTH + offs_n
     of_d = (place + offs_b) * (12 * n) + offs_n
+    at = (row * (4 * n) + offs_n, offs_b * R_WIDTH + offs_n, of_d, offs_n, in_n, mask)
+    inputs, norm = (x_ptr, r_ptr, bias_ptr, d_ptr), (gates_weight_ptr, gates_bias_ptr)
     eps = tl.full((1,), eps, COMPUTE)
 
-    i = _gate_forward(
-        x_ptr, of_x, r_ptr, of_r, bias_ptr, d_ptr, of_d, kept_ptr, gates_weight_ptr, gates_bias_ptr, eps,
-        offs_n, in_n, mask, 0, n, COMPUTE,
-    )  # fmt: skip
-    f = _gate_forward(
-        x_ptr, of_x, r_ptr, of_r, bias_ptr, d_ptr, of_d, kept_ptr, gates_weight_ptr, gates_bias_ptr, eps,
-        offs_n, in_n, mask, 1, n, COMPUTE,
-    )  # fmt: skip
-    g = _gate_forward(
-        x_ptr, of_x, r_ptr, of_r, bias_ptr, d_ptr, of_d, kept_ptr, gates_weight_ptr, gates_bias_ptr, eps,
-        offs_n, in_n, mask, 2, n, COMPUTE,
-    )  # fmt: skip
-    o = _gate_forward(
-        x_ptr, of_x, r_ptr, of_r, bias_ptr, d_ptr, of_d, kept_ptr, gates_weight_ptr, gates_bias_ptr, eps,
-        offs_n, in_n, mask, 3, n, COMPUTE,
-    )  # fmt: skip
+    i, _, _ = _gate(inputs, norm, kept_ptr, at, eps, 0, n, COMPUTE)
+    f, _, _ = _gate(inputs, norm, kept_ptr, at, eps, 1, n, COMPUTE)
+    g, _, _ = _gate(inputs, norm, kept_ptr, at, eps, 2, n, COMPUTE)
+    o, _, _ = _gate(inputs, norm, kept_ptr, at, eps, 3, n, COMPUTE)
     g = _tanh(g)
     if key_ptr is not None:
         g *= _drop_scale(key_ptr, row, offs_n, threshold, scale, STREAM, COMPUTE)
@@ -192,8 +172,8 @@ def lstm_fwd_kernel(
     _store(c_ptr, row * n + offs_n, c, mask)
     if cell_weight_ptr is not None:
         c, _ = _normalised(c, mask, eps, n)
-        c = c * _vector(cell_weight_ptr, 0, offs_n, in_n, n, COMPUTE)
-        c += _vector(cell_bias_ptr, 0, offs_n, in_n, n, COMPUTE)
+        c *= _load(cell_weight_ptr, offs_n, in_n, COMPUTE)
+        c += _load(cell_bias_ptr, offs_n, in_n, COMPUTE)
     h = (_sigmoid(o) * _tanh(c)).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + row * n + offs_n, h, mask=mask)
     tl.store(state_ptr + offs_b * STATE_WIDTH + offs_n, h, mask=mask)
@@ -208,47 +188,27 @@ def lstm_fwd_kernel(
 
 
 @triton.jit
-def _gate_again(
-    x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, weight_ptr, norm_bias_ptr, eps, offs_n, in_n, mask,
+def _gate_backward(
+    dy, xhat, inverse, inputs, weight_ptr, outputs, at, of_dgates, of_shares,
     GATE: tl.constexpr, n: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A gate before its activation, as in the forward; and, for its normalisation's backward, xhat and the
-    inverse of the deviation."""
-    y = _load(x_ptr, of_x + GATE * n, mask, COMPUTE)
-    if r_ptr is not None:
-        r = _load(r_ptr, of_x + GATE * n, mask, COMPUTE)
-        y = _modulated(y, r, d_ptr, of_d, GATE, mask, n, COMPUTE)
-    if bias_ptr is not None:
-        y += _vector(bias_ptr, GATE, offs_n, in_n, n, COMPUTE)
-    if weight_ptr is None:
-        return y, y, y
-    else:
-        xhat, inverse = _normalised(y, mask, eps, n)
-        y = xhat * _vector(weight_ptr, GATE, offs_n, in_n, n, COMPUTE)
-        return y + _vector(norm_bias_ptr, GATE, offs_n, in_n, n, COMPUTE), xhat, inverse
-
-
-@triton.jit
-def _gate_backward(
-    dy, xhat, inverse, x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, weight_ptr, dx_ptr, dr_ptr, dgates_ptr,
-    of_dgates, dd_ptr, shares_ptr, of_shares, offs_n, in_n, mask, GATE: tl.constexpr, n: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Everything that follows from dy, the gradient of a gate before its activation. A row's shares are
-    dbias [4, n], if there is one, then dweight [4, n] and dbias [4, n] of the normalisation, if there is
-    one."""
-    before_norms: tl.constexpr = 0 if bias_ptr is None else 4
+    """All that follows from dy, the gradient of a gate before its activation. A row's shares are dbias [4,
+    n], if there is one, then dweight [4, n] and dbias [4, n] of the normalisation, if there is one."""
+    x_ptr, r_ptr, bias_ptr, d_ptr = inputs
+    dx_ptr, dr_ptr, dgates_ptr, dd_ptr, shares_ptr = outputs
+    of_x, of_r, of_d, offs_n, in_n, mask = at
+    before_norm: tl.constexpr = 0 if bias_ptr is None else 4
     if weight_ptr is not None:
-        _store(shares_ptr, of_shares + (before_norms + GATE) * n, dy * xhat, mask)
-        _store(shares_ptr, of_shares + (before_norms + 4 + GATE) * n, dy, mask)
-        dy *= _vector(weight_ptr, GATE, offs_n, in_n, n, COMPUTE)
+        _store(shares_ptr, of_shares + (before_norm + GATE) * n, dy * xhat, mask)
+        _store(shares_ptr, of_shares + (before_norm + 4 + GATE) * n, dy, mask)
+        dy *= _load(weight_ptr, GATE * n + offs_n, in_n, COMPUTE)
         dy = _norm_backward(dy, xhat, inverse, n)
     if bias_ptr is not None:
         _store(shares_ptr, of_shares + GATE * n, dy, mask)
     dx, dr = dy, dy
     if d_ptr is not None:
         x = _load(x_ptr, of_x + GATE * n, mask, COMPUTE)
-        r = _load(r_ptr, of_x + GATE * n, mask, COMPUTE)
+        r = _load(r_ptr, of_r + GATE * n, mask, COMPUTE)
         dx = dy * _load(d_ptr, of_d + GATE * n, mask, COMPUTE)
         dr = dy * _load(d_ptr, of_d + (4 + GATE) * n, mask, COMPUTE)
         _store(dd_ptr, of_d + GATE * n, dy * x, mask)
@@ -307,7 +267,8 @@ def lstm_bwd_kernel(
     mask = (offs_b < rows) & in_n
     of_x, of_c = row * (4 * n) + offs_n, row * n + offs_n
     of_d, of_shares = (place + offs_b) * (12 * n) + offs_n, (place + offs_b) * (SHARES * n) + offs_n
-    of_dgates = offs_b * R_WIDTH + offs_n
+    at = (of_x, of_x, of_d, offs_n, in_n, mask)
+    inputs, norm = (x_ptr, r_ptr, bias_ptr, d_ptr), (gates_weight_ptr, gates_bias_ptr)
     eps = tl.full((1,), eps, COMPUTE)
 
     dh = _load(dstate_ptr, offs_b * STATE_WIDTH + offs_n, mask, COMPUTE)
@@ -322,28 +283,16 @@ def lstm_bwd_kernel(
             dz = _load(dz_ptr, (start + tl.program_id(0)).to(tl.int64) * Q + offs_q, in_q, COMPUTE)
             products += dz[:, None] * weight
         dh += tl.sum(products, 0)[None, :]
-    i, i_hat, i_inverse = _gate_again(
-        x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, gates_bias_ptr, eps, offs_n, in_n, mask,
-        0, n, COMPUTE,
-    )  # fmt: skip
-    f, f_hat, f_inverse = _gate_again(
-        x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, gates_bias_ptr, eps, offs_n, in_n, mask,
-        1, n, COMPUTE,
-    )  # fmt: skip
-    g, g_hat, g_inverse = _gate_again(
-        x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, gates_bias_ptr, eps, offs_n, in_n, mask,
-        2, n, COMPUTE,
-    )  # fmt: skip
-    o, o_hat, o_inverse = _gate_again(
-        x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, gates_bias_ptr, eps, offs_n, in_n, mask,
-        3, n, COMPUTE,
-    )  # fmt: skip
+    i, i_hat, i_inverse = _gate(inputs, norm, None, at, eps, 0, n, COMPUTE)
+    f, f_hat, f_inverse = _gate(inputs, norm, None, at, eps, 1, n, COMPUTE)
+    g, g_hat, g_inverse = _gate(inputs, norm, None, at, eps, 2, n, COMPUTE)
+    o, o_hat, o_inverse = _gate(inputs, norm, None, at, eps, 3, n, COMPUTE)
     i, f, g, o = _sigmoid(i), _sigmoid(f), _tanh(g), _sigmoid(o)
     read = _load(c_ptr, of_c, mask, COMPUTE)
     if cell_weight_ptr is not None:
         c_hat, c_inverse = _normalised(read, mask, eps, n)
-        cell_weight = _vector(cell_weight_ptr, 0, offs_n, in_n, n, COMPUTE)
-        read = c_hat * cell_weight + _vector(cell_bias_ptr, 0, offs_n, in_n, n, COMPUTE)
+        cell_weight = _load(cell_weight_ptr, offs_n, in_n, COMPUTE)
+        read = c_hat * cell_weight + _load(cell_bias_ptr, offs_n, in_n, COMPUTE)
     read = _tanh(read)
     dread = dh * o * (1.0 - read * read)
     if cell_weight_ptr is not None:
@@ -360,21 +309,18 @@ def lstm_bwd_kernel(
         dg *= scales
     c_before = _previous(c_ptr, c0_ptr, before, offs_b, offs_n, mask, n, COMPUTE)
     df, do = dc * c_before * f * (1.0 - f), dh * read * o * (1.0 - o)
+    outputs, of_dgates = (dx_ptr, dr_ptr, dgates_ptr, dd_ptr, shares_ptr), offs_b * R_WIDTH + offs_n
     _gate_backward(
-        di, i_hat, i_inverse, x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, dx_ptr, dr_ptr,
-        dgates_ptr, of_dgates, dd_ptr, shares_ptr, of_shares, offs_n, in_n, mask, 0, n, COMPUTE,
+        di, i_hat, i_inverse, inputs, gates_weight_ptr, outputs, at, of_dgates, of_shares, 0, n, COMPUTE
     )  # fmt: skip
     _gate_backward(
-        df, f_hat, f_inverse, x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, dx_ptr, dr_ptr,
-        dgates_ptr, of_dgates, dd_ptr, shares_ptr, of_shares, offs_n, in_n, mask, 1, n, COMPUTE,
+        df, f_hat, f_inverse, inputs, gates_weight_ptr, outputs, at, of_dgates, of_shares, 1, n, COMPUTE
     )  # fmt: skip
     _gate_backward(
-        dg, g_hat, g_inverse, x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, dx_ptr, dr_ptr,
-        dgates_ptr, of_dgates, dd_ptr, shares_ptr, of_shares, offs_n, in_n, mask, 2, n, COMPUTE,
+        dg, g_hat, g_inverse, inputs, gates_weight_ptr, outputs, at, of_dgates, of_shares, 2, n, COMPUTE
     )  # fmt: skip
     _gate_backward(
-        do, o_hat, o_inverse, x_ptr, r_ptr, of_x, bias_ptr, d_ptr, of_d, gates_weight_ptr, dx_ptr, dr_ptr,
-        dgates_ptr, of_dgates, dd_ptr, shares_ptr, of_shares, offs_n, in_n, mask, 3, n, COMPUTE,
+        do, o_hat, o_inverse, inputs, gates_weight_ptr, outputs, at, of_dgates, of_shares, 3, n, COMPUTE
     )  # fmt: skip
 
 
@@ -538,14 +484,15 @@ class Forward:
             if hyper:
                 hyper[0](step, 0)
                 if not self.makes_z:
-                    torch.addmm(self.weights.z_bias, state[:, self.sizes.H :], z_weight, out=self.z[:seen].flatten(1))
+                    torch.addmm(
+                        self.weights.z_bias, state[:, self.sizes.H :], z_weight, out=self.z[:seen].flatten(1)
+                    )
                 torch.bmm(z, d_weight, out=d)
             cell(step, 0)
 
 
 class Backward:
-    """Memory and launches of a call, by the arguments of `run_backward`. dc0 and dhyper_c0 hold the gradient
-    of c while it goes back through the steps."""
+    """Memory and launches of a call, by the arguments of `run_backward`."""
 
     def __init__(self, sizes, weights, key, dropout, eps, inputs, outputs):
         self.sizes, self.weights = Sizes(*sizes), Weights(*weights)
@@ -555,6 +502,7 @@ class Backward:
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.state = like.new_zeros(B, H + M)
         self.dgates = like.new_empty(B, 4 * (H + M))
+        self.dcs = [like.new_zeros(B, n, dtype=wide) for n in (H, M)]
         normed, hyper_normed = (self.weights.norms(h)["gates_weight_ptr"] is not None for h in (False, True))
         self.widths = 4 + 10 * normed, 10 * hyper_normed
         columns = self.widths[0] * H, self.widths[1] * M
@@ -574,19 +522,19 @@ class Backward:
     def _launch(self, hyper: bool) -> Launch:
         H, weights = self.sizes.H, self.weights
         x, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, _, dh, *_ = self.inputs
-        dx, dr, dhyper_gates, dz, _, dc0, _, dhyper_c0, *_ = self.outputs
+        dx, dr, dhyper_gates, dz, *_ = self.outputs
         arguments = _shared(weights, hyper, *self.options)
         arguments |= {"shares_ptr": self.shares[hyper] if self.widths[hyper] else None}
-        arguments |= {"SHARES": self.widths[hyper]}
+        arguments |= {"SHARES": self.widths[hyper], "dc_ptr": self.dcs[hyper]}
         if hyper:
             arguments |= {"x_ptr": hyper_gates, "r_ptr": None, "c0_ptr": hyper_c0, "c_ptr": hyper_c}
             arguments |= {"d_ptr": None, "dd_ptr": None, "dh_ptr": None}
-            arguments |= {"dx_ptr": dhyper_gates, "dr_ptr": None, "dc_ptr": dhyper_c0}
+            arguments |= {"dx_ptr": dhyper_gates, "dr_ptr": None}
             arguments |= {"dstate_ptr": self.state[:, H:], "dgates_ptr": self.dgates[:, 4 * H :]}
         else:
             d, dd = (self.d, self.dd) if self.sizes.M else (None, None)
             arguments |= {"x_ptr": x, "r_ptr": h_gates, "c0_ptr": c0, "c_ptr": c, "dh_ptr": dh}
-            arguments |= {"d_ptr": d, "dd_ptr": dd, "dx_ptr": dx, "dr_ptr": dr, "dc_ptr": dc0}
+            arguments |= {"d_ptr": d, "dd_ptr": dd, "dx_ptr": dx, "dr_ptr": dr}
             arguments |= {"dstate_ptr": self.state, "dgates_ptr": self.dgates}
         takes_z = hyper and self.takes_z
         arguments |= {"dz_ptr": dz if takes_z else None}
@@ -604,15 +552,12 @@ class Backward:
         self._write()
 
     def _take_last(self) -> None:
-        """What comes from the last states; a sequence's own end, where it is shorter than others, takes
-        nothing from steps after it."""
+        """What comes from the last states. Rows of sequences that ended keep it until their own last step."""
         H = self.sizes.H
-        dh_last, dc_last, dhyper_h_last, dhyper_c_last = self.inputs[9:]
-        dc0, dhyper_c0 = self.outputs[5], self.outputs[7]
-        places = (self.state[:, :H], dc0, self.state[:, H:], dhyper_c0)
-        for place, last in zip(places, (dh_last, dc_last, dhyper_h_last, dhyper_c_last), strict=True):
-            if place is not None:
-                place.zero_() if last is None else place.copy_(last)
+        places = self.state[:, :H], self.dcs[0], self.state[:, H:], self.dcs[1]
+        for place, last in zip(places, self.inputs[9:], strict=True):
+            if last is not None:
+                place.copy_(last)
 
     def _chunks(self, steps: list[Step]) -> Iterator[list[Step]]:
         """Steps whose rows fit d, from the last to the first."""
@@ -632,7 +577,10 @@ class Backward:
         first, end = steps[-1].start, steps[0].start + steps[0].rows
         if hyper:
             d_weight = self.weights.d_weight
-            z, dz = (t.view(-1, 12, self.sizes.Z)[first:end].transpose(0, 1) for t in (self.inputs[7], self.outputs[3]))
+            z, dz = (
+                t.view(-1, 12, self.sizes.Z)[first:end].transpose(0, 1)
+                for t in (self.inputs[7], self.outputs[3])
+            )
             d, dd = (t[: end - first].transpose(0, 1) for t in (self.d, self.dd))
             torch.bmm(z, d_weight.transpose(1, 2), out=d)
         for step in steps:
@@ -653,11 +601,11 @@ class Backward:
     def _write(self) -> None:
         """What was summed, where it is wanted."""
         H = self.sizes.H
-        dh0, dhyper_h0, dbias, dd_weight, *dnorms = (self.outputs[i] for i in (4, 6, *range(8, 18)))
-        dh0.copy_(self.state[:, :H])
-        if self.sizes.M:
-            dhyper_h0.copy_(self.state[:, H:])
-            dd_weight.copy_(self.dd_weight)
+        dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, *dnorms = self.outputs[4:]
+        parts = self.state[:, :H], self.dcs[0], self.state[:, H:], self.dcs[1], self.dd_weight
+        for out, part in zip((dh0, dc0, dhyper_h0, dhyper_c0, dd_weight), parts, strict=True):
+            if out is not None:
+                out.copy_(part)
         wanted = [[dbias, *dnorms[:4]], dnorms[4:]]
         for total, outputs in zip(self.totals, wanted, strict=True):
             outputs = [out for out in outputs if out is not None]

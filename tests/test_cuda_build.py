@@ -17,7 +17,8 @@ KERNEL = re.compile(
     re.DOTALL,
 )
 # registers of a thread that leave room for as many blocks on an SM as the sources say: 65,536 over those of
-# four blocks of 256, three (update_generate in float32), two (hyper_linear), one of 1024 (the sum)
+# four blocks of 256, three (update_generate in float32), two (hyper_linear), one of 1024 (the sum), one of 512
+# (the LSTM)
 BOUNDS = {
     "generate_kernel": 64,
     "generate_backward_kernel": 64,
@@ -25,6 +26,8 @@ BOUNDS = {
     "update_generate_kernel": 80,
     "hyper_linear_kernel": 128,
     "hyper_linear_sum_kernel": 64,
+    "lstm_fwd_kernel": 128,
+    "lstm_bwd_kernel": 128,
 }
 DOUBLE_BOUND = 128  # of update_generate_kernel
 
@@ -92,6 +95,12 @@ def test_instructions(name, arch):
         wanted = "cp.async.bulk.shared::cluster.global" if arch == "90a" else "cp.async.cg.shared.global"
         assert wanted in ptx and re.search(r"ld\.shared\.v4", ptx)
         assert ("mbarrier" in ptx) == (arch == "90a")
+        return
+    if name.startswith(
+        "lstm"
+    ):  # loads of the exchanged state past L1; a barrier of the grid by release and acquire
+        assert "cp.async.cg.shared.global" in ptx and "ld.shared.v4" in ptx and "ld.global.nc" not in ptx
+        assert "atom.add.release.gpu" in ptx and "ld.acquire.gpu" in ptx
         return
     assert re.search(r"ld\.global\.cs\.v4", ptx)
     if name == "update_generate":

@@ -28,6 +28,9 @@ FAULTS = {
     "lanes_missing": "threads wait for ever",
     "different_operations": "lanes of a warp meet in",
     "misaligned_access": "misaligned access of 16 bytes",
+    "missing_grid_barrier": "wrong",
+    "early_exit": "threads wait for ever",
+    "barrier_of_one_block": "threads wait for ever",
 }
 SANITIZED = ["out_of_bounds", "out_of_shared_bounds"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.reference import HyperCell, LSTMState, Norms
-from tests.cuda_emulator.kernels import address, dtype_name
+from tests.cuda_emulator import build
+from tests.cuda_emulator.kernels import Kernels, address, dtype_name
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = 37  # numbers behind the end of every tensor the kernels write: they stay as they are
@@ -42,10 +43,11 @@ CASES = {
     "hyper": Case((2, 2, 1), 19, 7, 3, blocks=4),
     "hyper_norms": Case((4, 3, 1), 33, 11, 4, norms=True),
     "dropout": Case((3, 2), 13, 5, 8, norms=True, dropout=0.4),
-    "two_tiles": Case((37, 33), 9, 6, 1, norms=True, dropout=0.1, blocks=5),
+    "two_tiles": Case((33, 2), 9, 6, 1, dropout=0.1, blocks=5),
     "larger_hyper": Case((2, 2), 5, 70, 2, norms=True),
-    "chunks": Case((2, 1), 130, 3, 2, norms=True, blocks=6),
+    "chunks": Case((2, 1), 130, 12, 2, norms=True, blocks=6),
 }
+EVERY_ORDER = ("hyper", "norms")  # cases that run in all orders of threads and blocks
 LONG = {
     "many_units": Case((2, 1), 515, 33, 16, norms=True, blocks=20),
     "many_steps": Case((3,) * 20 + (1,) * 11, 24, 8, 4, norms=True, dropout=0.2, blocks=4),
@@ -185,12 +187,6 @@ def check_forward(kernels, case: Case, dtype: torch.dtype, schedules, assert_acc
         assert_accurate(own, wanted, dtype, at_this_precision)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_forward_equals_reference(cuda_kernels, name, assert_accurate):
-    schedules = cuda_kernels.schedules()
-    check_forward(cuda_kernels, CASES[name], torch.float32, schedules, assert_accurate)
-
-
 def gradients(problem: Problem, dlast: list[Tensor | None], dh: Tensor | None, dtype) -> list[Tensor]:
     """By autograd of the reference in `dtype`: of x_gates, hyper_x_gates, weight_hh, state, bias, what makes
     embeddings, d_weight and the norms."""
@@ -223,7 +219,9 @@ def backward(kernels, problem: Problem, kept: list[Tensor], dlast, dh) -> list[T
     T, N, B, H, M, Z = case.sizes
     if M:
         h, c, hyper_h, hyper_c, h_gates, hyper_gates = kept
-        z = (hyper_h.float() @ hyper.z_weight.float().mT.to(hyper_h.device)).add(hyper.z_bias.to(hyper_h.device))
+        z = (hyper_h.float() @ hyper.z_weight.float().mT.to(hyper_h.device)).add(
+            hyper.z_bias.to(hyper_h.device)
+        )
         z = z.to(dtype).contiguous()
     else:
         h, c, h_gates = kept
@@ -249,7 +247,15 @@ def backward(kernels, problem: Problem, kept: list[Tensor], dlast, dh) -> list[T
     ]
     h_before = before(problem.state.h, h.cpu(), case.batch_sizes).double()
     product = lambda d, rows: (d.double().mT @ rows).to(dtype)  # noqa: E731
-    made = [dx, product(dx if dh_gates is None else dh_gates, h_before), dh0, dc0, dhyper_h0, dhyper_c0, dbias]
+    made = [
+        dx,
+        product(dx if dh_gates is None else dh_gates, h_before),
+        dh0,
+        dc0,
+        dhyper_h0,
+        dhyper_c0,
+        dbias,
+    ]
     made += norms[:4]
     if M:
         hyper_before = before(problem.state.hyper_h, hyper_h.cpu(), case.batch_sizes).double()
@@ -278,7 +284,134 @@ def check_backward(kernels, case: Case, dtype: torch.dtype, schedules, assert_ac
         assert_accurate(own.to(dtype), wanted, dtype, at_this_precision.to(dtype))
 
 
+def schedules_of(kernels, name: str) -> tuple[int, ...]:
+    return kernels.schedules() if name in EVERY_ORDER else kernels.schedules()[:1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_equals_reference(cuda_kernels, name, assert_accurate):
+    schedules = schedules_of(cuda_kernels, name)
+    check_forward(cuda_kernels, CASES[name], torch.float32, schedules, assert_accurate)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_backward_equals_autograd_of_the_reference(cuda_kernels, name, assert_accurate):
-    schedules = cuda_kernels.schedules()
+    schedules = schedules_of(cuda_kernels, name)
     check_backward(cuda_kernels, CASES[name], torch.float32, schedules, assert_accurate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_precision(cuda_kernels, dtype, assert_accurate):
+    """Z = 8 is one access of 16 bytes there."""
+    case = CASES["dropout"]
+    check_forward(cuda_kernels, case, dtype, (0,), assert_accurate)
+    check_backward(cuda_kernels, case, dtype, (0,), assert_accurate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*CASES, *LONG])
+def test_all_cases_in_all_orders(cuda_kernels, name, dtype, assert_accurate):
+    case = (CASES | LONG)[name]
+    schedules = cuda_kernels.schedules() if name in CASES else (2,)
+    check_forward(cuda_kernels, case, dtype, schedules, assert_accurate)
+    check_backward(cuda_kernels, case, dtype, schedules, assert_accurate)
+
+
+@pytest.mark.parametrize("given", [1, 2, 4])
+def test_gradients_that_are_not_given_are_zero(cuda_kernels, given, assert_accurate):
+    """Of h of every row, of the last h and of the last c alone."""
+    case = Case((2, 2, 1), 10, 5, 2, norms=given == 2)
+    check_backward(cuda_kernels, case, torch.float32, (0,), assert_accurate, given)
+
+
+def test_what_is_not_kept_changes_nothing(cuda_kernels):
+    problem = Problem(CASES["hyper"], torch.float32)
+    kept, alone = (forward(cuda_kernels, problem, keep) for keep in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(kept[:4], alone[:4], strict=True))
+    assert all(t.isnan().all() for t in alone[4:])
+
+
+def refuses(module, sizes: tuple[int, ...], batch_sizes: list[int], dtype="float32", backward=False) -> str:
+    steps = torch.tensor(batch_sizes)
+    return module.lstm_refuses(sizes, address(steps), dtype, backward)
+
+
+def test_what_is_served(cuda_kernels):
+    """On 132 multiprocessors of 227 KiB, those of an H100: the report's cell and the paper's, both ways."""
+    module = cuda_kernels.module
+    if cuda_kernels.emulated:
+        ctypes.CDLL(module.__file__).emulator_set_multiprocessors(132)
+    for B, H, Z in ((32, 512, 16), (128, 1000, 4), (128, 1000, 16)):
+        for backward in (False, True):
+            for dtype in DTYPES:
+                assert refuses(module, (1, B, B, H, 128, Z), [B], dtype_name(dtype), backward) == ""
+    assert "do not fit" in refuses(module, (1, 1, 1, 2048, 128, 16), [1])
+    assert "do not fit" in refuses(module, (1, 1, 1, 1 << 20, 0, 0), [1])
+    assert "float64" in refuses(module, (1, 1, 1, 4, 0, 0), [1], "float64")
+    falling = list(range(257, 0, -1))
+    assert "different sizes" in refuses(module, (257, sum(falling), 257, 4, 0, 0), falling)
+    assert refuses(module, (256, sum(falling[1:]), 256, 4, 0, 0), falling[1:]) == ""
+
+
+def test_more_blocks_than_run_at_once_are_refused():
+    """What the layout asks for fits by construction; a launch that does not is CUDA's error, not a hang."""
+    case = CASES["norms"]
+    kernels = Kernels(build.module(), torch.device("cpu"))
+    problem = Problem(case, torch.float32)
+    library = ctypes.CDLL(kernels.module.__file__)
+    forward(kernels, problem)
+    library.emulator_set_resident_blocks(case.blocks - 1)
+    try:
+        with pytest.raises(RuntimeError, match="too many blocks in cooperative launch"):
+            forward(kernels, problem)
+    finally:
+        library.emulator_set_resident_blocks(-1)
+
+
+@pytest.mark.parametrize(
+    "sizes, batch_sizes, said",
+    [
+        ((0, 0, 0, 4, 0, 0), [1], "T, N, B and H must be at least 1"),
+        ((1, 1, 1, 4, 3, 0), [1], "M and Z must be at least 1, or both 0"),
+        ((2, 3, 1, 4, 0, 0), [1, 2], "never rise"),
+        ((2, 2, 2, 4, 0, 0), [2, 0], "at least 1"),
+        ((2, 4, 2, 4, 0, 0), [2, 1], "begin with B and sum to N"),
+        ((1, 1, 2, 4, 0, 0), [1], "begin with B and sum to N"),
+    ],
+)
+def test_bad_sizes(sizes, batch_sizes, said):
+    with pytest.raises(ValueError, match=said):
+        refuses(build.module(), sizes, batch_sizes)
+
+
+def replaced(values: list[int], **at: int) -> list[int]:
+    return [at.get(f"i{i}", value) for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"dtype": "float64"}, "not served: float64"),
+        ({"dropout": 1.0, "key": 64}, "dropout must be at least 0 and below 1"),
+        ({"dropout": 0.5}, "key and dropout come together"),
+        ({"scratch": 0}, "scratch must not be null"),
+        ({"scratch": 68}, "multiple of its elements' 16 bytes"),
+        ({"weights": replaced([64] * 15, i0=0)}, "weight_hh and bias must not be null"),
+        ({"weights": replaced([64] * 15, i4=0)}, "hyper_weight_xh to d_weight must not be null"),
+        ({"weights": replaced([64] * 15, i8=0)}, "norms must not be null"),
+        ({"tensors": replaced([64] * 12, i0=0)}, "x_gates, h0, c0, h and c must not be null"),
+        ({"tensors": replaced([64] * 12, i4=0)}, "hyper tensors must not be null"),
+        ({"tensors": replaced([64] * 12, i0=66)}, "multiple of its elements' 4 bytes"),
+        ({"sizes": (1, 1, 1, 4, 0, 0)}, "must be null without them"),
+    ],
+)
+def test_bad_input_never_reaches_the_gpu(changed, said):
+    """A call with a hyper LSTM and norms, and addresses that nobody reads."""
+    steps = torch.tensor([1])
+    given = dict(
+        sizes=(1, 1, 1, 4, 3, 2), batch_sizes=address(steps), weights=[64] * 15, key=0, dropout=0.0, eps=1e-5,
+        tensors=[64] * 12, scratch=64, dtype="float32", stream=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        build.module().lstm(**given | changed)

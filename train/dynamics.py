@@ -213,7 +213,7 @@ def text_figure(text: str, gates: Tensor, columns: int = COLUMNS, title: str = "
                 axis.text(
                     column + 0.5, row * height + 0.5, _shown(text[place]), ha="center", va="center_baseline",
                     color="white" if value > 0.65 * largest > 0 else "black", fontsize=8,
-                    fontproperties=FONT, parse_math=False, in_layout=False,
+                    fontproperties=FONT, in_layout=False,
                 )  # fmt: skip
         figure.colorbar(image, ax=axis, extend="max", shrink=min(1.0, 2.0 / size[1]), aspect=15,
                         label="change of the weights")  # fmt: skip
@@ -242,4 +242,4 @@ def _shown(character: str) -> str:
     sign = SIGNS.get(character, character)
     if sign.isspace():
         return ""
-    return sign if sign.isprintable() and get_font(findfont(FONT)).get_char_index(ord(sign)) else MISSING
+    return sign if get_font(findfont(FONT)).get_char_index(ord(sign)) else MISSING

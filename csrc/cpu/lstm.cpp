@@ -120,83 +120,141 @@ struct Sequence {
     return share;
   }
 
+  C* panel_at(int64_t i) const {
+    const int64_t hyper = i < hyper_panels ? i : hyper_panels;
+    return scratch.weights + (hyper * (s.H + s.M) + (i - hyper) * s.H) * kPanel;
+  }
+
   void pack(const Share& own, int64_t thread, int64_t threads) const {
     const LstmWeights& w = p.weights;
-    for (int64_t i = own.begin; i < own.end; ++i) {
+    for (int64_t i = own.begin; i < own.end && packs_weights(s); ++i) {
+      C* to = panel_at(i);
+      const int64_t panel = i < hyper_panels ? i : i - hyper_panels, first = panel * kPanel;
       if (i < hyper_panels) {
-        pack_panel(in(w.hyper_weight_xh), 1, s.H, s.H, 4 * s.M, i, scratch.hyper_weight_xh);
-        pack_panel(in(w.hyper_weight_hh), 1, s.M, s.M, 4 * s.M, i, scratch.hyper_weight_hh);
+        const int64_t width = panel_width(4 * s.M, panel);
+        pack_columns(in(w.hyper_weight_xh) + first * s.H, 1, s.H, s.H, width, to);
+        pack_columns(in(w.hyper_weight_hh) + first * s.M, 1, s.M, s.M, width, to + s.H * kPanel);
       } else {
-        pack_panel(in(w.weight_hh), 1, s.H, s.H, 4 * s.H, i - hyper_panels, scratch.weight_hh);
+        pack_columns(in(w.weight_hh) + first * s.H, 1, s.H, s.H, panel_width(4 * s.H, panel), to);
       }
     }
-    if (!s.M) return;
+    if (!s.M || !packs_scales(s)) return;
     const Share z(count_panels(12 * s.Z), thread, threads), d(d_panels.count(), thread, threads);
     for (int64_t i = z.begin; i < z.end; ++i)
       pack_panel(in(w.z_weight), 1, s.M, s.M, 12 * s.Z, i, scratch.z_weight);
     for (int64_t i = d.begin; i < d.end; ++i) d_panels.pack(in(w.d_weight), i, scratch.d_weight);
   }
 
-  // h_gates = weight_hh h, hyper_gates = hyper_x_gates + hyper_weight_xh h + hyper_weight_hh hyper_h
-  void products(const Step& step, int64_t panel) const {
-    const S simd;
-    if (panel >= hyper_panels) {
-      C* to = step.h_gates;
-      return multiply_panel(simd, step.rows, step.h, s.H, scratch.weight_hh, s.H, 4 * s.H,
-                            panel - hyper_panels, [&](int64_t b, int64_t j, auto sums, int lanes) {
-                              store(simd, to + b * 4 * s.H + j, sums, lanes);
-                            });
-    }
-    const C* x = in(p.hyper_x_gates) + step.start * 4 * s.M;
-    C* to = step.hyper_gates;
-    multiply_panel(simd, step.rows, step.h, s.H, scratch.hyper_weight_xh, s.H, 4 * s.M, panel,
-                   [&](int64_t b, int64_t j, auto sums, int lanes) {
-                     const int64_t at = b * 4 * s.M + j;
-                     store(simd, to + at, load(simd, x + at, lanes) + sums, lanes);
-                   });
-    multiply_panel(simd, step.rows, step.hyper_h, s.M, scratch.hyper_weight_hh, s.M, 4 * s.M, panel,
-                   [&](int64_t b, int64_t j, auto sums, int lanes) {
-                     const int64_t at = b * 4 * s.M + j;
-                     store(simd, to + at, load(simd, to + at, lanes) + sums, lanes);
-                   });
+  static int lanes_at(int64_t width, int64_t j) { return int(width - j < W ? width - j : W); }
+
+  // h_gates = weight_hh h, of the columns of a panel; packed panel `next` comes after it
+  void products(const Step& step, int64_t i, int64_t next) const {
+    if (i < hyper_panels) return hyper_products(step, i, next);
+    const int64_t panel = i - hyper_panels, first = panel * kPanel, width = panel_width(4 * s.H, panel);
+    C* to = step.h_gates + first;
+    const auto finish = [&](int64_t b, int64_t j, auto sums) {
+      store(S(), to + b * 4 * s.H + j, sums, lanes_at(width, j));
+    };
+    if (packs_weights(s))
+      multiply_panel(S(), step.rows, {{step.h, s.H, s.H}}, panel_at(i), width, panel_at(next), finish);
+    else
+      multiply_columns(S(), step.rows, {{step.h, s.H, in(p.weights.weight_hh) + first * s.H, s.H, s.H}},
+                       width, finish);
   }
 
-  // z [rows, 12Z] of rows `first` on
-  void embeddings(int64_t first, int64_t rows, C* z) const {
-    const S simd;
-    const C* bias = in(p.weights.z_bias);
+  // hyper_gates = hyper_x_gates + hyper_weight_xh h + hyper_weight_hh hyper_h, likewise
+  void hyper_products(const Step& step, int64_t panel, int64_t next) const {
+    const int64_t first = panel * kPanel, width = panel_width(4 * s.M, panel);
+    const C* x = in(p.hyper_x_gates) + step.start * 4 * s.M + first;
+    C* to = step.hyper_gates + first;
+    const auto finish = [&](int64_t b, int64_t j, auto sums) {
+      const int64_t at = b * 4 * s.M + j;
+      const int lanes = lanes_at(width, j);
+      store(S(), to + at, load(S(), x + at, lanes) + sums, lanes);
+    };
+    if (packs_weights(s))
+      return multiply_panel(S(), step.rows, {{step.h, s.H, s.H}, {step.hyper_h, s.M, s.M}}, panel_at(panel),
+                            width, panel_at(next), finish);
+    const C *xh = in(p.weights.hyper_weight_xh) + first * s.H,
+            *hh = in(p.weights.hyper_weight_hh) + first * s.M;
+    multiply_columns(S(), step.rows, {{step.h, s.H, xh, s.H, s.H}, {step.hyper_h, s.M, hh, s.M, s.M}}, width,
+                     finish);
+  }
+
+  // z [rows, 12Z] of rows `first` on; z_columns: the same as LstmScratch::z_columns
+  void embeddings(int64_t first, int64_t rows, C* z, C* z_columns) const {
+    const C *bias = in(p.weights.z_bias), *hyper_h = in(p.hyper_h) + first * s.M;
+    const auto finish = [&](int64_t b, int64_t j, auto sums, int lanes) {
+      store(S(), z + b * 12 * s.Z + j, sums + load(S(), bias + j, lanes), lanes);
+    };
+    if (!packs_scales(s))
+      return multiply_columns(
+          S(), rows, {{hyper_h, s.M, in(p.weights.z_weight), s.M, s.M}}, 12 * s.Z,
+          [&](int64_t b, int64_t j, auto sums) { finish(b, j, sums, lanes_at(12 * s.Z, j)); });
     for (int64_t panel = 0; panel < count_panels(12 * s.Z); ++panel)
-      multiply_panel(simd, rows, in(p.hyper_h) + first * s.M, s.M, scratch.z_weight, s.M, 12 * s.Z, panel,
-                     [&](int64_t b, int64_t j, auto sums, int lanes) {
-                       store(simd, z + b * 12 * s.Z + j, sums + load(simd, bias + j, lanes), lanes);
-                     });
+      multiply_panel(S(), rows, hyper_h, s.M, scratch.z_weight, s.M, 12 * s.Z, panel, finish);
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t i = 0; i < 12; ++i)
+        for (int64_t k = 0; k < s.Z; ++k)
+          z_columns[b / kZRows * 12 * s.Z * kZRows + ((i % 4 * s.Z + k) * 3 + i / 4) * kZRows + b % kZRows] =
+              z[(b * 12 + i) * s.Z + k];
+  }
+
+  // d_x, d_h, d_b of P rows and one vector of columns: finish(row, d)
+  template <int P, class Finish>
+  void scales(const C* z, const C* d_weight, Finish finish) const {
+    typename S::V d[P][3] = {};
+    for (int64_t k = 0; k < s.Z; ++k)
+      for (int place = 0; place < 3; ++place) {
+        const auto w = S::load(d_weight + (place * s.Z + k) * kPanel);
+        for (int b = 0; b < P; ++b) d[b][place] += z[(k * 3 + place) * kZRows + b] * w;
+      }
+#pragma GCC unroll 8
+    for (int b = 0; b < P; ++b) finish(b, d[b]);
+  }
+
+  // The same for one row from weights that are not packed.
+  void row_scales(const C* z, int64_t gate, int64_t first, typename S::V* d) const {
+    for (int64_t place = 0; place < 3; ++place) {
+      const int64_t i = place * 4 + gate;
+      const C* d_weight = in(p.weights.d_weight) + (i * s.H + first) * s.Z;
+      multiply_columns(S(), 1, {{z + i * s.Z, 0, d_weight, s.Z, s.Z}}, lanes_at(s.H, first),
+                       [&](int64_t, int64_t, auto sums) { d[place] = sums; });
+    }
   }
 
   // gates [rows, 4, padded H] = d_x x_gates + d_h h_gates + d_b + bias: x_gates and h_gates of these rows
-  void modulate(int64_t rows, const C* z, const C* x_gates, const C* h_gates, C* gates) const {
-    const S simd;
+  void modulate(int64_t rows, const C* z, const C* z_columns, const C* x_gates, const C* h_gates,
+                C* gates) const {
+    constexpr int held = sizeof(C) * W == 64 ? 8 : 4;
     const int64_t padded = round_up(s.H, kPanel);
     for (int64_t gate = 0; gate < 4; ++gate)
-      for (int64_t panel = 0; panel < d_panels.panels; ++panel) {
-        const int64_t first = panel * kPanel, left = s.H - first;
-        const int64_t width = left < kPanel ? round_up(left, W) : kPanel;
-        C* to = gates + gate * padded + first;
-        const auto place = [&](int64_t place, const C* factors, bool add) {
-          const C* from = factors + gate * s.H + first;
-          const int64_t row_stride = place == 2 ? 0 : 4 * s.H;
-          multiply(simd, rows, width, z + (place * 4 + gate) * s.Z, 12 * s.Z, int64_t(1),
-                   d_panels.at(scratch.d_weight, gate, panel, place), kPanel, s.Z,
-                   [&](int64_t b, int64_t j, auto sums) {
-                     C* at = to + b * 4 * padded + j;
-                     const int lanes = int(left - j < W ? left - j : W);
-                     const auto factor = load(simd, from + b * row_stride + j, lanes);
-                     const auto term = place == 2 ? sums + factor : sums * factor;
-                     S::store(at, add ? S::load(at) + term : term);
-                   });
+      for (int64_t first = 0; first < s.H; first += W) {
+        const int lanes = lanes_at(s.H, first);
+        const auto offset = load(S(), in(p.weights.bias) + gate * s.H + first, lanes);
+        const auto finish = [&](int64_t b, const typename S::V* d) {
+          const int64_t at = (b * 4 + gate) * s.H + first;
+          S::store(gates + (b * 4 + gate) * padded + first, d[0] * load(S(), x_gates + at, lanes) +
+                                                                d[1] * load(S(), h_gates + at, lanes) +
+                                                                (d[2] + offset));
+          __builtin_prefetch(x_gates + at + 2 * W);
+          __builtin_prefetch(h_gates + at + 2 * W);
         };
-        place(0, x_gates, false);
-        place(1, h_gates, true);
-        place(2, in(p.weights.bias), true);
+        int64_t b = 0;
+        if (!packs_scales(s))
+          for (typename S::V d[3]; b < rows; ++b) {
+            row_scales(z + b * 12 * s.Z, gate, first, d);
+            finish(b, d);
+          }
+        const C* d_weight = d_panels.at(scratch.d_weight, gate, first / kPanel) + first % kPanel;
+        const auto block = [&](auto count) {
+          for (; b + count <= rows; b += count)
+            scales<count>(z_columns + (b / kZRows * 4 + gate) * s.Z * 3 * kZRows + b % kZRows, d_weight,
+                          [&](int i, const typename S::V* d) { finish(b + i, d); });
+        };
+        block(std::integral_constant<int, held>());
+        block(std::integral_constant<int, 2>());
+        block(std::integral_constant<int, 1>());
       }
   }
 
@@ -216,7 +274,7 @@ struct Sequence {
   }
 
   // Everything but the products for rows `first` to `end` of a step, at most kLstmRows.
-  void cells(const Step& step, int64_t first, int64_t end, C* gates, C* z) const {
+  void cells(const Step& step, int64_t first, int64_t end, C* gates, C* z, C* z_columns) const {
     const S simd;
     const int64_t rows = end - first, start = step.start + first, padded = round_up(s.H, kPanel);
     const C* x_gates = in(p.x_gates) + start * 4 * s.H;
@@ -227,8 +285,8 @@ struct Sequence {
         cell_row(simd, s.M, step.hyper_gates + b * 4 * s.M, s.M, hyper_norms, C(p.eps),
                  drops ? &hyper_dropout : nullptr, step.start + b, step.hyper_c + b * s.M,
                  out(p.hyper_c) + (step.start + b) * s.M, out(p.hyper_h) + (step.start + b) * s.M);
-      embeddings(start, rows, z);
-      modulate(rows, z, x_gates, h_gates, gates);
+      embeddings(start, rows, z, z_columns);
+      modulate(rows, z, z_columns, x_gates, h_gates, gates);
     } else {
       add_gates(rows, x_gates, h_gates, gates);
     }
@@ -242,17 +300,21 @@ struct Sequence {
   void run(int64_t thread, int64_t threads) const {
     const Share own = own_panels(thread, threads);
     C* gates = scratch.gates + thread * scratch.gates_size(s);
-    C* z = scratch.z + thread * kLstmRows * 12 * s.Z;
+    C* z = scratch.z + thread * scratch.z_size(s);
+    C* z_columns = scratch.z_columns + thread * scratch.z_size(s);
     pack(own, thread, threads);
 #pragma omp barrier
     for (int64_t t = 0, start = 0, last = 0; t < s.T; ++t) {
       const Step step = step_at(t, start, last);
-      for (int64_t i = own.begin; i < own.end; ++i)  // there and back: half of them are still in the cache
-        products(step, t % 2 ? own.begin + own.end - 1 - i : i);
+      const int64_t sign = t % 2 ? -1 : 1;  // there and back: some of them are still in the cache
+      for (int64_t i = 0, count = own.end - own.begin; i < count; ++i) {
+        const int64_t at = sign > 0 ? own.begin + i : own.end - 1 - i;
+        products(step, at, i + 1 < count ? at + sign : at);
+      }
 #pragma omp barrier
       const Share rows(step.rows, thread, threads);
       for (int64_t b = rows.begin; b < rows.end; b += kLstmRows)
-        cells(step, b, b + kLstmRows < rows.end ? b + kLstmRows : rows.end, gates, z);
+        cells(step, b, b + kLstmRows < rows.end ? b + kLstmRows : rows.end, gates, z, z_columns);
 #pragma omp barrier
       last = start, start += step.rows;
     }

@@ -14,6 +14,7 @@
 #include <omp.h>
 
 #include "lstm.h"
+#include "multiply.h"
 
 namespace hyperfast {
 namespace {
@@ -144,7 +145,7 @@ class Backward {
   const LstmBackwardScratch<C>& scratch;
   const LstmStrips strips;
   const DPanels d_panels;
-  const bool normed, hyper_normed, hyper;
+  const bool normed, hyper_normed, hyper, streams;
   const C eps;
   const DropoutScale<C> dropout, hyper_dropout;
 
@@ -163,6 +164,7 @@ class Backward {
         normed(p.weights.norms.gates_weight),
         hyper_normed(p.weights.hyper_norms.gates_weight),
         hyper(p.sizes.M),
+        streams(p.sizes.H % W == 0 && (uintptr_t(p.dx_gates) | uintptr_t(p.dh_gates)) % (W * sizeof(C)) == 0),
         eps(C(p.eps)),
         dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 0),
         hyper_dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 1) {}
@@ -180,7 +182,7 @@ class Backward {
       start -= size;
       const Step step{size, start, t ? start - s.batch_sizes[t - 1] : -1};
       if (normed && t == s.T - 1) {
-        statistics(step, panels, thread);
+        statistics(step, panels);
 #pragma omp barrier
       }
       if (normed) normed_gates(step, mine, panels, thread);
@@ -192,10 +194,11 @@ class Backward {
 #pragma omp barrier
       }
       carry(step, panels, Share(count_panels(s.M), thread, threads), t % 2);
-      if (normed && t) statistics({s.batch_sizes[t - 1], start - s.batch_sizes[t - 1], 0}, panels, thread);
+      if (normed && t) statistics({s.batch_sizes[t - 1], start - s.batch_sizes[t - 1], -1}, panels);
 #pragma omp barrier
     }
     finish(panels, thread, threads);
+    stream_fence();
   }
 
  private:
@@ -204,19 +207,22 @@ class Backward {
     int64_t size, start, before;
   };
 
-  int64_t width(int64_t panel) const { return std::min(kPanel, s.H - panel * kPanel); }
+  int64_t width(int64_t panel) const { return panel_width(s.H, panel); }
+  C* weights_of(int64_t panel) const { return scratch.weights + panel * 4 * (s.H + s.M) * kPanel; }
 
   // ---- before and after all steps
 
   void prepare(const Share& panels, int64_t thread, int64_t threads) const {
     const LstmWeights& w = p.weights;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      pack_panel(at<>(w.weight_hh), s.H, int64_t(1), 4 * s.H, s.H, panel, scratch.weight_hh);
+      C* packed = weights_of(panel);
+      pack_columns(at<>(w.weight_hh) + panel * kPanel, s.H, 1, 4 * s.H, width(panel), packed);
       std::fill_n(scratch.sums + panel * kSums * kPanel, kSums * kPanel, C(0));
       begin_panel(at<>(p.dh_last), s.H, panel, scratch.dh + panel * s.B * kPanel, kPanel);
       begin_panel(at<>(p.dc_last), s.H, panel, scratch.dc + panel * s.B * kPanel, kPanel);
       if (!hyper) continue;
-      pack_panel(at<>(w.hyper_weight_xh), s.H, int64_t(1), 4 * s.M, s.H, panel, scratch.hyper_weight_xh);
+      pack_columns(at<>(w.hyper_weight_xh) + panel * kPanel, s.H, 1, 4 * s.M, width(panel),
+                   packed + 4 * s.H * kPanel);
       std::fill_n(scratch.dd_weight + panel * 12 * s.Z * kPanel, 12 * s.Z * kPanel, C(0));
       for (int64_t gate = 0; gate < 4; ++gate)
         d_panels.pack(at<>(w.d_weight), gate * d_panels.panels + panel, scratch.d_panels);
@@ -224,8 +230,8 @@ class Backward {
     }
     const Share small(count_panels(s.M), thread, threads);
     for (int64_t panel = small.begin; panel < small.end; ++panel) {
-      pack_panel(at<>(w.hyper_weight_hh), s.M, int64_t(1), 4 * s.M, s.M, panel, scratch.hyper_weight_hh);
-      pack_panel(at<>(w.z_weight), s.M, int64_t(1), 12 * s.Z, s.M, panel, scratch.z_weight);
+      pack_panel(at<>(w.hyper_weight_hh), s.M, 1, 4 * s.M, s.M, panel, scratch.hyper_weight_hh);
+      pack_panel(at<>(w.z_weight), s.M, 1, 12 * s.Z, s.M, panel, scratch.z_weight);
       begin_panel(at<>(p.dhyper_h_last), s.M, panel, scratch.dhyper_h + panel * kPanel, scratch.padded_M);
       begin_panel(at<>(p.dhyper_c_last), s.M, panel, scratch.dhyper_c + panel * kPanel, scratch.padded_M);
     }
@@ -300,35 +306,108 @@ class Backward {
     for (int64_t b = 0; b < size; b += kBackwardRows) f(b, std::min(kBackwardRows, size - b));
   }
 
-  // d_x and d_h, with d_b where `places` is 3
-  void modulation(const Step& step, int64_t panel, int64_t b, int64_t rows, int64_t places, C* tile) const {
-    const C* z = at<>(p.z) + (step.start + b) * 12 * s.Z;
-    for (int64_t place = 0; place < places; ++place)
-      for (int64_t gate = 0; gate < 4; ++gate) {
-        C* to = place_of(tile, place * 4 + gate);
-        multiply(simd, rows, round_up(width(panel), W), z + (place * 4 + gate) * s.Z, 12 * s.Z, int64_t(1),
-                 d_panels.at(scratch.d_panels, gate, panel, place), kPanel, s.Z,
-                 [&](int64_t row, int64_t j, V sums) { S::store(to + row * kPanel + j, sums); });
+  // sum_z z d_weight of gate and panel: P rows of z, J vectors of columns, the first places; place(q, row,
+  // vector, sums)
+  template <int P, int J, int places, class Finish>
+  void scales(const C* z, const C* d, Finish finish) const {
+    V acc[places][P][J] = {};
+    for (int64_t k = 0; k < s.Z; ++k)
+      for (int q = 0; q < places; ++q) {
+        V columns[J];
+        for (int j = 0; j < J; ++j) columns[j] = S::load(d + (q * s.Z + k) * kPanel + j * W);
+        for (int row = 0; row < P; ++row)
+          for (int j = 0; j < J; ++j) acc[q][row][j] += z[(row * 12 + q * 4) * s.Z + k] * columns[j];
+      }
+#pragma GCC unroll 4
+    for (int row = 0; row < P; ++row)
+#pragma GCC unroll 2
+      for (int j = 0; j < J; ++j) {
+        V sums[places];
+        for (int q = 0; q < places; ++q) sums[q] = acc[q][row][j];
+        finish(row, j * W, sums);
       }
   }
 
-  // The gates before normalisation of row b: to [4, kPanel]
-  void gates_before(const Step& step, int64_t panel, int64_t b, C* tile, int64_t row, C* to) const {
+  // Of all rows and columns of a tile: finish(gate, row, column, lanes, sums of the first places)
+  template <int places, class Finish>
+  void modulate(const Step& step, int64_t panel, int64_t b, int64_t rows, Finish finish) const {
+    constexpr int P = sizeof(C) * W == 64 ? 4 : 2;
+    const int64_t n = width(panel);
     for (int64_t gate = 0; gate < 4; ++gate) {
-      const int64_t column = gate * s.H + panel * kPanel, element = (step.start + b) * 4 * s.H + column;
-      for_vectors<W>(width(panel), [&](int64_t j, int lanes) {
-        V x = load(simd, at<>(p.x_gates) + element + j, lanes);
-        V h = load(simd, at<>(p.h_gates) + element + j, lanes);
-        V bias = load(simd, at<>(p.weights.bias) + column + j, lanes);
-        if (hyper) {
-          const C* d = place_of(tile, gate) + row * kPanel + j;
-          x *= S::load(d);
-          h *= S::load(place_of(const_cast<C*>(d), 4));
-          bias += S::load(place_of(const_cast<C*>(d), 8));
-        }
-        S::store(to + gate * kPanel + j, x + h + bias);
-      });
+      const C* z = at<>(p.z) + ((step.start + b) * 12 + gate) * s.Z;
+      const C* d = d_panels.at(scratch.d_panels, gate, panel);
+      const auto strip = [&](auto vectors, int64_t first) {
+        constexpr int J = decltype(vectors)::value;
+        int64_t row = 0;
+        const auto block = [&](auto count) {
+          for (; row + count <= rows; row += count)
+            scales<count, J, places>(z + row * 12 * s.Z, d + first, [&](int64_t i, int64_t j, const V* sums) {
+              finish(gate, row + i, first + j, int(std::min<int64_t>(W, n - first - j)), sums);
+            });
+        };
+        block(std::integral_constant<int, P>());
+        block(std::integral_constant<int, 1>());
+      };
+      int64_t j = 0;
+      for (; j + W < n; j += 2 * W) strip(std::integral_constant<int, 2>(), j);
+      if (j < n) strip(std::integral_constant<int, 1>(), j);
     }
+  }
+
+  // The gates before normalisation of a tile: row's to to(row) [4, kPanel]; d_x and d_h too, unless tile is
+  // null.
+  template <class To>
+  void gates_before(const Step& step, int64_t panel, int64_t b, int64_t rows, C* tile, To to) const {
+    const C* bias = at<>(p.weights.bias) + panel * kPanel;
+    const int64_t first = (step.start + b) * 4 * s.H + panel * kPanel;
+    const C *x_gates = at<>(p.x_gates) + first, *h_gates = at<>(p.h_gates) + first;
+    if (hyper)
+      return modulate<3>(step, panel, b, rows,
+                         [&](int64_t gate, int64_t row, int64_t j, int lanes, const V* d) {
+                           const int64_t element = (row * 4 + gate) * s.H + j;
+                           const V x = load(simd, x_gates + element, lanes);
+                           const V h = load(simd, h_gates + element, lanes);
+                           const V offset = d[2] + load(simd, bias + gate * s.H + j, lanes);
+                           S::store(to(row) + gate * kPanel + j, d[0] * x + d[1] * h + offset);
+                           if (!tile) return;
+                           S::store(place_of(tile, gate) + row * kPanel + j, d[0]);
+                           S::store(place_of(tile, 4 + gate) + row * kPanel + j, d[1]);
+                         });
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for_vectors<W>(width(panel), [&](int64_t j, int lanes) {
+          const int64_t element = (row * 4 + gate) * s.H + j;
+          S::store(to(row) + gate * kPanel + j, load(simd, x_gates + element, lanes) +
+                                                    load(simd, h_gates + element, lanes) +
+                                                    load(simd, bias + gate * s.H + j, lanes));
+        });
+  }
+
+  // d_x and d_h of a tile, again
+  void modulation(const Step& step, int64_t panel, int64_t b, int64_t rows, C* tile) const {
+    modulate<2>(step, panel, b, rows, [&](int64_t gate, int64_t row, int64_t j, int, const V* d) {
+      S::store(place_of(tile, gate) + row * kPanel + j, d[0]);
+      S::store(place_of(tile, 4 + gate) + row * kPanel + j, d[1]);
+    });
+  }
+
+  // Asks for what the tile behind this row reads: the row kBackwardRows below, or of the next panel. GCC would
+  // drop calls of a function that only asks.
+  __attribute__((always_inline)) void prefetch_row(const Step& step, int64_t panel, int64_t b) const {
+    b += kBackwardRows;
+    if (b >= step.size) b %= kBackwardRows, ++panel;
+    if (b >= step.size || panel >= strips.panels) return;
+    const auto ask = [](const C* from) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(from + i);
+    };
+    const int64_t row = step.start + b, column = panel * kPanel;
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      ask(at<>(p.x_gates) + (row * 4 + gate) * s.H + column);
+      ask(at<>(p.h_gates) + (row * 4 + gate) * s.H + column);
+    }
+    ask(at<>(p.c) + row * s.H + column);
+    if (step.before >= 0) ask(at<>(p.c) + (step.before + b) * s.H + column);
+    if (p.dh) ask(at<>(p.dh) + row * s.H + column);
   }
 
   CellRow<C> row_of(const Step& step, int64_t panel, int64_t b, C* work, const RowNorm<C>* norms) const {
@@ -355,6 +434,12 @@ class Backward {
     return r;
   }
 
+  // What is not read again here goes past the caches.
+  void write(C* to, V v, int lanes) const {
+    if (streams) S::stream(to, v);
+    else store(simd, to, v, lanes);
+  }
+
   // dx_gates, dh_gates and dbias of a row; in the tile dd takes the place of d.
   template <bool with_norm>
   void write_row(const Step& step, int64_t panel, int64_t b, const CellRow<C>& r, C* tile,
@@ -374,9 +459,9 @@ class Backward {
           S::store(d_x, g * load(simd, at<>(p.x_gates) + element + j, lanes));
           S::store(d_h, g * load(simd, at<>(p.h_gates) + element + j, lanes));
           S::store(d_b, g);
-          store(simd, at<C>(p.dh_gates) + element + j, dh, lanes);
+          write(at<C>(p.dh_gates) + element + j, dh, lanes);
         }
-        store(simd, at<C>(p.dx_gates) + element + j, dx, lanes);
+        write(at<C>(p.dx_gates) + element + j, dx, lanes);
         store(simd, kept + j, dh, lanes);
       });
     }
@@ -408,11 +493,10 @@ class Backward {
     for (int64_t strip = mine.begin; strip < mine.end; ++strip)
       for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
         for_tiles(step.size, [&](int64_t b, int64_t rows) {
-          if (hyper) modulation(step, panel, b, rows, 3, tile);
+          gates_before(step, panel, b, rows, tile, [&](int64_t row) { return work + row * kWork * kPanel; });
           for (int64_t row = 0; row < rows; ++row) {
-            C* row_work = work + row * kWork * kPanel;
-            gates_before(step, panel, b + row, tile, row, row_work);
-            const CellRow<C> r = row_of(step, panel, b + row, row_work, nullptr);
+            const CellRow<C> r = row_of(step, panel, b + row, work + row * kWork * kPanel, nullptr);
+            prefetch_row(step, panel, b + row);
             Steps::template slopes<false>(r, nullptr);
             Steps::template gradients<false>(r, nullptr);
             write_row<false>(step, panel, b + row, r, tile, row);
@@ -426,14 +510,13 @@ class Backward {
   C* work_of(int64_t panel, int64_t b) const { return scratch.work + (panel * s.B + b) * kWork * kPanel; }
 
   // The gates before normalisation, and mean and sum of squared deviations of each panel.
-  void statistics(const Step& step, const Share& panels, int64_t thread) const {
-    C* tile = tile_of(thread);
+  void statistics(const Step& step, const Share& panels) const {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel)
       for_tiles(step.size, [&](int64_t b, int64_t rows) {
-        if (hyper) modulation(step, panel, b, rows, 3, tile);
+        gates_before(step, panel, b, rows, nullptr, [&](int64_t row) { return work_of(panel, b + row); });
         for (int64_t row = b; row < b + rows; ++row) {
-          C* gates = work_of(panel, row);
-          gates_before(step, panel, row, tile, row - b, gates);
+          prefetch_row(step, panel, row);
+          const C* gates = work_of(panel, row);
           for (int64_t k = 0; k < 5; ++k) {
             const C* x = k < 4 ? gates + k * kPanel : at<>(p.c) + (step.start + row) * s.H + panel * kPanel;
             C* to = scratch.statistics + (panel * 10 + k) * s.B + row;
@@ -510,7 +593,7 @@ class Backward {
     for (int64_t strip = mine.begin; strip < mine.end; ++strip)
       for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
         for_tiles(step.size, [&](int64_t b, int64_t rows) {
-          if (hyper) modulation(step, panel, b, rows, 2, tile);
+          if (hyper) modulation(step, panel, b, rows, tile);
           for (int64_t row = 0; row < rows; ++row)
             write_row<true>(step, panel, b + row, row_at(panel, b + row), tile, row);
           if (hyper) embeddings(step, strip, panel, b, rows, tile);
@@ -537,16 +620,15 @@ class Backward {
     }
   }
 
+  // dz of a row: the strips' shares, in order
   void sum_dz(int64_t b, C* dz) const {
     const int64_t padded = scratch.padded_Z, size = 12 * padded;
-    const C* from = scratch.dz + b * size;
-    for (int64_t place = 0; place < 12; ++place)
-      for (int64_t k = 0; k < s.Z; ++k) {
-        C sum = 0;
-        for (int64_t strip = 0; strip < strips.count; ++strip)
-          sum += from[strip * s.B * size + place * padded + k];
-        dz[place * s.Z + k] = sum;
-      }
+    C* sum = scratch.dz + b * size;
+    for (int64_t strip = 1; strip < strips.count; ++strip) {
+      const C* share = sum + strip * s.B * size;
+      for (int64_t i = 0; i < size; ++i) sum[i] += share[i];
+    }
+    for (int64_t place = 0; place < 12; ++place) std::copy_n(sum + place * padded, s.Z, dz + place * s.Z);
   }
 
   template <bool with_norm>
@@ -589,35 +671,25 @@ class Backward {
   // ---- the products
 
   void carry(const Step& step, const Share& panels, const Share& small, bool down) const {
-    const C* dhyper_gates = hyper ? at<>(p.dhyper_gates) + step.start * 4 * s.M : nullptr;
+    const C* dhyper_gates = at<>(p.dhyper_gates) + step.start * 4 * s.M;
     for (int64_t i = panels.begin; i < panels.end; ++i) {
       // the panels used last are still in the cache
-      const int64_t panel = down ? panels.begin + panels.end - 1 - i : i;
+      const int64_t panel = down ? panels.begin + panels.end - 1 - i : i, next = down ? panel - 1 : panel + 1;
       C* dh = scratch.dh + panel * s.B * kPanel;
-      product(step.size, width(panel), scratch.dh_gates, scratch.padded_gates, scratch.weight_hh, 4 * s.H,
-              panel, dh, kPanel, false);
-      if (hyper)
-        product(step.size, width(panel), dhyper_gates, 4 * s.M, scratch.hyper_weight_xh, 4 * s.M, panel, dh,
-                kPanel, true);
+      const Factor<C> main{scratch.dh_gates, scratch.padded_gates, 4 * s.H};
+      const auto multiply_by = [&](const auto& factors) {
+        multiply_panel(simd, step.size, factors, weights_of(panel), width(panel), weights_of(next),
+                       [&](int64_t row, int64_t j, V sums) { S::store(dh + row * kPanel + j, sums); });
+      };
+      const Factor<C> one[] = {main}, both[] = {main, {dhyper_gates, 4 * s.M, 4 * s.M}};
+      if (hyper) multiply_by(both);
+      else multiply_by(one);
     }
     for (int64_t panel = small.begin; panel < small.end; ++panel)
-      product(step.size, std::min(kPanel, s.M - panel * kPanel), dhyper_gates, 4 * s.M,
-              scratch.hyper_weight_hh, 4 * s.M, panel, scratch.dhyper_h + panel * kPanel, scratch.padded_M,
-              false);
-  }
-
-  // to[rows, columns] (+)= a[rows, K] times a panel, in pieces of K that stay in the first cache.
-  static void product(int64_t rows, int64_t columns, const C* a, int64_t lda, const C* packed, int64_t K,
-                      int64_t panel, C* to, int64_t ldt, bool add) {
-    constexpr int64_t piece = 512 / int64_t(sizeof(C));
-    for (int64_t k = 0; k < K; k += piece) {
-      const bool adds = add || k;
-      multiply(simd, rows, round_up(columns, W), a + k, lda, int64_t(1), packed + (panel * K + k) * kPanel,
-               kPanel, std::min(piece, K - k), [&](int64_t row, int64_t j, V sums) {
-                 C* at = to + row * ldt + j;
-                 S::store(at, adds ? S::load(at) + sums : sums);
-               });
-    }
+      multiply_panel(simd, step.size, dhyper_gates, 4 * s.M, scratch.hyper_weight_hh, 4 * s.M, s.M, panel,
+                     [&](int64_t row, int64_t j, V sums, int) {
+                       S::store(scratch.dhyper_h + row * scratch.padded_M + j, sums);
+                     });
   }
 };
 

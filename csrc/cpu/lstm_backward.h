@@ -31,8 +31,8 @@ struct RowNorm {
 // C: the type computed with.
 template <class C>
 struct LstmBackwardScratch {
-  // packed weights; d_rows: [panels, 12, kPanel, padded Z]
-  C *weight_hh, *hyper_weight_xh, *hyper_weight_hh, *z_weight, *d_panels, *d_rows;
+  // packed: weight_hh over hyper_weight_xh; d_rows: [panels, 12, kPanel, padded Z]
+  C *weights, *hyper_weight_hh, *z_weight, *d_panels, *d_rows;
   C *dh, *dc;              // [panels, B, kPanel], carried from step to step
   C *dhyper_h, *dhyper_c;  // [B, padded M], carried
   C* dh_gates;             // [B, padded 4H], of this step
@@ -55,8 +55,7 @@ struct LstmBackwardScratch {
     padded_gates = 4 * s.H + kColumnPad;  // rows do not begin on the same lines of the first cache
     hyper_blocks = hyper_units * ceil_div(s.B, kHyperRows);
     Scratch scratch(base);
-    weight_hh = scratch.take<C>(packed_size(4 * s.H, s.H));
-    hyper_weight_xh = scratch.take<C>(packed_size(4 * s.M, s.H));
+    weights = scratch.take<C>(packed_size(4 * (s.H + s.M), s.H));
     hyper_weight_hh = scratch.take<C>(packed_size(4 * s.M, s.M));
     z_weight = scratch.take<C>(packed_size(12 * s.Z, s.M));
     d_panels = scratch.take<C>(12 * panels * s.Z * kPanel);

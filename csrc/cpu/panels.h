@@ -2,7 +2,7 @@
 // columns, each [K, kPanel] in a row and padded with zeros, so that a product reads memory from end to end.
 // Inside a parallel region every thread makes the columns of its own panels: they stay in its cache.
 #pragma once
-#include "multiply.h"
+#include "rows.h"
 #include "scratch.h"
 
 namespace hyperfast {
@@ -24,13 +24,10 @@ struct Share {
 
 namespace {
 
-// Panel `panel` of b[k, j] = from[k ks + j js], K x columns, to its place among all panels.
+// to [K, kPanel] = b[k, j] = from[k ks + j js] for `width` columns j, zero in the others
 template <class C>
-void pack_panel(const C* from, int64_t ks, int64_t js, int64_t K, int64_t columns, int64_t panel, C* panels) {
+void pack_columns(const C* from, int64_t ks, int64_t js, int64_t K, int64_t width, C* to) {
   constexpr int64_t held = 16;  // so many k of all columns are in the first cache at once
-  C* to = panels + panel * K * kPanel;
-  from += panel * kPanel * js;
-  const int64_t width = columns - panel * kPanel < kPanel ? columns - panel * kPanel : kPanel;
   for (int64_t first = 0; first < K; first += held) {
     const int64_t end = first + held < K ? first + held : K;
     if (ks == 1) {
@@ -43,6 +40,19 @@ void pack_panel(const C* from, int64_t ks, int64_t js, int64_t K, int64_t column
     for (int64_t k = first; k < end; ++k)
       for (int64_t j = width; j < kPanel; ++j) to[k * kPanel + j] = 0;
   }
+}
+
+// The columns of panel `panel` among `columns`.
+inline int64_t panel_width(int64_t columns, int64_t panel) {
+  const int64_t left = columns - panel * kPanel;
+  return left < kPanel ? left : kPanel;
+}
+
+// Panel `panel` of b[k, j] = from[k ks + j js], K x columns, to its place among all panels.
+template <class C>
+void pack_panel(const C* from, int64_t ks, int64_t js, int64_t K, int64_t columns, int64_t panel, C* panels) {
+  pack_columns(from + panel * kPanel * js, ks, js, K, panel_width(columns, panel),
+               panels + panel * K * kPanel);
 }
 
 // acc[P][J] += a[P, K] panel[K, J vectors]; asks for `lines` cache lines of what comes next on the way
@@ -71,10 +81,10 @@ struct Factor {
   int64_t lda, K;
 };
 
-// The product of `rows` rows with one panel: finish(row, column, sums) gets vectors of sums, `width` columns, a
-// multiple of W. The factors' columns count one after the other along the panel. It is walked in blocks that
-// stay in the first cache while all rows pass; meanwhile the block after is fetched, which for the last one is
-// at `next`.
+// The product of `rows` rows with one panel: finish(row, column, sums) gets vectors of sums until they hold
+// `width` columns. The factors' columns count one after the other along the panel. It is walked in blocks
+// that stay in the first cache while all rows pass; meanwhile the block after is fetched, which for the last
+// one is at `next`.
 template <class C, int W, size_t Factors, class Finish>
 void multiply_panel(Simd<C, W> simd, int64_t rows, const Factor<C> (&factors)[Factors], const C* panel,
                     int64_t width, const C* next, Finish finish) {
@@ -83,7 +93,8 @@ void multiply_panel(Simd<C, W> simd, int64_t rows, const Factor<C> (&factors)[Fa
   constexpr int P = sizeof(C) * W == 64 ? 8 : 6;
   alignas(64) C tile[held_rows * kPanel];
   for (int64_t first = 0; first < rows; first += held_rows) {
-    const int64_t end = first + held_rows < rows ? first + held_rows : rows, blocks = ceil_div(end - first, P);
+    const int64_t end = first + held_rows < rows ? first + held_rows : rows,
+                  blocks = ceil_div(end - first, P);
     const C* b = panel;
     for (size_t f = 0; f < Factors; ++f)
       for (int64_t k = 0; k < factors[f].K; k += held_k) {
@@ -100,8 +111,8 @@ void multiply_panel(Simd<C, W> simd, int64_t rows, const Factor<C> (&factors)[Fa
           if (!starts)
             for (int p = 0; p < H; ++p)
               for (int i = 0; i < J; ++i) acc[p][i] = S::load(sums + p * kPanel + i * W);
-          add_products<H, J>(simd, a + row * lda, lda, b + j, K, after + (row - first) / P * lines * line, asked,
-                             acc);
+          add_products<H, J>(simd, a + row * lda, lda, b + j, K, after + (row - first) / P * lines * line,
+                             asked, acc);
 #pragma GCC unroll 8
           for (int p = 0; p < H; ++p)
 #pragma GCC unroll 2
@@ -113,8 +124,8 @@ void multiply_panel(Simd<C, W> simd, int64_t rows, const Factor<C> (&factors)[Fa
           for (; row + count <= end; row += count) {
             int64_t j = 0;
             for (; j + 2 * W <= width; j += 2 * W)
-              held(count, std::integral_constant<int, 2>(), j, j == 0 && after ? lines : 0);
-            if (j < width) held(count, std::integral_constant<int, 1>(), j, 0);
+              held(count, std::integral_constant<int, 2>(), j, j == 0 ? lines : 0);
+            for (; j < width; j += W) held(count, std::integral_constant<int, 1>(), j, 0);
           }
         };
         strip(std::integral_constant<int, P>());
@@ -130,14 +141,57 @@ void multiply_panel(Simd<C, W> simd, int64_t rows, const Factor<C> (&factors)[Fa
 template <class C, int W, class Finish>
 void multiply_panel(Simd<C, W> simd, int64_t rows, const C* a, int64_t lda, const C* panels, int64_t K,
                     int64_t columns, int64_t panel, Finish finish) {
-  const int64_t first = panel * kPanel, left = columns - first;
-  const int64_t width = left < kPanel ? round_up(left, W) : kPanel;
+  const int64_t first = panel * kPanel, real = panel_width(columns, panel);
   const Factor<C> factors[1] = {{a, lda, K}};
   const C* from = panels + panel * K * kPanel;
-  multiply_panel(simd, rows, factors, from, width, left > kPanel ? from + K * kPanel : nullptr,
-                 [&](int64_t row, int64_t j, auto sums) {
-                   finish(row, first + j, sums, int(left - j < W ? left - j : W));
-                 });
+  multiply_panel(simd, rows, factors, from, real, from + K * kPanel, [&](int64_t row, int64_t j, auto sums) {
+    finish(row, first + j, sums, int(real - j < W ? real - j : W));
+  });
+}
+
+// A left factor [rows, K], rows lda apart, and the right one as [columns, K] or wider, rows ldb apart.
+template <class C>
+struct DotFactor {
+  const C* a;
+  int64_t lda;
+  const C* b;
+  int64_t ldb, K;
+};
+
+// The same product from a b that is not packed, column by column: finish(row, column, sums). For few rows,
+// where packing would cost more than it saves.
+template <class C, int W, size_t Factors, class Finish>
+void multiply_columns(Simd<C, W>, int64_t rows, const DotFactor<C> (&factors)[Factors], int64_t width,
+                      Finish finish) {
+  using S = Simd<C, W>;
+  const auto dot = [&](auto count, int64_t row, int64_t j, typename S::V* acc) {
+    for (const DotFactor<C>& f : factors) {
+      const C *a = f.a + row * f.lda, *b = f.b + j * f.ldb;
+      int64_t k = 0;
+      for (; k + W <= f.K; k += W)
+        for (int i = 0; i < count; ++i) acc[i] += S::load(a + k) * S::load(b + i * f.ldb + k);
+      if (k < f.K)
+        for (int i = 0; i < count; ++i)
+          acc[i] += S::load(a + k, int(f.K - k)) * S::load(b + i * f.ldb + k, int(f.K - k));
+    }
+  };
+  int64_t j = 0;
+  for (; j + W <= width; j += W)
+    for (int64_t row = 0; row < rows; ++row) {
+      typename S::V acc[W] = {};
+      dot(std::integral_constant<int, W>(), row, j, acc);
+      sum_groups<W, W, W>(acc);
+      finish(row, j, acc[0]);
+    }
+  for (int64_t row = 0; j < width && row < rows; ++row) {
+    C sums[W] = {};
+    for (int64_t i = j; i < width; ++i) {
+      typename S::V acc[1] = {};
+      dot(std::integral_constant<int, 1>(), row, i, acc);
+      sums[i - j] = S::sum(acc[0]);
+    }
+    finish(row, j, S::load(sums));
+  }
 }
 
 }  // namespace

@@ -79,6 +79,14 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters...), int blocks, int th
 // Waits for all threads of all blocks; what any of them wrote before is then seen by all.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
+// threadIdx.x, of which the compiler knows nothing more: addresses made from it are not kept in registers
+// over the iterations of a long outer loop.
+__device__ __forceinline__ int thread_number() {
+  int number = threadIdx.x;
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // Asks for the line to come into L2.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

@@ -33,7 +33,6 @@ constexpr int kWarpRows = 4;                        // rows k of a warp in a sta
 constexpr int kChunkRows = kLstmWarps * kWarpRows;  // of all warps
 constexpr int kRingStages = 4;                      // 32 KiB in flight
 constexpr int kRingFloats = kRingStages * kChunkRows * kBatchTile;
-constexpr int kSumPitch = kBatchTile + 4;  // of a column's sums
 constexpr int kMaxRuns = 256;
 
 // Batch sizes fall: steps up to ends[i] have sizes[i] rows.
@@ -93,7 +92,7 @@ struct BlockSums {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       values[i] = sum_lanes(values[i], 5);
-      if (threadIdx.x % 32 == 0) sums[i][threadIdx.x / 32] = values[i];
+      if (thread_number() % 32 == 0) sums[i][thread_number() / 32] = values[i];
     }
     __syncthreads();
 #pragma unroll
@@ -111,7 +110,7 @@ template <int lane_columns, class T>
 __device__ void multiply_strip(const T* weights, const float* input, int K, int pitch, int batch,
                                float* output, int out_pitch, int columns, float* memory) {
   constexpr int kWidth = 4 * lane_columns, V = lane_columns % 4 == 0 ? 4 : 2;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane % 8 * 4;
+  const int lane = thread_number() % 32, warp = thread_number() / 32, row = lane % 8 * 4;
   const int chunks = (K + kChunkRows - 1) / kChunkRows;
   float* ring = memory + warp * (kRingFloats / kLstmWarps);
   for (int b0 = 0; b0 < batch; b0 += kBatchTile) {
@@ -155,23 +154,28 @@ __device__ void multiply_strip(const T* weights, const float* input, int K, int 
     wait_copies<0>();
     __syncthreads();  // nobody reads a ring any more
 
-    float* own = memory + (warp % (kLstmWarps / 2) * kWidth + lane / 8 * lane_columns) * kSumPitch + row;
+    // warp's sum of a column and a row of the batch; both fours of rows and columns lie in different banks
+    const auto place = [](int warp, int column, int b) {
+      return (warp * kWidth + column) * kBatchTile + (b ^ column % 8 * 4);
+    };
     for (int half = 1; half >= 0; --half) {
       if (warp / (kLstmWarps / 2) == half)
 #pragma unroll
         for (int j = 0; j < lane_columns; ++j) {
-          auto& at = *reinterpret_cast<Pack<float, 4>*>(own + j * kSumPitch);
+          const int column = lane / 8 * lane_columns + j;
+          float* own = memory + place(warp % (kLstmWarps / 2), column, row);
+          auto& at = *reinterpret_cast<Pack<float, 4>*>(own);
 #pragma unroll
           for (int b = 0; b < 4; ++b) at.v[b] = half ? sum[b][j] : sum[b][j] + at.v[b];
         }
       __syncthreads();
     }
-    for (int e = threadIdx.x; e < kWidth * kBatchTile; e += kLstmThreads) {
+    for (int e = thread_number(); e < kWidth * kBatchTile; e += kLstmThreads) {
       const int column = e % kWidth, b = e / kWidth;
       if (b0 + b >= batch || column >= columns) continue;
       float total = 0;
 #pragma unroll
-      for (int i = 0; i < kLstmWarps / 2; ++i) total += memory[(i * kWidth + column) * kSumPitch + b];
+      for (int i = 0; i < kLstmWarps / 2; ++i) total += memory[place(i, column, b)];
       output[static_cast<int64_t>(b0 + b) * out_pitch + column] = total;
     }
     __syncthreads();
@@ -199,7 +203,7 @@ __device__ void load_strips(const LstmPlan& s, T* weights, bool columns_first, F
   const int width = s.width();
   for (int strip = blockIdx.x; strip < s.parts * s.strips; strip += s.blocks) {
     const int part = strip / s.strips, first = strip % s.strips * width;
-    for (int e = threadIdx.x; e < s.K * width; e += kLstmThreads) {
+    for (int e = thread_number(); e < s.K * width; e += kLstmThreads) {
       const int k = columns_first ? e / width : e % s.K, c = columns_first ? e % width : e / s.K;
       weights[k * width + c] = first + c < s.columns ? value(part, k, first + c) : static_cast<T>(0.0f);
     }
@@ -215,6 +219,7 @@ __device__ __forceinline__ float modulate(const LstmPlan& s, const void* d_weigh
   float sum = 0;
   if (s.vectors) {
     constexpr int V = kVector<T>;
+#pragma unroll 2
     for (int k = 0; k < s.Z; k += V) {
       const uint4 word = *reinterpret_cast<const uint4*>(d + k);
       Pack<T, V> pack;
@@ -223,6 +228,7 @@ __device__ __forceinline__ float modulate(const LstmPlan& s, const void* d_weigh
       for (int e = 0; e < V; ++e) sum = multiply_add(static_cast<float>(pack.v[e]), z[k + e], sum);
     }
   } else {
+#pragma unroll 2
     for (int k = 0; k < s.Z; ++k) sum = multiply_add(static_cast<float>(d[k]), z[k], sum);
   }
   return sum;
@@ -244,6 +250,14 @@ __device__ __forceinline__ float dropout_scale(const LstmPlan& s, const int64_t*
   return c0 >= s.threshold ? s.keep_scale : 0.0f;
 }
 
+// Asks for a row of n numbers that the next step reads.
+template <class T>
+__device__ __forceinline__ void prefetch_row(const void* all, int64_t row, int n) {
+  const char* begin = static_cast<const char*>(all) + row * n * sizeof(T);
+  for (int byte = thread_number() * 128; byte < n * static_cast<int>(sizeof(T)); byte += kLstmThreads * 128)
+    prefetch(begin + byte);
+}
+
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // A row's mean and 1 / sqrt(variance + eps) of each of `count` vectors of n numbers, x(i, u); x is read twice
@@ -253,14 +267,14 @@ __device__ __forceinline__ void statistics(BlockSums& sums, int n, float eps, fl
                                            float (&inverse)[count], F x) {
   for (int i = 0; i < count; ++i) mean[i] = inverse[i] = 0;
 #pragma unroll 1
-  for (int u = threadIdx.x; u < n; u += kLstmThreads)
+  for (int u = thread_number(); u < n; u += kLstmThreads)
 #pragma unroll
     for (int i = 0; i < count; ++i) mean[i] += x(i, u);
   sums(mean);
 #pragma unroll
   for (int i = 0; i < count; ++i) mean[i] /= static_cast<float>(n);
 #pragma unroll 1
-  for (int u = threadIdx.x; u < n; u += kLstmThreads)
+  for (int u = thread_number(); u < n; u += kLstmThreads)
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const float centred = x(i, u) - mean[i];
@@ -309,7 +323,7 @@ inline bool lay_out(LstmPlan& s, int lane_columns, bool backward, int64_t of_row
   s.units = backward && s.M ? static_cast<int>(ceil_div(s.H, s.blocks)) : 0;
   const int64_t of_strip = static_cast<int64_t>(s.K) * s.width() * element;
   int64_t floats = kRingFloats;
-  for (const int64_t needed : {static_cast<int64_t>(kLstmWarps / 2 * s.width() * kSumPitch), of_row,
+  for (const int64_t needed : {static_cast<int64_t>(kLstmWarps / 2 * s.width() * kBatchTile), of_row,
                                static_cast<int64_t>(kBatchTile) * 12 * s.units})
     if (needed > floats) floats = needed;
   const int64_t weight_bytes = round_up(s.passes * of_strip, 16), row_bytes = round_up(4 * floats, 16);
@@ -340,7 +354,7 @@ inline const char* make_plan(LstmPlan& s, Runs& runs, const LstmSizes& sizes, DT
   LstmPlan best = {};
   for (const int64_t size : {sizes.H, sizes.M, sizes.Z, sizes.B})
     if (size > kLargest) return "the weights do not fit into the shared memory of the device";
-  for (const int lane_columns : {4, 6, 8, 10}) {
+  for (const int lane_columns : {4, 6, 10}) {
     LstmPlan tried = {};
     tried.H = static_cast<int>(sizes.H), tried.M = static_cast<int>(sizes.M);
     tried.Z = static_cast<int>(sizes.Z), tried.B = static_cast<int>(sizes.B);
@@ -393,8 +407,6 @@ cudaError_t with_columns(int lane_columns, F f) {
       return f(std::integral_constant<int, 4>());
     case 6:
       return f(std::integral_constant<int, 6>());
-    case 8:
-      return f(std::integral_constant<int, 8>());
     default:
       return f(std::integral_constant<int, 10>());
   }

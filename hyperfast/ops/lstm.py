@@ -13,12 +13,18 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.ops._library import (
     _DTYPES,
+    _cpu,
+    _cuda,
+    address,
     check_backend,
     check_dense,
+    dtype_name,
+    engine,
     is_transformed,
     library,
     needs_function,
     no_autocast,
+    triton_kernels,
 )
 from hyperfast.reference import HyperCell, LSTMState, Norms
 
@@ -41,6 +47,11 @@ library.define(
 )
 
 
+_NONE = (None,) * 4
+ON_CHIP_BATCH = 64  # rows up to which the persistent CUDA kernel goes first
+_PRODUCTS = (0, 2, 3, 4, 5)  # the weights whose gradients are products over all rows
+
+
 def _compute_dtype(x_gates: Tensor) -> torch.dtype:
     """What c, norms and their gradients are held in, and the reference computes in."""
     return torch.float32 if x_gates.dtype.itemsize == 2 else x_gates.dtype
@@ -48,44 +59,45 @@ def _compute_dtype(x_gates: Tensor) -> torch.dtype:
 
 def _flat(weight_hh: Tensor, bias: Tensor, norms: Norms | None, hyper: HyperCell | None) -> list:
     """The weights as the ops take them."""
-    none = (None,) * 4
     of_hyper = (None,) * 5 if hyper is None else hyper[1:6]
-    hyper_norms = none if hyper is None else hyper.norms or none
-    return [weight_hh, bias, *of_hyper, *(norms or none), *hyper_norms]
+    return [weight_hh, bias, *of_hyper, *(norms or _NONE), *(hyper and hyper.norms or _NONE)]
 
 
-def _reference(tensors: Sequence[Tensor | None], batch_sizes, key, dropout, eps) -> list[Tensor]:
-    """h of every row and the last state, of x_gates, hyper_x_gates, state and weights as the ops take them;
-    in float32 where these have half precision, and h rounded."""
-    widened = [None if t is None else t.to(_compute_dtype(tensors[0])) for t in tensors]
-    with no_autocast([tensors[0]]):
-        output, last = reference.lstm(*_structured(widened), batch_sizes, key, dropout, eps)
-    made = output, *(s for s in last if s is not None)
-    likes = tensors[2], *(s for s in tensors[2:6] if s is not None)
-    return [m.to(like.dtype) for m, like in zip(made, likes, strict=True)]
-
-
-def _structured(tensors: Sequence[Tensor | None]) -> tuple:
-    """x_gates, state, weight_hh, bias, norms, hyper as `reference.lstm` takes them."""
-    x_gates, hyper_x_gates, *rest = tensors
-    state, weights = LSTMState(*rest[:4]), rest[4:]
+def _structured(weights: Sequence[Tensor | None], hyper_x_gates: Tensor | None = None) -> tuple:
+    """weight_hh, bias, norms and hyper as `reference.lstm` takes them."""
     norms, hyper_norms = (None if n[0] is None else Norms(*n) for n in (weights[7:11], weights[11:]))
-    hyper = None if hyper_x_gates is None else HyperCell(hyper_x_gates, *weights[2:7], hyper_norms)
-    return x_gates, state, weights[0], weights[1], norms, hyper
+    hyper = None if weights[2] is None else HyperCell(hyper_x_gates, *weights[2:7], hyper_norms)
+    return weights[0], weights[1], norms, hyper
 
 
-def _gradients(leaves: Sequence[Tensor | None], given, grads, create_graph: bool) -> list[Tensor | None]:
-    """The gradients of the `leaves` of `_reference` that require one, by autograd; None for the others."""
+def _in_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """x_gates, hyper_x_gates, state and weights in `dtype`, but c and norms at least in float32."""
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    kinds = [wide if i in (3, 5) or i >= 13 else dtype for i in range(len(tensors))]
+    return [None if t is None else t.to(kind) for t, kind in zip(tensors, kinds, strict=True)]
+
+
+def _expression(tensors: Sequence[Tensor | None], batch_sizes, key, dropout, eps) -> list[Tensor]:
+    """h of every row and the last state by the reference, of x_gates, hyper_x_gates, state and weights; half
+    precision in float32, and h rounded."""
+    x_gates, hyper_x_gates, *rest = _in_dtype(tensors, _compute_dtype(tensors[0]))
+    weights = _structured(rest[4:], hyper_x_gates)
+    with no_autocast([x_gates]):
+        output, last = reference.lstm(x_gates, LSTMState(*rest[:4]), *weights, batch_sizes, key, dropout, eps)
+    made = zip((output, *last), (tensors[2], *tensors[2:6]), strict=True)
+    return [m.to(like.dtype) for m, like in made if m is not None]
+
+
+def _differentiable_backward(tensors, given: tuple, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of `_expression`, which can be differentiated again; None where none is needed."""
+    # views: a tensor may be among them twice, or be made of another
+    leaves = [None if t is None else t.view_as(t) for t in tensors]
     wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
+    used = [(o, d) for o, d in zip(_expression(leaves, *given), grads, strict=True) if d is not None]
+    outputs, grads = zip(*used, strict=True)
+    inputs = [leaves[i] for i in wanted]
+    found = torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True)
     made: list[Tensor | None] = [None] * len(leaves)
-    with torch.enable_grad():
-        outputs = _reference(leaves, *given)
-        used = [(o, d) for o, d in zip(outputs, grads, strict=False) if d is not None and o.requires_grad]
-        if not used:
-            return made
-        outputs, grads = zip(*used, strict=True)
-        inputs = [leaves[i] for i in wanted]
-        found = torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, allow_unused=True)
     for i, gradient in zip(wanted, found, strict=True):
         made[i] = gradient
     return made
@@ -140,53 +152,167 @@ def _rows(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([t[:0], *parts])
 
 
+# ---- the engines: all take (T, N, B, H, M, Z), the step sizes int64 [T] on the CPU, weights, key, dropout,
+# eps and tensors, contiguous, None for what there is none of.
+# Forward: x_gates, hyper_x_gates, state (4); to be written h, c, hyper_h, hyper_c, h_gates, hyper_gates, the
+# last two None if not kept.
+# Backward: x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z [N, 12Z], the gradients of h and of the
+# last h, c, hyper_h, hyper_c; to be written those of x_gates, h_gates (None without hyper: x_gates'),
+# hyper_gates, z, state (4), bias, d_weight, norms (4), hyper norms (4).
+
+
+def _engine(x_gates: Tensor, sizes: Sequence[int], step_sizes: Tensor, backward: bool) -> str:
+    """Which kernels serve. On a GPU Triton's, which launch a few for each step; where the batch is small and
+    the weights fit on chip, launches and reading weights bound a step, and the persistent CUDA kernel does
+    neither (a rule from what each moves; it awaits measurement). The CPU's take no half precision: `lstm`
+    widens it."""
+    if not x_gates.numel():
+        return "reference"
+    on_chip = x_gates.is_cuda and hasattr(_cuda, "lstm") and sizes[2] <= ON_CHIP_BATCH
+    if on_chip:
+        with torch.cuda.device(x_gates.device):
+            arguments = sizes, step_sizes.data_ptr(), dtype_name(x_gates), backward
+            on_chip = not _cuda.lstm_refuses(*arguments)
+    name = engine(x_gates, cuda="lstm" if on_chip else "", cuda_first=on_chip)
+    return "reference" if name == "cpu" and x_gates.dtype.itemsize == 2 else name
+
+
+def _widened(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.to(_compute_dtype(t)) for t in tensors]
+
+
+def _forward_reference(sizes, step_sizes, weights, key, dropout, eps, tensors) -> None:
+    x_gates, hyper_x_gates, *state = _widened(tensors[:6])
+    *states, h_gates, hyper_gates = tensors[6:]
+    weight_hh, bias, norms, hyper = _structured(_widened(weights))
+    now, start = LSTMState(*state), 0
+    for size in step_sizes.tolist():
+        rows = slice(start, start + size)
+        now = LSTMState(*(None if s is None else s[:size] for s in now))
+        if h_gates is not None:
+            h_gates[rows] = now.h @ weight_hh.mT
+        if hyper is not None:
+            hyper = hyper._replace(x_gates=hyper_x_gates[rows])
+            if hyper_gates is not None:
+                hyper_gates[rows] = torch.addmm(hyper.x_gates, now.h, hyper.weight_xh.mT)
+                hyper_gates[rows] += now.hyper_h @ hyper.weight_hh.mT
+        options = hyper, torch.arange(start, start + size, device=x_gates.device), key, dropout, eps
+        now = reference.lstm_step(x_gates[rows], now, weight_hh, bias, norms, *options)
+        for made, s in zip(states, now, strict=True):
+            if s is not None:
+                made[rows] = s
+        start += size
+
+
+def _backward_reference(sizes, step_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
+    *inputs, dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last = _widened(inputs)
+    _, N, B, H, M, _ = sizes
+    shapes = (N, H), (B, H), (B, H), *([(B, M), (B, M)] if M else [])
+    grads = dh, dh_last, dc_last, dhyper_h_last, dhyper_c_last
+    dh, *dlast = (
+        inputs[0].new_zeros(shape) if d is None else d for d, shape in zip(grads, shapes, strict=False)
+    )
+    options = *_structured(_widened(weights)), key, dropout, eps
+    made = reference.lstm_backward(step_sizes, *options, *inputs, dh, LSTMState(*dlast))
+    parts = (
+        made.x_gates, made.h_gates, made.hyper_gates, made.z, *made.state, made.bias, made.d_weight,
+        *(made.norms or _NONE), *(made.hyper_norms or _NONE),
+    )  # fmt: skip
+    for output, part in zip(outputs, parts, strict=True):
+        if output is not None:
+            output.copy_(part)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [address(t) for t in tensors]
+
+
+def _forward_cpu(sizes, step_sizes, weights, key, dropout, eps, tensors) -> None:
+    options = _addresses(weights), address(key), dropout, eps, _addresses(tensors)
+    _cpu.lstm(sizes, step_sizes.data_ptr(), *options, dtype_name(tensors[0]), torch.get_num_threads())
+
+
+def _backward_cpu(sizes, step_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
+    options = _addresses(weights), address(key), dropout, eps, _addresses(inputs), _addresses(outputs)
+    dtype, threads = dtype_name(inputs[0]), torch.get_num_threads()
+    _cpu.lstm_backward(sizes, step_sizes.data_ptr(), *options, dtype, threads)
+
+
+def _cuda_arguments(sizes, step_sizes, x_gates, backward) -> tuple:
+    """What comes last: the scratch, dtype and stream."""
+    dtype = dtype_name(x_gates)
+    floats = _cuda.lstm_scratch(sizes, step_sizes.data_ptr(), dtype, backward)
+    scratch = x_gates.new_empty(floats, dtype=torch.float32)
+    return scratch, dtype, torch.cuda.current_stream().cuda_stream
+
+
+def _forward_cuda(sizes, step_sizes, weights, key, dropout, eps, tensors) -> None:
+    with torch.cuda.device(tensors[0].device):
+        options = _addresses(weights), address(key), dropout, eps, _addresses(tensors)
+        scratch, *last = _cuda_arguments(sizes, step_sizes, tensors[0], False)
+        _cuda.lstm(sizes, step_sizes.data_ptr(), *options, scratch.data_ptr(), *last)
+
+
+def _backward_cuda(sizes, step_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
+    with torch.cuda.device(inputs[0].device):
+        options = _addresses(weights), address(key), dropout, eps, _addresses(inputs), _addresses(outputs)
+        scratch, *last = _cuda_arguments(sizes, step_sizes, inputs[0], True)
+        _cuda.lstm_backward(sizes, step_sizes.data_ptr(), *options, scratch.data_ptr(), *last)
+
+
+def _forward_triton(*arguments) -> None:
+    triton_kernels("lstm").run(*arguments)
+
+
+def _backward_triton(*arguments) -> None:
+    triton_kernels("lstm").run_backward(*arguments)
+
+
+_FORWARD = {
+    "reference": _forward_reference,
+    "cpu": _forward_cpu,
+    "triton": _forward_triton,
+    "cuda": _forward_cuda,
+}
+_BACKWARD = {
+    "reference": _backward_reference,
+    "cpu": _backward_cpu,
+    "triton": _backward_triton,
+    "cuda": _backward_cuda,
+}
+
+
 # ---- the ops
 
 
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Optional tensors come as they are: what is lazily negated in them is for the op to negate."""
+    return [None if t is None else t.contiguous().resolve_neg() for t in tensors]
+
+
+def _sizes(x_gates, state, weights, step_sizes: Sequence[int]) -> tuple[int, ...]:
+    """T, N, B, H, M, Z."""
+    M, Z = (0, 0) if weights[6] is None else (weights[3].shape[1], weights[6].shape[2])
+    return len(step_sizes), *x_gates.shape[:1], *state[0].shape, M, Z
+
+
 @torch.library.impl(library, "lstm", "CompositeExplicitAutograd")
-def _forward_reference(
-    x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep
-) -> list[Tensor]:
-    outputs = _forward_fake(x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep)
-    rows, last, kept = outputs[:4], outputs[4:8], outputs[8:]
-    tensors = x_gates, hyper_x_gates, *state, *weights
-    widened = [None if t is None else t.to(_compute_dtype(x_gates)) for t in tensors]
-    x_gates, now, weight_hh, bias, norms, hyper = _structured(widened)
-    sizes = _step_sizes(batch_sizes, len(x_gates), len(now.h))
+def _forward(x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep) -> list[Tensor]:
+    made = _forward_fake(x_gates, hyper_x_gates, state, weights, batch_sizes, key, dropout, eps, keep)
+    x_gates, hyper_x_gates, key, *state = _contiguous((x_gates, hyper_x_gates, key, *state))
+    weights = _contiguous(weights)
+    steps = _step_sizes(batch_sizes, x_gates.shape[0], state[0].shape[0])
+    kept = (t if keep and like is not None else None for t, like in zip(made[8:], state[::2], strict=True))
+    rows = [None if s is None else t for t, s in zip(made, state, strict=False)]
+    sizes, step_sizes = _sizes(x_gates, state, weights, steps), torch.tensor(steps, dtype=torch.int64)
+    tensors = [x_gates, hyper_x_gates, *state, *rows, *kept]
     with no_autocast([x_gates]):
-        for start, size in zip(_starts(sizes), sizes, strict=True):
-            now = LSTMState(*(None if s is None else s[:size] for s in now))
-            at = torch.arange(start, start + size, device=x_gates.device)
-            part = None if hyper is None else hyper._replace(x_gates=hyper.x_gates[start : start + size])
-            now = reference.lstm_step(
-                x_gates[start : start + size], now, weight_hh, bias, norms, part, at, key, dropout, eps
-            )
-            for made, s in zip(rows, now, strict=True):
-                if s is not None:
-                    made[start : start + size] = s
-        _gather_last(rows, state, sizes, last)
-        if keep:
-            _keep(kept, rows, state, hyper_x_gates, weights, _previous_rows(sizes))
-    return outputs
-
-
-def _gather_last(rows, state, sizes: Sequence[int], last) -> None:
-    for made, t, initial in zip(last, rows, state, strict=True):
+        forward = _FORWARD[_engine(x_gates, sizes, step_sizes, False)]
+        forward(sizes, step_sizes, weights, key if dropout else None, dropout, eps, tensors)
+    for last, t, initial in zip(made[4:8], rows, state, strict=True):
         if initial is not None:
-            torch.cat([t[start:end] for start, end in _last_rows(sizes)] or [initial], out=made)
-
-
-def _keep(kept, rows, state, hyper_x_gates, weights, previous: Sequence[tuple[int, int]]) -> None:
-    """h_gates and hyper_gates of what the forward made."""
-    h_gates, hyper_gates = kept
-    h, hyper_h = (
-        None if s is None else torch.cat([s, _rows(t, previous)])[: len(t)]
-        for t, s in ((rows[0], state[0]), (rows[2], state[2]))
-    )
-    torch.mm(h, weights[0].t(), out=h_gates)
-    if hyper_x_gates is not None:
-        torch.addmm(hyper_x_gates, h, weights[2].t(), out=hyper_gates)
-        hyper_gates.addmm_(hyper_h, weights[3].t())
+            torch.cat([t[start:end] for start, end in _last_rows(steps)] or [initial], out=last)
+    return made
 
 
 @torch.library.register_fake("hyperfast::lstm", lib=library)
@@ -201,29 +327,65 @@ def _forward_fake(
 
 
 @torch.library.impl(library, "lstm_backward", "CompositeExplicitAutograd")
-def _backward_reference(
+def _backward(
     grads, x_gates, hyper_x_gates, state, weights, kept, batch_sizes, key, dropout, eps, needed
 ) -> list[Tensor]:
-    outputs = _backward_fake(
+    made = _backward_fake(
         grads, x_gates, hyper_x_gates, state, weights, kept, batch_sizes, key, dropout, eps, needed
     )
-    tensors = x_gates, hyper_x_gates, *state, *weights
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    given = grads[:3] if hyper_x_gates is None else grads
-    made = _gradients(leaves, (batch_sizes, key, dropout, eps), given, create_graph=False)
-    for output, gradient in zip(outputs, made, strict=True):
-        if gradient is None:
-            output.zero_()
-        elif output.numel():
-            output.copy_(gradient)
-    return outputs
+    x_gates, key, *state = _contiguous((x_gates, key, *state))
+    weights, kept, grads = map(_contiguous, (weights, kept, grads))
+    steps = _step_sizes(batch_sizes, x_gates.shape[0], state[0].shape[0])
+    sizes = _sizes(x_gates, state, weights, steps)
+    h, c, hyper_h, hyper_c, h_gates, hyper_gates = kept
+    z = dz = dh_gates = None
+    dx_gates, dhyper_gates, *rest = made
+    if hyper_x_gates is None:
+        hyper_h = hyper_c = hyper_gates = dhyper_gates = None
+    with no_autocast([x_gates]):
+        if hyper_x_gates is not None:
+            z = torch.addmm(weights[5], hyper_h, weights[4].t())
+            dz, dh_gates = torch.empty_like(z), torch.empty_like(x_gates)
+        inputs = x_gates, state[1], state[3], c, hyper_c, h_gates, hyper_gates, z, *grads
+        gradients = [None if t is None else d for t, d in zip((*state, *weights), rest, strict=True)]
+        outputs = dx_gates, dh_gates, dhyper_gates, dz, *gradients[:4], gradients[5], *gradients[10:]
+        step_sizes = torch.tensor(steps, dtype=torch.int64)
+        backward = _BACKWARD[_engine(x_gates, sizes, step_sizes, True)]
+        options = weights, key if dropout else None, dropout, eps
+        backward(sizes, step_sizes, *options, inputs, outputs)
+        dgates = dx_gates if dh_gates is None else dh_gates
+        wanted = [d if need else None for d, need in zip(gradients[4:], needed, strict=True)]
+        _weight_gradients(wanted, dgates, dhyper_gates, dz, state, h, hyper_h, _previous_rows(steps))
+    return made
+
+
+def _weight_gradients(wanted, dgates, dhyper_gates, dz, state, h, hyper_h, previous) -> None:
+    """Writes those of weight_hh, hyper_weight_xh, hyper_weight_hh, z_weight and z_bias that are wanted."""
+
+    def product(out: Tensor, d: Tensor, first: Tensor, before: Tensor) -> None:
+        B = min(len(first), len(d))  # no steps: nothing to sum
+        torch.mm(d[B:].t(), before, out=out).addmm_(d[:B].t(), first[:B])
+
+    dweight_hh, _, dweight_xh, dhyper_weight_hh, dz_weight, dz_bias = wanted[:6]
+    if dweight_hh is not None or dweight_xh is not None:
+        before = _rows(h, previous)
+        if dweight_hh is not None:
+            product(dweight_hh, dgates, state[0], before)
+        if dweight_xh is not None:
+            product(dweight_xh, dhyper_gates, state[0], before)
+    if dhyper_weight_hh is not None:
+        product(dhyper_weight_hh, dhyper_gates, state[2], _rows(hyper_h, previous))
+    if dz_weight is not None:
+        torch.mm(dz.t(), hyper_h, out=dz_weight)
+    if dz_bias is not None:
+        torch.sum(dz, 0, out=dz_bias)
 
 
 @torch.library.register_fake("hyperfast::lstm_backward", lib=library)
 def _backward_fake(
     grads, x_gates, hyper_x_gates, state, weights, kept, batch_sizes, key, dropout, eps, needed
 ) -> list[Tensor]:
-    weights = [w if need else None for w, need in zip(weights, needed, strict=True)]
+    weights = [w if needed[i] or i not in _PRODUCTS else None for i, w in enumerate(weights)]
     tensors = x_gates, hyper_x_gates, *state, *weights
     return [x_gates.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
 
@@ -254,9 +416,7 @@ class LSTMFunction(torch.autograd.Function):
         tensors, kept = saved[:-6], saved[-6:]
         given, needed = (batch_sizes, key, ctx.dropout, ctx.eps), ctx.needs_input_grad[4:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # differentiable again
-            # views: a tensor may be here twice, or be made of another
-            leaves = [None if t is None else t.view_as(t) for t in tensors]
-            made = _gradients(leaves, given, grads, create_graph=True)
+            made = _differentiable_backward(tensors, given, grads)
         else:
             x_gates, hyper_x_gates, *rest = tensors
             grads = [*grads, *[None] * (5 - len(grads))]
@@ -267,6 +427,20 @@ class LSTMFunction(torch.autograd.Function):
 
 
 # ---- the public function
+
+
+def _named(kind: type, name: str, value):
+    """`value` as that NamedTuple; TypeError unless it has its members."""
+    least = len(kind._fields) - len(kind._field_defaults)
+    if isinstance(value, (tuple, list)) and least <= len(value) <= len(kind._fields):
+        return kind(*value)
+    got = (
+        f"a {type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else type(value).__name__
+    )
+    article = "an" if kind is LSTMState else "a"
+    raise TypeError(f"{name} must be {article} {kind.__name__} ({', '.join(kind._fields)}), got {got}")
 
 
 def _check_sizes(x_gates, state: LSTMState, hyper: HyperCell | None) -> dict[str, int]:
@@ -378,13 +552,6 @@ def _is_autocast(x_gates: Tensor) -> bool:
     return device != "meta" and x_gates.dtype != torch.float64 and torch.is_autocast_enabled(device)
 
 
-def _in_dtypes(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """x_gates, hyper_x_gates, state and weights in `dtype`; c and norms at least in float32."""
-    wide = torch.float32 if dtype.itemsize == 2 else dtype
-    kinds = [wide if i in (3, 5) or i >= 13 else dtype for i in range(len(tensors))]
-    return [None if t is None else t.to(kind) for t, kind in zip(tensors, kinds, strict=True)]
-
-
 def lstm(
     x_gates: Tensor,
     state: LSTMState,
@@ -417,19 +584,25 @@ def lstm(
     devices.
     """
     check_backend(backend)
-    dropout, eps, state = float(dropout), float(eps), LSTMState(*state)
+    dropout, eps, state = float(dropout), float(eps), _named(LSTMState, "state", state)
+    norms = None if norms is None else _named(Norms, "norms", norms)
+    hyper = None if hyper is None else _named(HyperCell, "hyper", hyper)
+    if hyper is not None and hyper.norms is not None:
+        hyper = hyper._replace(norms=_named(Norms, "hyper.norms", hyper.norms))
     _check(x_gates, state, weight_hh, bias, norms, hyper)
     _check_options(x_gates, state, batch_sizes, key, dropout, eps)
     hyper_x_gates = None if hyper is None else hyper.x_gates
     tensors = [x_gates, hyper_x_gates, *state, *_flat(weight_hh, bias, norms, hyper)]
     dtype = torch.get_autocast_dtype(x_gates.device.type) if _is_autocast(x_gates) else x_gates.dtype
-    tensors = _in_dtypes(tensors, dtype)
+    tensors = _in_dtype(tensors, dtype)
     given = batch_sizes, key, dropout, eps
     with_function = needs_function(batch_sizes, key, *tensors)
     if backend == "reference" or is_transformed():
         _step_sizes(batch_sizes, x_gates.shape[0], state.h.shape[0])
-        output, *last = _reference(tensors, *given)
+        output, *last = _expression(tensors, *given)
         return output, LSTMState(*last)
+    if dtype.itemsize == 2 and engine(tensors[0]) in ("cpu", "reference"):
+        tensors = _in_dtype(tensors, torch.float32)
     if torch.compiler.is_compiling():  # torch 2.11: half the gradient of a tensor given twice
         tensors = [None if t is None else t.view_as(t) for t in tensors]
     if with_function:
@@ -438,4 +611,5 @@ def lstm(
         x_gates, hyper_x_gates, *rest = tensors
         made = torch.ops.hyperfast.lstm(x_gates, hyper_x_gates, rest[:4], rest[4:], *given, False)
         output, last = made[0], made[4 : 6 if hyper is None else 8]
-    return output, LSTMState(*last)
+    narrowed = (s.to(dtype) if i in (0, 2) else s for i, s in enumerate(last))
+    return output.to(dtype), LSTMState(*narrowed)

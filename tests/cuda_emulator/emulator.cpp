@@ -85,7 +85,7 @@ struct Block {
 
 unsigned schedule = 0;
 uint64_t random_state = 1;
-int multiprocessors = 4;
+int multiprocessors = 4, most_resident = -1;
 char* stacks = nullptr;
 size_t stack_count = 0;
 void* scheduler = nullptr;
@@ -338,6 +338,9 @@ void wait_for_grid() {
 }
 
 Device device() { return {multiprocessors, kMaxShared}; }
+int resident_blocks(size_t shared) {
+  return most_resident >= 0 ? most_resident : shared <= kMaxShared ? multiprocessors : 0;
+}
 void set_multiprocessors(int count) { multiprocessors = count; }
 
 const uint64_t* exchange(const char* operation, unsigned mask, uint64_t value) {
@@ -419,8 +422,12 @@ const char* cudaGetErrorString(cudaError_t error) {
 __attribute__((visibility("default"))) void emulator_set_schedule(unsigned schedule) {
   emulator::set_schedule(schedule);
 }
-// How many blocks of a cooperative launch fit.
+// How many there are, a block on each; how many blocks fit after all (another process has the others), -1:
+// all.
 __attribute__((visibility("default"))) void emulator_set_multiprocessors(int count) {
   emulator::set_multiprocessors(count);
+}
+__attribute__((visibility("default"))) void emulator_set_resident_blocks(int count) {
+  emulator::most_resident = count;
 }
 }

@@ -51,6 +51,7 @@ struct Device {
 };
 Device device();
 void set_multiprocessors(int count);
+int resident_blocks(size_t shared);
 
 // Ends the launch with an error; does not return.
 [[noreturn]] void fault(const std::string& what);
@@ -185,10 +186,11 @@ inline cudaError_t current_device(Device& device) {
 }
 template <class... Parameters>
 cudaError_t resident_blocks(void (*)(Parameters...), int, size_t shared, int& blocks) {
-  blocks = shared <= emulator::device().shared ? emulator::device().multiprocessors : 0;
+  blocks = emulator::resident_blocks(shared);
   return cudaSuccess;
 }
 inline void grid_barrier() { emulator::wait_for_grid(); }
+inline int thread_number() { return static_cast<int>(threadIdx.x); }
 inline void prefetch(const void*) {}
 
 template <class T>

@@ -98,14 +98,36 @@ __global__ void out_of_shared_bounds(const float* in, float* out) {
   out[threadIdx.x] = values[threadIdx.x];
 }
 
+// out = in backwards by way of out itself: each of the blocks writes its part of in, then reads the others'.
+template <bool fault>
+__global__ void missing_grid_barrier(const float* in, float* out) {
+  const int count = kCount / gridDim.x, i = blockIdx.x * count + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < count) out[i] = in[i];
+  if (!fault) grid_barrier();
+  const float x = static_cast<int>(threadIdx.x) < count ? out[kCount - 1 - i] : 0;
+  grid_barrier();
+  if (static_cast<int>(threadIdx.x) < count) out[i] = x;
+}
+
+template <bool fault>
+__global__ void early_exit(const float* in, float* out) {
+  if (fault && threadIdx.x == 3 && blockIdx.x == 1) return;
+  out[threadIdx.x] = in[kCount - 1 - threadIdx.x];
+  grid_barrier();
+}
+
+template <bool fault>
+__global__ void barrier_of_one_block(const float* in, float* out) {
+  out[threadIdx.x] = in[kCount - 1 - threadIdx.x];
+  if (!fault || blockIdx.x == 0) grid_barrier();
+}
+
 struct Named {
   const char* name;
   void (*kernels[2])(const float*, float*);  // right, with the fault
+  int blocks = 1;                            // more: a cooperative launch
 };
-#define BOTH(name)                     \
-  {                                    \
-    #name, { name<false>, name<true> } \
-  }
+#define BOTH(name, ...) {#name, {name<false>, name<true>}, ##__VA_ARGS__}
 constexpr Named kFaults[] = {
     BOTH(missing_syncthreads),
     BOTH(missing_syncwarp),
@@ -115,6 +137,9 @@ constexpr Named kFaults[] = {
     BOTH(misaligned_access),
     BOTH(out_of_bounds),
     BOTH(out_of_shared_bounds),
+    BOTH(missing_grid_barrier, 4),
+    BOTH(early_exit, 4),
+    BOTH(barrier_of_one_block, 4),
     {"no_wait", {bulk_copies<right>, bulk_copies<no_wait>}},
     {"no_last_wait", {bulk_copies<right>, bulk_copies<no_last_wait>}},
     {"wrong_phase", {bulk_copies<right>, bulk_copies<wrong_phase>}},
@@ -133,8 +158,11 @@ extern "C" __attribute__((visibility("default"))) const char* run_kernel(const c
   using namespace hyperfast::cuda;
   for (const Named& known : kFaults)
     if (!std::strcmp(known.name, name)) {
+      const size_t shared = kCount * sizeof(float);
       const cudaError_t error =
-          launch(known.kernels[fault], 1, threads, kCount * sizeof(float), nullptr, in, out);
+          known.blocks > 1
+              ? launch_cooperative(known.kernels[fault], known.blocks, threads, shared, nullptr, in, out)
+              : launch(known.kernels[fault], 1, threads, shared, nullptr, in, out);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     }
   return "no such kernel";

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tests.fuzz.harness import Draw, assert_right
+from tests.fuzz.lstm import LSTM_OPS
 from tests.fuzz.modules import MODULES
 from tests.fuzz.network_ops import NETWORK_OPS
 from tests.fuzz.ops import GENERATOR_OPS
 
-OPS = {**GENERATOR_OPS, **NETWORK_OPS}
+OPS = {**GENERATOR_OPS, **NETWORK_OPS, **LSTM_OPS}
 
 CASES: dict[str, Callable[[Draw], str]] = {**OPS, **MODULES}
 

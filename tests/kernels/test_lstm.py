@@ -1,5 +1,5 @@
-"""The kernels of `lstm` against the reference in float64: odd sizes, packed rows, norms, dropout, both ways to
-z, and sums over several chunks of steps."""
+"""The kernels of `lstm` against the reference in float64: odd sizes, packed rows, norms, dropout, both ways
+to z, and sums over several chunks of steps."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ EPS = 1e-3
 
 
 class Case(NamedTuple):
-    """batch_sizes; H, M, Z (0, 0: no hyper LSTM). rows_of_z: Z_ROWS; chunk: CHUNK_BYTES; programs: PROGRAMS."""
+    """batch_sizes; H, M, Z (0, 0: no hyper LSTM). rows_of_z: Z_ROWS, chunk: CHUNK_BYTES, programs:
+    PROGRAMS of the kernels."""
 
     batch_sizes: tuple[int, ...]
     H: int
@@ -119,9 +120,9 @@ def poisoned(like: Tensor | None) -> Tensor | None:
     return None if like is None else torch.full_like(like, torch.nan).contiguous()
 
 
-def options_of(case: Case, p: Problem, keyless: bool = False):
-    key = None if case.dropout == 0 else p.key
-    return case.sizes(), torch.tensor(case.batch_sizes, dtype=torch.int64), weights_of(p), key, case.dropout, EPS
+def options_of(case: Case, p: Problem) -> tuple:
+    sizes, key = torch.tensor(case.batch_sizes, dtype=torch.int64), p.key if case.dropout else None
+    return case.sizes(), sizes, weights_of(p), key, case.dropout, EPS
 
 
 def forward(case: Case, p: Problem, kept: bool = True) -> Kept:
@@ -200,14 +201,16 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, assert_accurate)
     for got, right, simple in compare:
         for name, *values in zip(right._fields, got, right, simple, strict=True):
             made, expected, rough = map(flat, values)
+            if not made:
+                continue
             assert all(t.isfinite().all() for t in made), name
             assert_accurate([t.to(dtype) for t in made], expected, dtype, rough)
 
 
 CASES = {
     "everything": Case((3, 2), 7, 5, 2, norms=True, dropout=0.3),
-    "z in the kernels": Case((2, 1), 5, 3, 3, norms=True, rows_of_z=132),
-    "chunks": Case((3, 2, 2), 9, 4, 1, dropout=0.5, chunk=1),
+    "z in the kernels": Case((1, 1), 5, 3, 3, rows_of_z=132),
+    "chunks": Case((3, 2), 9, 4, 1, dropout=0.5, chunk=1),
     "one step": Case((2,), 17, norms=True),
     "plain": Case((2, 1), 6, dropout=0.1),
 }
@@ -215,7 +218,7 @@ MORE = {
     "everything, longer": Case((5, 5, 4, 2, 1, 1), 33, 17, 4, norms=True, dropout=0.2, rows_of_z=132),
     "blocks of columns": Case((3, 3), 257, 16, 5, programs=4),
     "blocks of rows": Case((9, 8, 3), 31, 32, 16, norms=True, programs=3),
-    "one of everything": Case((1,), 1, 1, 1, norms=False, rows_of_z=132),
+    "ones": Case((7, 5), 1, 1, 1, rows_of_z=132),
     "z in several blocks": Case((1, 1), 15, 100, 7, rows_of_z=132, chunk=1),
     "layer norm": Case((4, 4, 3, 3), 65, norms=True, dropout=0.4, chunk=4000),
     "plain, longer": Case((3, 3, 3, 1, 1), 300, chunk=1, programs=2),
@@ -230,7 +233,7 @@ def test_equals_reference(case, device, configured, assert_accurate):
 
 
 def test_half_precision(device, configured, assert_accurate):
-    case = CASES["everything"]._replace(H=12, M=6)
+    case = Case((3,), 12, 6, 5, norms=True)
     configured(case)
     check(case, torch.bfloat16, device, assert_accurate)
 
@@ -244,7 +247,7 @@ def test_equals_reference_in_every_dtype(case, dtype, device, configured, assert
 
 def test_nothing_kept_and_no_gradients_given(device, configured):
     """As in inference, and where only the output or only a last state is used."""
-    case = Case((2, 1), 5, 3, 2, rows_of_z=132)
+    case = Case((2,), 5, 3, 2)
     configured(case)
     p = case.problem(torch.float32, device)
     kept = forward(case, p)
@@ -271,7 +274,7 @@ def test_no_steps(device):
 
 
 def test_equal_bit_for_bit_every_time(device, configured):
-    case = Case((2, 2), 8, 4, 2, dropout=0.5)
+    case = Case((2,), 8, 4, 2, dropout=0.5)
     configured(case)
     p = case.problem(torch.float32, device)
     kept = forward(case, p)

@@ -136,8 +136,9 @@ class TestGroups:
     def test_markdown_without_any_change_and_of_two_layers(self):
         dynamics = by_hand(["abcab"], [[0.0] * 5])
         assert "| letter in a word | 3 | 0 |  | 0 | 0 | 0 | 0 |" in dynamics.to_markdown()
-        both = Dynamics(dynamics.texts, dynamics.changes.expand(2, -1, -1, -1, -1)).to_markdown()
-        assert "of layer 1" in both and "of layer 2" in both
+        both = Dynamics(dynamics.texts, torch.cat([dynamics.changes, dynamics.changes + 1])).to_markdown()
+        assert "weights of layer 1 as" in both and "weights of layer 2 as" in both
+        assert f"| 3 | {math.sqrt(12):.3g} | 1.00 | {math.sqrt(3):.3g} |" in both
 
 
 def drawn(figure):
@@ -202,5 +203,6 @@ class TestFigure:
             len(without.figure().axes[0].texts) == 120
             and not without.figure().axes[0].get_title()[:5] == "layer"
         )
-        both = Dynamics(dynamics.texts, dynamics.changes.expand(2, -1, -1, -1, -1))
-        assert both.figure(length=2, layer=1).axes[0].get_title().startswith("layer 2: ")
+        both = Dynamics(dynamics.texts, torch.cat([dynamics.changes, 2 * dynamics.changes]))
+        signs, lines, axis = drawn(both.figure(length=2, layer=1))
+        assert axis.get_title().startswith("layer 2: ") and lines[0][1].tolist() == [302, 304]
