@@ -50,14 +50,13 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def engine(tensor: Tensor, cuda: str = "", cuda_first: bool = False) -> str:
+def engine(tensor: Tensor, cuda: str = "") -> str:
     """Which kernels serve `tensor`, by its device and dtype: "cpu" (C++), "triton", "cuda" (CUDA C++) or
     "reference", plain PyTorch, where there are none.
 
-    cuda: name of the op's function in `hyperfast._cuda`, if it has one. On a GPU Triton comes first, unless
-    `cuda_first`. The environment variable HYPERFAST_ENGINE asks for one engine; with TRITON_INTERPRET=1
-    "triton" serves tensors on the CPU too. ImportError without CPU kernels, ValueError for an
-    unknown HYPERFAST_ENGINE.
+    cuda: name of the op's function in `hyperfast._cuda`, if it has one. On a GPU Triton comes first. The
+    environment variable HYPERFAST_ENGINE asks for one engine; with TRITON_INTERPRET=1 "triton" serves tensors
+    on the CPU too. ImportError without CPU kernels, ValueError for an unknown HYPERFAST_ENGINE.
     """
     if _WANTED not in ENGINES:
         raise ValueError(f"HYPERFAST_ENGINE must be one of {', '.join(ENGINES)}, got {_WANTED!r}")
@@ -66,8 +65,6 @@ def engine(tensor: Tensor, cuda: str = "", cuda_first: bool = False) -> str:
         return "reference"
     if device == "cuda":
         possible = [name for name, there in (("triton", _TRITON), ("cuda", hasattr(_cuda, cuda))) if there]
-        if cuda_first:
-            possible.reverse()
         return next((name for name in possible if _WANTED in ("auto", name)), "reference")
     if _WANTED == "triton" and _INTERPRETED:
         return "triton"

@@ -48,7 +48,6 @@ library.define(
 
 
 _NONE = (None,) * 4
-ON_CHIP_BATCH = 64  # rows up to which the persistent CUDA kernel goes first
 _PRODUCTS = (0, 2, 3, 4, 5)  # the weights whose gradients are products over all rows
 
 
@@ -162,18 +161,16 @@ def _rows(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _engine(x_gates: Tensor, sizes: Sequence[int], step_sizes: Tensor, backward: bool) -> str:
-    """Which kernels serve. On a GPU Triton's, which launch a few for each step; where the batch is small and
-    the weights fit on chip, launches and reading weights bound a step, and the persistent CUDA kernel does
-    neither (a rule from what each moves; it awaits measurement). The CPU's take no half precision: `lstm`
-    widens it."""
+    """Which kernels serve. On a GPU Triton's; the persistent CUDA kernel, for weights that fit on chip, runs
+    where HYPERFAST_ENGINE asks for it until a measurement says where it wins (csrc/cuda/lstm.cu predicts: up
+    to 32 rows and 512 units in float32). The CPU's take no half precision: `lstm` widens it."""
     if not x_gates.numel():
         return "reference"
-    on_chip = x_gates.is_cuda and hasattr(_cuda, "lstm") and sizes[2] <= ON_CHIP_BATCH
-    if on_chip:
+    name = engine(x_gates, cuda="lstm")
+    if name == "cuda":
         with torch.cuda.device(x_gates.device):
-            arguments = sizes, step_sizes.data_ptr(), dtype_name(x_gates), backward
-            on_chip = not _cuda.lstm_refuses(*arguments)
-    name = engine(x_gates, cuda="lstm" if on_chip else "", cuda_first=on_chip)
+            refused = _cuda.lstm_refuses(sizes, step_sizes.data_ptr(), dtype_name(x_gates), backward)
+        return "reference" if refused else name
     return "reference" if name == "cpu" and x_gates.dtype.itemsize == 2 else name
 
 
