@@ -229,7 +229,7 @@ def test_units_that_are_wrong_are_not_timed(monkeypatch):
     assert len(said) == 1 and "cpu: ArithmeticError: differs from float64 by 1.0e-03" in said[0]
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("layer_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sequences(context, layer_norm):
     cases = {"plain": lstm.Case(2, 3, 4, 5, 3, 2, layer_norm)}
     engines = ("reference",)
