@@ -297,6 +297,7 @@ def test_a_run_learns_and_reports(path, tmp_path, capsys):
     for row in (f"| embedding | {3 * V} |", "| LSTM | 230 |", f"| output | {6 * V} |"):
         assert row in text
     assert f"| hyper LSTM and its maps | {hyper} |" in text
+    assert "| end of a line |" in text and "](dynamics.png)" in text and (out / "dynamics.png").exists()
     assert not capsys.readouterr().err
 
 
@@ -319,6 +320,7 @@ def test_penn_treebank_has_a_test_part_and_published_figures(tmp_path, capsys, m
     assert train(tmp_path, out, "--model", "lstm", "--epochs", "1", "--resume") == 0
     text = (out / "report.md").read_text()
     assert f"| tiny | 1.500 | 0.01 M | {best['test_bpc']:.3f} | 0.00 M |" in text
+    assert "weights change" not in text
     assert "| published, Ha, Dai, Le |  |  | 1.500 |" in text
 
 
