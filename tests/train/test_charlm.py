@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hyperfast.nn import HyperLSTM
 from tests.train.recorded import RecordedGraph
 from tests.train.test_loop import assert_same, last
-from train import charlm, checkpoint, comparison, language
+from train import charlm, checkpoint, compare, comparison, language
 from train.charlm import PUBLISHED, build, parse
 from train.checkpoint import CheckpointError
 from train.language import BPC, TextData
@@ -290,7 +290,12 @@ def test_a_run_learns_and_reports(path, tmp_path, capsys):
     text = (out / "report.md").read_text()
     assert f"| this run, best validation epoch | {best['epoch']} | {best['validation_bpc']:.3f} |" in text
     assert "| layer-norm HyperLSTM 1000 | 1.250 | 4.92 M |  |  |" in text and "characters/s" in text
-    assert "    7 times" in text and (out / "curves.png").exists() and "accuracy" not in text
+    assert (
+        (out / "dynamics.png").exists()
+        and "    7 times" in text
+        and (out / "curves.png").exists()
+        and "accuracy" not in text
+    )
     # V = 26: embedding 78, LSTM 4 * 5 * (3 + 5 + 1) + 2 * 20 + 10, output 26 * 6
     V = len(set(TEXT))
     hyper = 12 * (8 + 3 + 1) + 24 + 6 + 24 * 3 + 16 + 12 * 5 * 2
@@ -325,6 +330,9 @@ def test_penn_treebank_has_a_test_part_and_published_figures(tmp_path, capsys, m
 
 
 def test_models_side_by_side(path, tmp_path):
+    options = ["--command", "charlm", "--models", "lstm,ln_lstm", "--out", str(tmp_path / "c")]
+    plans = compare.plan(*compare.parser().parse_known_args([*options, "--data-path", str(path)]))
+    assert [charlm.parse(plan.arguments).model for plan in plans] == ["lstm", "ln_lstm"]
     for name in ("lstm", "ln_lstm"):
         assert train(path, tmp_path / name, "--model", name, "--epochs", "1") == 0
     runs = [load_run(tmp_path / name) for name in ("lstm", "ln_lstm")]
