@@ -13,7 +13,6 @@
 
 #include <omp.h>
 
-#include "lstm.h"
 #include "multiply.h"
 
 namespace hyperfast {
@@ -145,7 +144,7 @@ class Backward {
   const LstmBackwardScratch<C>& scratch;
   const LstmStrips strips;
   const DPanels d_panels;
-  const bool normed, hyper_normed, hyper, streams;
+  const bool normed, hyper_normed, hyper, packs, streams;
   const C eps;
   const DropoutScale<C> dropout, hyper_dropout;
 
@@ -164,6 +163,7 @@ class Backward {
         normed(p.weights.norms.gates_weight),
         hyper_normed(p.weights.hyper_norms.gates_weight),
         hyper(p.sizes.M),
+        packs(packs_weights_backward(p.sizes)),
         streams(p.sizes.H % W == 0 && (uintptr_t(p.dx_gates) | uintptr_t(p.dh_gates)) % (W * sizeof(C)) == 0),
         eps(C(p.eps)),
         dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 0),
@@ -195,7 +195,7 @@ class Backward {
         pack_z(behind, Share(ceil_div(behind.size, kBackwardRows), thread, threads));
 #pragma omp barrier
       }
-      carry(step, panels, Share(count_panels(s.M), thread, threads), t % 2);
+      carry(step, panels, Share(count_panels(s.M), thread, threads), t % 2, thread);
       if (normed) statistics(behind, panels);
 #pragma omp barrier
     }
@@ -220,14 +220,13 @@ class Backward {
   void prepare(const Share& panels, int64_t thread, int64_t threads) const {
     const LstmWeights& w = p.weights;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      C* packed = weights_of(panel);
-      pack_columns(at<>(w.weight_hh) + panel * kPanel, s.H, 1, 4 * s.H, width(panel), packed);
+      if (packs) pack_weights(at<>(w.weight_hh), panel, 0, 4 * s.H, weights_of(panel));
       std::fill_n(scratch.sums + panel * kSums * kPanel, kSums * kPanel, C(0));
       begin_panel(at<>(p.dh_last), s.H, panel, scratch.dh + panel * s.B * kPanel, kPanel);
       begin_panel(at<>(p.dc_last), s.H, panel, scratch.dc + panel * s.B * kPanel, kPanel);
       if (!hyper) continue;
-      pack_columns(at<>(w.hyper_weight_xh) + panel * kPanel, s.H, 1, 4 * s.M, width(panel),
-                   packed + 4 * s.H * kPanel);
+      if (packs)
+        pack_weights(at<>(w.hyper_weight_xh), panel, 0, 4 * s.M, weights_of(panel) + 4 * s.H * kPanel);
       std::fill_n(scratch.dd_weight + panel * 12 * s.Z * kPanel, 12 * s.Z * kPanel, C(0));
       for (int64_t gate = 0; gate < 4; ++gate)
         d_panels.pack(at<>(w.d_weight), gate * d_panels.panels + panel, scratch.d_panels);
@@ -243,6 +242,11 @@ class Backward {
     const Share blocks(scratch.hyper_blocks, thread, threads);
     const int64_t size = kSums * scratch.padded_M;
     std::fill_n(scratch.hyper_sums + blocks.begin * size, (blocks.end - blocks.begin) * size, C(0));
+  }
+
+  // Rows k to end of a panel of weight [.., H].
+  void pack_weights(const C* weight, int64_t panel, int64_t k, int64_t end, C* to) const {
+    pack_columns(weight + k * s.H + panel * kPanel, s.H, 1, end - k, width(panel), to);
   }
 
   // A panel of from [B, n], or zeros, and zeros in the columns that pad it.
@@ -701,26 +705,48 @@ class Backward {
 
   // ---- the products
 
-  void carry(const Step& step, const Share& panels, const Share& small, bool down) const {
+  void carry(const Step& step, const Share& panels, const Share& small, bool down, int64_t thread) const {
     const C* dhyper_gates = at<>(p.dhyper_gates) + step.start * 4 * s.M;
+    const Factor<C> main{scratch.dh_gates, scratch.padded_gates, 4 * s.H};
+    const Factor<C> one[] = {main}, both[] = {main, {dhyper_gates, 4 * s.M, 4 * s.M}};
     for (int64_t i = panels.begin; i < panels.end; ++i) {
       // the panels used last are still in the cache
       const int64_t panel = down ? panels.begin + panels.end - 1 - i : i, next = down ? panel - 1 : panel + 1;
       C* dh = scratch.dh + panel * s.B * kPanel;
-      const Factor<C> main{scratch.dh_gates, scratch.padded_gates, 4 * s.H};
       const auto multiply_by = [&](const auto& factors) {
         multiply_panel(simd, step.size, factors, weights_of(panel), width(panel), weights_of(next),
                        [&](int64_t row, int64_t j, V sums) { S::store(dh + row * kPanel + j, sums); });
       };
-      const Factor<C> one[] = {main}, both[] = {main, {dhyper_gates, 4 * s.M, 4 * s.M}};
-      if (hyper) multiply_by(both);
-      else multiply_by(one);
+      if (!packs) {
+        multiply_unpacked(step, panel, main, p.weights.weight_hh, dh, false, thread);
+        if (hyper) multiply_unpacked(step, panel, both[1], p.weights.hyper_weight_xh, dh, true, thread);
+      } else if (hyper) {
+        multiply_by(both);
+      } else {
+        multiply_by(one);
+      }
     }
     for (int64_t panel = small.begin; panel < small.end; ++panel)
       multiply_panel(simd, step.size, dhyper_gates, 4 * s.M, scratch.hyper_weight_hh, 4 * s.M, s.M, panel,
                      [&](int64_t row, int64_t j, V sums, int) {
                        S::store(scratch.dhyper_h + row * scratch.padded_M + j, sums);
                      });
+  }
+
+  // dh (+)= the product with a panel of weight [factor.K, H], of which pieces are packed for this call alone.
+  void multiply_unpacked(const Step& step, int64_t panel, const Factor<C>& factor, const void* weight, C* dh,
+                         bool adds, int64_t thread) const {
+    constexpr int64_t held = 12 * kBackwardRows;
+    C* piece = tile_of(thread);
+    for (int64_t k = 0; k < factor.K; k += held, adds = true) {
+      const int64_t end = std::min(k + held, factor.K);
+      pack_weights(at<>(weight), panel, k, end, piece);
+      multiply(simd, step.size, round_up(width(panel), W), factor.a + k, factor.lda, int64_t(1), piece,
+               kPanel, end - k, [&](int64_t row, int64_t j, V sums) {
+                 C* to = dh + row * kPanel + j;
+                 S::store(to, adds ? S::load(to) + sums : sums);
+               });
+    }
   }
 };
 
@@ -729,6 +755,7 @@ class Backward {
 namespace HYPERFAST_ISA {
 
 void lstm_backward(const LstmBackward& p, DType dtype, void* memory, int threads) {
+  threads = lstm_threads(p.sizes, threads);
   const auto run = [&](auto t) {
     using C = decltype(t);
     const LstmBackwardScratch<C> scratch(p.sizes, p.weights.norms.gates_weight, threads, memory);
