@@ -8,7 +8,8 @@
 // threads, and only dh_gates and dz go from core to core. A step has up to five phases with a barrier after
 // each: the gates' gradients by panel (three phases with layer norm, for its sums over a row), the hyper
 // LSTM's by row, the products by panel. What does not depend on the step behind (the gates before
-// normalisation, by the modulation recomputed from z) is done beside the products.
+// normalisation, by the modulation recomputed from z) is done beside the products. At those sizes, AVX-512,
+// two cores: products 0.28 ms (310 GFLOPS), the hyper LSTM 0.03, the rest 0.21; layer norm adds 0.1.
 #include "lstm_backward.h"
 
 #include <omp.h>
@@ -707,24 +708,12 @@ class Backward {
 
   void carry(const Step& step, const Share& panels, const Share& small, bool down, int64_t thread) const {
     const C* dhyper_gates = at<>(p.dhyper_gates) + step.start * 4 * s.M;
-    const Factor<C> main{scratch.dh_gates, scratch.padded_gates, 4 * s.H};
-    const Factor<C> one[] = {main}, both[] = {main, {dhyper_gates, 4 * s.M, 4 * s.M}};
-    for (int64_t i = panels.begin; i < panels.end; ++i) {
-      // the panels used last are still in the cache
-      const int64_t panel = down ? panels.begin + panels.end - 1 - i : i, next = down ? panel - 1 : panel + 1;
-      C* dh = scratch.dh + panel * s.B * kPanel;
-      const auto multiply_by = [&](const auto& factors) {
-        multiply_panel(simd, step.size, factors, weights_of(panel), width(panel), weights_of(next),
-                       [&](int64_t row, int64_t j, V sums) { S::store(dh + row * kPanel + j, sums); });
-      };
-      if (!packs) {
-        multiply_unpacked(step, panel, main, p.weights.weight_hh, dh, false, thread);
-        if (hyper) multiply_unpacked(step, panel, both[1], p.weights.hyper_weight_xh, dh, true, thread);
-      } else if (hyper) {
-        multiply_by(both);
-      } else {
-        multiply_by(one);
-      }
+    const Factor<C> by_h{scratch.dh_gates, scratch.padded_gates, 4 * s.H};
+    const Factor<C> by_hyper{dhyper_gates, 4 * s.M, 4 * s.M};
+    if (packs) multiply_packed(step, panels, by_h, by_hyper, down);
+    for (int64_t panel = panels.begin; !packs && panel < panels.end; ++panel) {
+      multiply_unpacked(step, panel, by_h, p.weights.weight_hh, false, thread);
+      multiply_unpacked(step, panel, by_hyper, p.weights.hyper_weight_xh, true, thread);
     }
     for (int64_t panel = small.begin; panel < small.end; ++panel)
       multiply_panel(simd, step.size, dhyper_gates, 4 * s.M, scratch.hyper_weight_hh, 4 * s.M, s.M, panel,
@@ -733,9 +722,42 @@ class Backward {
                      });
   }
 
+  // dh of some panels. Pieces of the factors that the second cache holds meet all panels in turn; every other
+  // step goes backwards, for what was used last is still in the cache.
+  void multiply_packed(const Step& step, const Share& panels, const Factor<C>& by_h,
+                       const Factor<C>& by_hyper, bool down) const {
+    constexpr int64_t held = 1024 / sizeof(C);
+    const int64_t count = panels.end - panels.begin, of_h = ceil_div(by_h.K, held);
+    const int64_t pieces = (of_h + ceil_div(by_hyper.K, held)) * count;
+    // where the weights of the i-th piece begin, and its factor
+    const auto piece = [&](int64_t i, int64_t& panel, Factor<C>& factor) {
+      if (down) i = pieces - 1 - i;
+      panel = panels.begin + i % count, i /= count;
+      const bool first = i < of_h;
+      const int64_t k = (first ? i : i - of_h) * held;
+      factor = first ? by_h : by_hyper;
+      factor.a += k, factor.K = std::min(held, factor.K - k);
+      return weights_of(panel) + (first ? k : by_h.K + k) * kPanel;
+    };
+    for (int64_t i = 0; i < pieces; ++i) {
+      int64_t panel, next_panel;
+      Factor<C> factors[1], next_factor;
+      const C* weights = piece(i, panel, factors[0]);
+      const C* next = piece(i + 1 < pieces ? i + 1 : i, next_panel, next_factor);
+      const bool adds = i >= count;
+      C* dh = scratch.dh + panel * s.B * kPanel;
+      multiply_panel(simd, step.size, factors, weights, width(panel), next,
+                     [&](int64_t row, int64_t j, V sums) {
+                       C* to = dh + row * kPanel + j;
+                       S::store(to, adds ? S::load(to) + sums : sums);
+                     });
+    }
+  }
+
   // dh (+)= the product with a panel of weight [factor.K, H], of which pieces are packed for this call alone.
-  void multiply_unpacked(const Step& step, int64_t panel, const Factor<C>& factor, const void* weight, C* dh,
+  void multiply_unpacked(const Step& step, int64_t panel, const Factor<C>& factor, const void* weight,
                          bool adds, int64_t thread) const {
+    C* dh = scratch.dh + panel * s.B * kPanel;
     constexpr int64_t held = 12 * kBackwardRows;
     C* piece = tile_of(thread);
     for (int64_t k = 0; k < factor.K; k += held, adds = true) {
