@@ -254,7 +254,7 @@ class Backward {
   void begin_panel(const C* from, int64_t n, int64_t panel, C* to, int64_t ldt) const {
     const int64_t columns = from ? std::min(kPanel, n - panel * kPanel) : 0;
     for (int64_t b = 0; b < s.B; ++b) {
-      std::copy_n(from + b * n + panel * kPanel, columns, to + b * ldt);
+      if (from) std::copy_n(from + b * n + panel * kPanel, columns, to + b * ldt);
       std::fill_n(to + b * ldt + columns, kPanel - columns, C(0));
     }
   }

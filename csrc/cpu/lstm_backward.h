@@ -9,8 +9,8 @@ namespace hyperfast {
 constexpr int64_t kBackwardRows = 16;  // of a tile; a tile is a panel of columns wide
 constexpr int64_t kHyperRows = 4;      // of a block of the hyper LSTM, whose columns are not cut
 constexpr int64_t kMaxStrips = 16;     // neighbouring panels, whose shares of dz are added up together
-constexpr int64_t kWork = 10,
-                  kSums = 14;  // numbers of a unit: kept from phase to phase; summed over all rows
+constexpr int64_t kWork = 10;          // numbers of a unit that are kept from phase to phase
+constexpr int64_t kSums = 14;          // and that are summed over all rows
 
 struct LstmStrips {
   int64_t panels, count;
