@@ -2,6 +2,7 @@
 wide its loads are. In a process without the interpreter."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,29 @@ def launch_of(module: str, name: str, kernel: str = ""):
         for m, n, launch in EXAMPLES
         if (m, n) == (module, name) and kernel in launch.kernel.fn.__name__
     )
+
+
+def test_a_repeated_launch_passes_all_that_the_compiled_kernel_takes(monkeypatch):
+    """In the kernel's order, tensors as addresses, the given integers changed and nothing else."""
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments, stream: made.append((grid, arguments, stream))
+
+    made, launch = [], launch_of("lstm", "LSTM 512, fp16", "fwd")
+    monkeypatch.setattr(type(launch.kernel), "warmup", lambda *_, **__: Compiled())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    call = launch.repeated("rows", "start")
+    call((3, 1, 1), 10, 20)
+    call((2, 1, 1), 9, 30)
+    assert [(grid, stream) for grid, _, stream in made] == [((3, 1, 1), 7), ((2, 1, 1), 7)]
+    wanted = dict(launch.arguments)
+    for (_, arguments, _), rows, start in zip(made, (10, 9), (20, 30), strict=True):
+        found = dict(zip(launch.kernel.arg_names, arguments, strict=True))
+        assert (found.pop("rows"), found.pop("start")) == (rows, start)
+        for name, value in found.items():
+            tensor = isinstance(wanted[name], torch.Tensor)
+            assert value == (wanted[name].data_ptr() if tensor else wanted[name])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from train.models.charlm import MODELS, CharLM
 from train.report import save_figure
 from train.text import Vocabulary, load_text
 
-MODEL_OPTIONS = {  # what makes a model, and in how many numbers it is told
+MODEL_OPTIONS = {  # that make a model, and what `CharLM` calls them
     "model": "kind",
     "embedding_size": "embedding_size",
     "hidden_size": "hidden_size",

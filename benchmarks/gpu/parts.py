@@ -39,6 +39,7 @@ PARTS = (
     Part("sanitizer", 55, "compute-sanitizer, memcheck and racecheck, on small runs of every kernel"),
     Part("machine", 15, "copy bandwidth, peak of matrix products, cost of a launch in a CUDA graph"),
     Part("ops", 65, "every op by Triton, CUDA C++ and torch.compile"),
+    Part("lstm", 60, "HyperLSTM over a sequence against cuDNN's LSTM and the loops of PyTorch"),
     Part("step", 115, "the whole training step of `full`, all ways in turns"),
     Part("train", 65, "`full` to 54.16 % test accuracy"),
 )

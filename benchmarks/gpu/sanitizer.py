@@ -24,7 +24,16 @@ from benchmarks.gpu.smoke import PLANTED
 
 TOOLS = ("memcheck", "racecheck")
 # one is in the name of every kernel of ours; torch's own batch norm has others
-KERNELS = ("generate_", "hyper_", "per_sample_", "sum_parts_", "batch_norm_relu", "batch_norm_s")
+KERNELS = (
+    "generate_",
+    "hyper_",
+    "per_sample_",
+    "sum_parts_",
+    "batch_norm_relu",
+    "batch_norm_s",
+    "lstm_fwd",
+    "lstm_bwd",
+)
 RESERVE = 3.0  # seconds of the part for reading the results
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_per_sample
+from benchmarks.bench_lstm import Case as SequenceCase
 from benchmarks.bench_merged import Case, eager, ours
+from benchmarks.gpu import lstm
 from benchmarks.gpu.generators import (
     ENGINES,
     PASSES,
@@ -33,6 +35,7 @@ PLANTED = "planted"
 SHAPES = [(5, 16), (257, 16), (1023, 16), (63, 3)]
 LAYERS = [Case(5, 33, 17, 16), Case(5, 33, 17, 16, torch.bfloat16), Case(9, 16, 19, 16, kernel=3)]
 
+SEQUENCES = [SequenceCase(3, 2, 5, 17, 7, 3, layer_norm) for layer_norm in (False, True)]
 PER_SAMPLE = [bench_per_sample.Case(5, 0, 33, 17), bench_per_sample.Case(3, 5, 6, 7, kernel=3)]
 
 
@@ -98,6 +101,17 @@ def batch_norm(device: torch.device) -> Iterator[str]:
         yield f"batch norm, {dtype}"
 
 
+def sequences(device: torch.device, engines: Sequence[str]) -> Iterator[str]:
+    def fail(what: str) -> None:
+        raise ArithmeticError(what)
+
+    for case in SEQUENCES:
+        trains = lstm.trains(case, torch.float32, device, engines, None)
+        for way in lstm.checked(case, trains, torch.float32, device, 1e-4, fail):
+            if way in engines:
+                yield f"HyperLSTM{', layer norm' * case.layer_norm} by {way}"
+
+
 def run_all(device: torch.device, engines: Sequence[str]) -> list[str]:
     """Names of what ran; raises ArithmeticError where a result is wrong. Products and convolutions of plain
     PyTorch are in float32 from here on: its own default has TF32 in cuDNN."""
@@ -106,7 +120,7 @@ def run_all(device: torch.device, engines: Sequence[str]) -> list[str]:
     torch.manual_seed(0)
     ran = []
     layers = merged_layers(device, engines), per_sample_layers(device, engines)
-    for group in (passes(device, engines), *layers, batch_norm(device)):
+    for group in (passes(device, engines), *layers, batch_norm(device), sequences(device, engines)):
         for name in group:
             print(name, flush=True)
             ran.append(name)

@@ -3,17 +3,14 @@
 // embeddings and scales, and the weights read once from the cache that holds them (5.7 MB in float32 at H
 // 512, M 128, Z 16). One parallel region covers the sequence. A step has two phases with a barrier after
 // each: the products, of which every thread makes the columns of the panels it owns, and everything else, row
-// by row; the 12 H scales and offsets of a row live in registers only.
+// by row; the 12 H scales and offsets of a row live in registers only. At those sizes, 32 rows, layer norm,
+// AVX-512, two cores: products 0.30 ms (290 GFLOPS), the rest 0.09.
 #include "lstm.h"
 
 #include <omp.h>
 
-#include <algorithm>
-
 namespace hyperfast {
 namespace {
-
-constexpr int64_t kThreadProducts = 32768;  // of a step, that outweigh what a thread costs at its barriers
 
 // The norms of a cell of n units; all null: none.
 template <class C>
@@ -330,9 +327,7 @@ struct Sequence {
 namespace HYPERFAST_ISA {
 
 void lstm(const Lstm& p, DType dtype, void* memory, int threads) {
-  const LstmSizes& s = p.sizes;
-  const int64_t products = s.B * 4 * (s.H * s.H + s.M * (s.H + s.M));  // a step's
-  threads = int(std::min<int64_t>(threads, 1 + products / kThreadProducts));
+  threads = lstm_threads(p.sizes, threads);
   const auto run = [&](auto c) {
     using C = decltype(c);
     const LstmScratch<C> scratch(p.sizes, p.h_gates, threads, memory);

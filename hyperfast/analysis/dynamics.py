@@ -33,7 +33,7 @@ def weight_changes(cell: HyperLSTMCell, hyper_h: Tensor) -> Tensor:
 
         diag(d_x[t] - d_x[t-1]) weight_ih,    diag(d_h[t] - d_h[t-1]) weight_hh,    d_b[t] - d_b[t-1]
 
-    in the rows of each gate (i, f, g, o), as plotted in figure 4 of Ha, Dai and Le, "HyperNetworks" (2017),
+    in the rows of each gate (i, f, g, o), as plotted under a text by Ha, Dai and Le, "HyperNetworks" (2017),
     for weight_hh. hyper_h [..., T, M]: outputs of the hyper LSTM at consecutive steps. The norm over places
     and gates is that of the change of all weights.
 

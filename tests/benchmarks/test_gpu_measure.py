@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.bench_per_sample import Case
-from benchmarks.gpu import generators, layers, machine, smoke, step, step_ways, timing, units
+from benchmarks.gpu import generators, layers, lstm, machine, smoke, step, step_ways, timing, units
 from benchmarks.gpu.generators import ADAMW, BACKWARD, COMPILED, PASSES
 from benchmarks.gpu.record import Context
 from benchmarks.gpu.step_worker import StepRunner
@@ -229,9 +229,38 @@ def test_units_that_are_wrong_are_not_timed(monkeypatch):
     assert len(said) == 1 and "cpu: ArithmeticError: differs from float64 by 1.0e-03" in said[0]
 
 
+@pytest.mark.parametrize("layer_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sequences(context, layer_norm):
+    cases = {"plain": lstm.Case(2, 3, 4, 5, 3, 2, layer_norm)}
+    engines = ("reference",)
+    lstm.time_lstm(context, CPU, cases, ("float32", "bfloat16"), engines, 1, "eager", product=16)
+    assert context.record.failures == []
+    (table,) = context.record.tables
+    ways = [lstm.LOOP, "reference", lstm.CUDNN, "floor of the products"]
+    assert [row[2] for row in table.rows] == [lstm.LOOP, lstm.COMPILED, *ways[1:], *ways]
+    assert all(float(row[4]) > 0 for row in table.rows)
+    facts = context.record.facts["lstm_step_seconds"]
+    assert set(facts["plain, float32"]["graph"]) == {*ways[:3], lstm.COMPILED}
+    assert facts["plain, bfloat16"]["recurrent_bytes"] == 4 * (100 + 96 + 24 * 8)
+    assert len(context.record.lines) == 2
+    context.end -= context.remaining()
+    lstm.time_lstm(context, CPU, cases, ("TF32",), engines, 1)
+    assert context.record.lines[-1].endswith("no time left")
+
+
+def test_sequences_that_are_wrong_are_not_timed(monkeypatch):
+    case, said = lstm.Case(2, 3, 4, 5, 3, 2, False), []
+    made = lstm.trains(case, torch.float32, CPU, ("reference",), None)
+    right = made["reference"]
+    made["reference"] = lambda: [1.01 * t for t in right()]
+    assert set(lstm.checked(case, made, torch.float32, CPU, 1e-3, said.append)) == {lstm.LOOP}
+    assert len(said) == 1 and "reference: ArithmeticError: differs from float64 by 1.0e-02" in said[0]
+
+
 def test_small_runs_for_the_sanitizer(capsys):
     ran = smoke.run_all(CPU, (NATIVE,))
-    assert len(ran) == len(PASSES) + len(smoke.LAYERS) + len(smoke.PER_SAMPLE) + 2
+    sequences = len(smoke.SEQUENCES) * lstm.serves(NATIVE, smoke.SEQUENCES[0], torch.float32, CPU)
+    assert len(ran) == len(PASSES) + len(smoke.LAYERS) + len(smoke.PER_SAMPLE) + 2 + sequences
     assert capsys.readouterr().out.count("\n") == len(ran)
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 

@@ -194,9 +194,9 @@ def test_the_list(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [p.name for p in PARTS]
 
 
-def test_all_parts_fit_in_eight_minutes_and_exist():
+def test_all_parts_fit_in_nine_minutes_and_exist():
     """With half a minute for their imports and ends."""
-    assert sum(part.seconds for part in PARTS) <= 450
+    assert sum(part.seconds for part in PARTS) <= 510
     for part in PARTS:
         path = ROOT / (part.module_name().replace(".", "/") + ".py")
         assert "def run(context: Context) -> None" in path.read_text()

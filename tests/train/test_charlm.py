@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hyperfast.nn import HyperLSTM
 from tests.train.recorded import RecordedGraph
 from tests.train.test_loop import assert_same, last
-from train import charlm, checkpoint, comparison, language
+from train import charlm, checkpoint, compare, comparison, language
 from train.charlm import PUBLISHED, build, parse
 from train.checkpoint import CheckpointError
 from train.language import BPC, TextData
@@ -18,7 +18,7 @@ from train.models.charlm import MODELS, CharLM
 from train.summary import load_run
 from train.text import Vocabulary, load_text
 
-TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}, they say.\n" for i in range(60))
+TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}, they say.\n" for i in range(30))
 SIZES = ["--seq-length", "6", "--batch-size", "8", "--embedding-size", "3", "--hidden-size", "5"]
 SMALL = [
     *SIZES,
@@ -114,12 +114,12 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers_of_parameters(name):
-    """Of the paper's models, to the 20,000 by which its table and its equations differ."""
+    """Of the paper's models, to the 25,000 by which its table and its equations differ."""
     options = vars(parse(["--recipe", "paper"])) | PUBLISHED[name].options
     with torch.device("meta"):
         model = build(options, Vocabulary(chr(65 + i) for i in range(49)), fused=True)
     count = sum(p.numel() for p in model.parameters())
-    assert count / 1e6 == pytest.approx(PUBLISHED[name].parameters, abs=0.02)
+    assert count / 1e6 == pytest.approx(PUBLISHED[name].parameters, abs=0.025)
     assert model.embedding is None and model.dropout == 0.1
     assert [cell.recurrent_dropout for cell in model.lstm.layers] == pytest.approx(
         [0.1] * options["num_layers"]
@@ -229,9 +229,10 @@ def test_learning_rate_on_a_plateau_is_torchs():
 # ---- runs ----
 
 
-@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
-def test_resume_is_bit_exact(path, tmp_path, fused):
+@pytest.mark.parametrize("fused", ["--fused", pytest.param("--no-fused", marks=pytest.mark.slow)])
+def test_resume_is_bit_exact(path, tmp_path, fused, monkeypatch):
     """Dropout, recurrent dropout, state and learning rate: a run in two parts is the whole one."""
+    monkeypatch.setattr(TextData, "evaluate", lambda *_: (1.0, 3.0))  # never better: the rate falls
     options = (fused, "--model", "ln_hyper_lstm", *DROPPED, "--patience", "0", "--lr", "0.2", "--epochs", "4")
     assert train(path, tmp_path / "whole", *options) == 0
     stopped = trainer_of(path, tmp_path / "parts", *options)
@@ -241,17 +242,12 @@ def test_resume_is_bit_exact(path, tmp_path, fused):
     assert train(path, tmp_path / "parts", *options, "--resume") == 0
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
     assert_same(whole, parts)
-    rates, figures = ([row[name] for row in whole["history"]] for name in ("lr", "validation_bpc"))
-    wanted = plateau(0.2, 0.5, 0, BPC, lambda: [{"validation_bpc": f} for f in figures[:-1]])(3, 0)
-    assert rates[-1] == wanted < rates[0] == 0.2
-    assert (
-        whole["vocabulary"]
-        == sorted(set(TEXT))
-        == checkpoint.load(tmp_path / "whole" / "best.pt")["vocabulary"]
-    )
+    assert [row["lr"] for row in whole["history"]] == [0.2, 0.2, 0.1, 0.05]
+    best = checkpoint.load(tmp_path / "whole" / "best.pt")
+    assert whole["vocabulary"] == best["vocabulary"] == sorted(set(TEXT))
 
 
-@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+@pytest.mark.parametrize("fused", ["--fused", pytest.param("--no-fused", marks=pytest.mark.slow)])
 def test_a_graphed_run_is_the_eager_run(path, tmp_path, monkeypatch, fused):
     recorders = []
 
@@ -294,13 +290,19 @@ def test_a_run_learns_and_reports(path, tmp_path, capsys):
     text = (out / "report.md").read_text()
     assert f"| this run, best validation epoch | {best['epoch']} | {best['validation_bpc']:.3f} |" in text
     assert "| layer-norm HyperLSTM 1000 | 1.250 | 4.92 M |  |  |" in text and "characters/s" in text
-    assert "    7 times" in text and (out / "curves.png").exists() and "accuracy" not in text
+    assert (
+        (out / "dynamics.png").exists()
+        and "    7 times" in text
+        and (out / "curves.png").exists()
+        and "accuracy" not in text
+    )
     # V = 26: embedding 78, LSTM 4 * 5 * (3 + 5 + 1) + 2 * 20 + 10, output 26 * 6
     V = len(set(TEXT))
     hyper = 12 * (8 + 3 + 1) + 24 + 6 + 24 * 3 + 16 + 12 * 5 * 2
     for row in (f"| embedding | {3 * V} |", "| LSTM | 230 |", f"| output | {6 * V} |"):
         assert row in text
     assert f"| hyper LSTM and its maps | {hyper} |" in text
+    assert "| end of a line |" in text and "](dynamics.png)" in text and (out / "dynamics.png").exists()
     assert not capsys.readouterr().err
 
 
@@ -308,7 +310,7 @@ def test_penn_treebank_has_a_test_part_and_published_figures(tmp_path, capsys, m
     monkeypatch.delenv("HYPERFAST_DATA", raising=False)
     folder = tmp_path / "text" / "ptb"
     folder.mkdir(parents=True)
-    for part, size in (("train", 1500), ("valid", 300), ("test", 400)):
+    for part, size in (("train", 400), ("valid", 100), ("test", 150)):
         symbols = TEXT.replace("\n", " ").replace(" ", "_")[:size]
         (folder / f"ptb.char.{part}.txt").write_text(" ".join(symbols) + " \n")
     out = tmp_path / "run"
@@ -317,16 +319,20 @@ def test_penn_treebank_has_a_test_part_and_published_figures(tmp_path, capsys, m
     assert f"test bits per character {best['test_bpc']:.3f} at the best" in capsys.readouterr().out
     assert charlm.main(["--mode", "eval", "--data", str(tmp_path), "--load-model", str(out / "best.pt")]) == 0
     rows = capsys.readouterr().out
-    assert f"| validation | 300 | {best['validation_bpc']:.3f} |" in rows
-    assert f"| test | 400 | {best['test_bpc']:.3f} |" in rows
+    assert f"| validation | 101 | {best['validation_bpc']:.3f} |" in rows
+    assert f"| test | 151 | {best['test_bpc']:.3f} |" in rows
     monkeypatch.setitem(PUBLISHED, "tiny", charlm.Published(1.5, 0.01, load_run(out).summary["recipe"]))
     assert train(tmp_path, out, "--model", "lstm", "--epochs", "1", "--resume") == 0
     text = (out / "report.md").read_text()
     assert f"| tiny | 1.500 | 0.01 M | {best['test_bpc']:.3f} | 0.00 M |" in text
+    assert "weights change" not in text
     assert "| published, Ha, Dai, Le |  |  | 1.500 |" in text
 
 
 def test_models_side_by_side(path, tmp_path):
+    options = ["--command", "charlm", "--models", "lstm,ln_lstm", "--out", str(tmp_path / "c")]
+    plans = compare.plan(*compare.parser().parse_known_args([*options, "--data-path", str(path)]))
+    assert [charlm.parse(plan.arguments).model for plan in plans] == ["lstm", "ln_lstm"]
     for name in ("lstm", "ln_lstm"):
         assert train(path, tmp_path / name, "--model", name, "--epochs", "1") == 0
     runs = [load_run(tmp_path / name) for name in ("lstm", "ln_lstm")]
@@ -414,13 +420,13 @@ def test_bad_options(arguments, message, capsys):
     [
         ("", [], "sums.txt is empty"),
         (TEXT, ["--seq-length", "4000"], "needs 4,001: choose a smaller one"),
-        (TEXT, ["--seq-length", "250", "--batch-size", "9"], "a batch of 9 passages of 250 needs 2,251"),
+        (TEXT, ["--seq-length", "50", "--batch-size", "20"], "a batch of 20 passages of 50 needs 1,001"),
         (
             TEXT,
-            ["--val-split", "0.001"],
-            "the validation text has 2 characters; a sequence length of 6 needs 7",
+            ["--val-split", "0.005"],
+            "the validation text has 4 characters; a sequence length of 6 needs 7",
         ),
-        (TEXT + "§", [], "1 of 248 characters are not among the"),
+        (TEXT + "§", [], "1 of 82 characters are not among the"),
         (TEXT, ["--prime-text", "7 × 7"], "--prime-text: 1 of 5 characters are not among the"),
         (TEXT, ["--load-model", "nowhere.pt"], "nowhere.pt: no such file"),
         (None, [], "sums.txt does not exist"),
@@ -429,7 +435,7 @@ def test_bad_options(arguments, message, capsys):
 def test_bad_data(path, tmp_path, text, options, message, capsys):
     path.unlink() if text is None else path.write_text(text)
     assert train(path, tmp_path / "run", *options) == 2
-    assert message in one_line(capsys).replace("247", "248")
+    assert message in one_line(capsys)
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
