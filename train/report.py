@@ -315,7 +315,3 @@ def marks(points: int, i: int, curves: int) -> tuple[int, int]:
 def size_cells(megabytes: float, points: float) -> list[str]:
     """Size, and megabytes for each point of a figure."""
     return [f"{megabytes:.1f}", f"{megabytes / points:.2f}" if points else "-"]
-
-
-def percent(row: Row, part: str) -> str:
-    return ACCURACY.cell(row, part)
