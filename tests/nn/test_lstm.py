@@ -431,6 +431,17 @@ def test_compile(kind):
     torch._dynamo.reset()
 
 
+def test_compile_packed():
+    """In one graph, whatever lengths come: their number is the batch."""
+    torch._dynamo.reset()
+    model = MODELS["lstm"]()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    _, packed = packed_input()
+    with torch.no_grad():
+        assert_close(flat(compiled(packed)), flat(model(packed)))
+    torch._dynamo.reset()
+
+
 def test_autocast():
     model = HyperLSTM(16, 24, 2, 8, 4, layer_norm=True)
     x = torch.randn(10, 3, 16)
