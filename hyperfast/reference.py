@@ -640,6 +640,7 @@ def lstm_backward(
         _add(dnorms, parts)
         state.c.copy_(dc)
         dx_gates[now] = dh_gates[now] = dgates
+        dh_by_hyper = 0
         if hyper is not None:
             parts = _modulation_backward(dgates, x_gates[now], h_gates[now], z[now], hyper.d_weight)
             dx_gates[now], dh_gates[now], dz[now], part = parts
@@ -653,8 +654,7 @@ def lstm_backward(
             dhyper_gates[now] = dgates
             state.hyper_h.copy_(dgates @ hyper.weight_hh)
             state.hyper_c.copy_(dc)
-        state.h.copy_(dh_gates[now] @ weight_hh)
-        if hyper is not None:
-            state.h.add_(dhyper_gates[now] @ hyper.weight_xh)
+            dh_by_hyper = dgates @ hyper.weight_xh
+        state.h.copy_(dh_gates[now] @ weight_hh + dh_by_hyper)
         end = start
     return LSTMGradients(dx_gates, dh_gates, dhyper_gates, dz, dstate, dbias, dd_weight, dnorms, dhyper_norms)
