@@ -406,10 +406,10 @@ def _step_scale(key: Tensor | None, rows: Tensor, like: Tensor, stream: int, dro
     return dropout_scale(key, rows, like.shape[1], stream, dropout).to(like.dtype) if dropout else None
 
 
-def _modulation(z: Tensor, d_weight: Tensor) -> tuple[Tensor, ...]:
-    """The scales d_x and d_h and offsets d_b [B, 4H] by the embeddings z [B, 12Z]."""
-    d = torch.einsum("bpz,phz->bph", z.view(len(z), 12, -1), d_weight)
-    return d.reshape(len(z), 3, -1).unbind(1)
+def modulation(z: Tensor, d_weight: Tensor) -> tuple[Tensor, ...]:
+    """The scales d_x and d_h and offsets d_b [B, 4H] by the embeddings z [B, 12Z] and d_weight [12, H, Z]."""
+    d = torch.einsum("bpz,phz->bph", z.unflatten(1, (12, -1)), d_weight)
+    return d.unflatten(1, (3, 4)).flatten(2).unbind(1)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -453,7 +453,7 @@ def lstm_step(
     gates = hyper.x_gates + state.h @ hyper.weight_xh.mT + state.hyper_h @ hyper.weight_hh.mT
     hyper_scale = _step_scale(key, rows, state.hyper_c, 1, dropout)
     hyper_h, hyper_c = _lstm_step(gates, state.hyper_c, hyper.norms, hyper_scale, eps)
-    d_x, d_h, d_b = _modulation(F.linear(hyper_h, hyper.z_weight, hyper.z_bias), hyper.d_weight)
+    d_x, d_h, d_b = modulation(F.linear(hyper_h, hyper.z_weight, hyper.z_bias), hyper.d_weight)
     gates = d_x * x_gates + d_h * h_gates + d_b + bias
     return LSTMState(*_lstm_step(gates, state.c, norms, scale, eps), hyper_h, hyper_c)
 
@@ -571,6 +571,18 @@ def _cell_backward(
     return dgates.flatten(1), dc * f, dnorms
 
 
+def _modulation_backward(
+    dgates: Tensor, x_gates: Tensor, h_gates: Tensor, z: Tensor, d_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx_gates, dh_gates [B, 4H], dz [B, 12Z] and dd_weight, of gates = d_x * x_gates + d_h * h_gates + d_b
+    with the `modulation` by z."""
+    d_x, d_h, _ = modulation(z, d_weight)
+    dd = torch.cat((x_gates * dgates, h_gates * dgates, dgates), 1).view(len(z), 12, -1)
+    dz = torch.einsum("bph,phz->bpz", dd, d_weight).flatten(1)
+    dd_weight = torch.einsum("bph,bpz->phz", dd, z.view(len(z), 12, -1))
+    return d_x * dgates, d_h * dgates, dz, dd_weight
+
+
 def lstm_backward(
     batch_sizes: Tensor,
     weight_hh: Tensor,
@@ -620,7 +632,7 @@ def lstm_backward(
         state = LSTMState(*(None if s is None else s[:size] for s in dstate))
         gates, scale = x_gates[now] + h_gates[now] + bias, _step_scale(key, rows, c, 0, dropout)
         if hyper is not None:
-            d_x, d_h, d_b = _modulation(z[now], hyper.d_weight)
+            d_x, d_h, d_b = modulation(z[now], hyper.d_weight)
             gates = d_x * x_gates[now] + d_h * h_gates[now] + d_b + bias
         state.h.add_(dh[now])  # of rows that end here it held what dlast says
         dgates, dc, parts = _cell_backward(gates, cs[before], c[now], norms, scale, eps, state.h, state.c)
@@ -628,11 +640,11 @@ def lstm_backward(
         _add(dnorms, parts)
         state.c.copy_(dc)
         dx_gates[now] = dh_gates[now] = dgates
+        dh_by_hyper = 0
         if hyper is not None:
-            dx_gates[now], dh_gates[now] = d_x * dgates, d_h * dgates
-            dd = torch.cat((x_gates[now] * dgates, h_gates[now] * dgates, dgates), 1).view(size, 12, -1)
-            dz[now] = torch.einsum("bph,phz->bpz", dd, hyper.d_weight).flatten(1)
-            dd_weight += torch.einsum("bph,bpz->phz", dd, z[now].view(size, 12, -1))
+            parts = _modulation_backward(dgates, x_gates[now], h_gates[now], z[now], hyper.d_weight)
+            dx_gates[now], dh_gates[now], dz[now], part = parts
+            dd_weight += part
             state.hyper_h.add_(dz[now] @ hyper.z_weight)
             gates, scale = hyper_gates[now], _step_scale(key, rows, hyper_c, 1, dropout)
             dgates, dc, parts = _cell_backward(
@@ -642,8 +654,7 @@ def lstm_backward(
             dhyper_gates[now] = dgates
             state.hyper_h.copy_(dgates @ hyper.weight_hh)
             state.hyper_c.copy_(dc)
-        state.h.copy_(dh_gates[now] @ weight_hh)
-        if hyper is not None:
-            state.h.add_(dhyper_gates[now] @ hyper.weight_xh)
+            dh_by_hyper = dgates @ hyper.weight_xh
+        state.h.copy_(dh_gates[now] @ weight_hh + dh_by_hyper)
         end = start
     return LSTMGradients(dx_gates, dh_gates, dhyper_gates, dz, dstate, dbias, dd_weight, dnorms, dhyper_norms)

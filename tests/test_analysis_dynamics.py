@@ -1,5 +1,7 @@
 """hyperfast.analysis: the weights that a HyperLSTM makes at every step, against their definition."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ def test_scales_give_the_cells_own_step(sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("leading", [(), (2, 3)])
+@pytest.mark.parametrize("leading", [(), (2, 3), (0,)])
 def test_changes_are_the_norms_of_the_weights_differences(sizes, leading):
     cell = random_cell(*sizes)
     hyper_h = torch.randn(*leading, 7, sizes[2], dtype=torch.float64)
@@ -51,6 +53,15 @@ def test_changes_are_the_norms_of_the_weights_differences(sizes, leading):
     weights = d_x[..., None] * cell.weight_ih, d_h[..., None] * cell.weight_hh, d_b[..., None]
     wanted = [w.diff(dim=-3).unflatten(-2, (4, -1)).norm(dim=(-2, -1)) for w in weights]
     torch.testing.assert_close(changes, torch.stack(wanted, -2).detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_small_changes_in_float32():
+    """Embeddings are near their bias, 1: the difference of two would be rounding."""
+    cell = HyperLSTMCell(3, 5, 4, 2)
+    torch.nn.init.normal_(cell.z_weight)
+    hyper_h = 0.5 + 1e-6 * torch.randn(9, 4)
+    exact = analysis.weight_changes(copy.deepcopy(cell).double(), hyper_h.double())
+    torch.testing.assert_close(analysis.weight_changes(cell, hyper_h), exact, rtol=1e-6, atol=0)
 
 
 def test_changes_of_a_new_cell_are_zero_in_the_scales():

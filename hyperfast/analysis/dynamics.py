@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast.nn import HyperLSTMCell
+from hyperfast.reference import modulation
 
 
 def dynamic_scales(cell: HyperLSTMCell, hyper_h: Tensor) -> Tensor:
@@ -15,15 +16,9 @@ def dynamic_scales(cell: HyperLSTMCell, hyper_h: Tensor) -> Tensor:
 
     hyper_h [..., M]: outputs of the cell's hyper LSTM, of the steps themselves, not those before.
     """
-    z = _embeddings(cell, hyper_h)
-    return torch.einsum("...pz,phz->...ph", z, cell.d_weight).unflatten(-2, (3, 4))
-
-
-def _embeddings(cell: HyperLSTMCell, hyper_h: Tensor) -> Tensor:
-    """z [..., 12, Z]."""
-    Z = cell.d_weight.shape[2]
-    z_bias = F.pad(cell.z_bias, (0, 4 * Z))  # none for the shift
-    return F.linear(hyper_h, cell.z_weight, z_bias).unflatten(-1, (12, Z))
+    *leading, M = hyper_h.shape
+    z = F.linear(hyper_h.reshape(-1, M), cell.z_weight, cell.full_z_bias())
+    return torch.stack(modulation(z, cell.d_weight), 1).view(*leading, 3, 4, cell.hidden_size)
 
 
 @torch.no_grad()
@@ -45,5 +40,6 @@ def weight_changes(cell: HyperLSTMCell, hyper_h: Tensor) -> Tensor:
     rows = [weight.double().norm(dim=1) for weight in (cell.weight_ih, cell.weight_hh)]
     rows = torch.stack([*rows, torch.ones_like(rows[0])]).view(12, H, 1)
     R = torch.linalg.qr(rows * cell.d_weight.double(), mode="r").R
-    dz = _embeddings(cell, hyper_h).double().diff(dim=-3)
+    # of the differences, not the difference of z: that is near its bias, whose rounding would be all there is
+    dz = F.linear(hyper_h.double().diff(dim=-2), cell.z_weight.double()).unflatten(-1, (12, -1))
     return torch.einsum("...pz,pyz->...py", dz, R).norm(dim=-1).unflatten(-1, (3, 4))

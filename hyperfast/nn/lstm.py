@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from hyperfast.ops._library import check_backend
+from hyperfast.ops._library import check_backend, check_dense
 from hyperfast.ops.lstm import lstm
 from hyperfast.reference import HyperCell, LSTMState, Norms
 
@@ -25,13 +25,16 @@ def _check_size(name: str, size: int) -> int:
     return size
 
 
-def _check_share(name: str, share: float) -> float:
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ValueError(f"{name} must be the share to drop, a number from 0 to 1, got {share!r}")
+def _check_share(name: str, share: float, one_allowed: bool) -> float:
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not 0 <= share <= 1 or (share == 1 and not one_allowed):
+        bounds = "from 0 to 1" if one_allowed else "from 0 to below 1"
+        raise ValueError(f"{name} must be the share to drop, a number {bounds}, got {share!r}")
     return float(share)
 
 
 def _check_input(input: Tensor, dims: Sequence[int], wanted: str, features: int) -> None:
+    check_dense("input", input)
     if input.dim() not in dims:
         raise ValueError(f"input must be {wanted}, got shape {list(input.shape)}")
     if input.shape[-1] != features:
@@ -49,15 +52,17 @@ def _full_state(state: State | None, sizes: Sequence[int], lead: Sequence[int], 
     if state is not None and not isinstance(state, tuple | list):
         raise TypeError(f"state must be a tuple of tensors, got {type(state).__name__}")
     given = [] if state is None else list(state)
-    if len(given) not in (0, 2, 4) or any(s is not None for s in given[len(sizes) :]):
+    fits = state is None or len(given) in (2, 4)
+    if not fits or any(s is not None for s in given[len(sizes) :]):
         wanted = "(h, c)" if len(sizes) == 2 else "(h, c) or (h, c, hyper_h, hyper_c)"
         raise ValueError(f"state must be {wanted}, got {len(given)} tensors")
-    given += [None] * (len(sizes) - len(given))
+    if all(s is None for s in given[2:]):
+        given = given[:2]
     for name, tensor, size in zip(LSTMState._fields, given, sizes, strict=False):
-        if tensor is not None and tuple(tensor.shape) != (*lead, size):
+        check_dense(f"{name} of the state", tensor)
+        if tuple(tensor.shape) != (*lead, size):
             raise ValueError(f"{name} of the state must be {[*lead, size]}, got {list(tensor.shape)}")
-    full = zip(given, sizes, strict=False)
-    return LSTMState(*(like.new_zeros(*lead, size) if s is None else s for s, size in full))
+    return LSTMState(*given, *(like.new_zeros(*lead, size) for size in sizes[len(given) :]))
 
 
 def _orthogonal_(weight: Tensor) -> None:
@@ -98,9 +103,7 @@ class _Cell(nn.Module):
         super().__init__()
         self.input_size, self.hidden_size = input_size, hidden_size
         self.layer_norm, self.backend = bool(layer_norm), check_backend(backend)
-        self.recurrent_dropout = _check_share("recurrent_dropout", recurrent_dropout)
-        if self.recurrent_dropout == 1:
-            raise ValueError("recurrent_dropout must be below 1: with 1 nothing reaches the cell state")
+        self.recurrent_dropout = _check_share("recurrent_dropout", recurrent_dropout, one_allowed=False)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
@@ -128,13 +131,13 @@ class _Cell(nn.Module):
         """What scales the gates, for inputs x [N, I]."""
         return None
 
-    def sequence(
+    def _sequence(
         self, x: Tensor, state: LSTMState, batch_sizes: Tensor | None = None
     ) -> tuple[Tensor, LSTMState]:
         """h of every step [N, H] and the last state, for x [N, I], rows step by step as in
         `PackedSequence.data`, and its `batch_sizes`; None: every step has as many rows as the state."""
         if x.dtype != self.weight_ih.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"input must be {self.weight_ih.dtype} like the weights, got {x.dtype}")
+            raise TypeError(f"input must be {self.weight_ih.dtype} like the weights, got {x.dtype}")
         dropout = self.recurrent_dropout if self.training else 0.0
         key = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
         hyper = self._hyper(x)
@@ -142,7 +145,7 @@ class _Cell(nn.Module):
         weights = self.weight_hh, self.bias, self._norms(), hyper
         return lstm(x_gates, state, *weights, batch_sizes, key, dropout, backend=self.backend)
 
-    def public(self, state: LSTMState) -> State:
+    def _returned(self, state: LSTMState) -> State:
         """The state as callers get it."""
         return state if len(self.state_sizes) == 4 else (state.h, state.c)
 
@@ -150,9 +153,9 @@ class _Cell(nn.Module):
         _check_input(input, (1, 2), f"[B, {self.input_size}] or [{self.input_size}]", self.input_size)
         full = _full_state(state, self.state_sizes, input.shape[:-1], input)
         if input.dim() == 2:
-            return self.public(self.sequence(input, full)[1])
-        _, last = self.sequence(input.unsqueeze(0), _each(full, lambda s: s.unsqueeze(0)))
-        return self.public(_each(last, lambda s: s.squeeze(0)))
+            return self._returned(self._sequence(input, full)[1])
+        _, last = self._sequence(input.unsqueeze(0), _each(full, lambda s: s.unsqueeze(0)))
+        return self._returned(_each(last, lambda s: s.squeeze(0)))
 
     def extra_repr(self) -> str:
         options = {"layer_norm": self.layer_norm, "recurrent_dropout": self.recurrent_dropout}
@@ -249,12 +252,15 @@ class HyperLSTMCell(_Cell):
         nn.init.constant_(self.d_weight[:8], 0.1 / Z)
         nn.init.zeros_(self.d_weight[8:])
 
+    def full_z_bias(self) -> Tensor:
+        """z_bias of all embeddings [12Z]: those of the shift have none, so 0."""
+        return F.pad(self.z_bias, (0, 4 * self.embedding_size))
+
     def _hyper(self, x: Tensor) -> HyperCell:
         weight_x, weight_h = self.hyper_weight_ih.split([self.input_size, self.hidden_size], 1)
-        z_bias = F.pad(self.z_bias, (0, 4 * self.embedding_size))
         return HyperCell(
-            F.linear(x, weight_x, self.hyper_bias), weight_h, self.hyper_weight_hh, self.z_weight, z_bias,
-            self.d_weight, self._norms("hyper_"),
+            F.linear(x, weight_x, self.hyper_bias), weight_h, self.hyper_weight_hh, self.z_weight,
+            self.full_z_bias(), self.d_weight, self._norms("hyper_"),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -278,7 +284,7 @@ class _Layers(nn.Module):
             raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
         self.input_size, self.hidden_size = input_size, hidden_size
         self.num_layers, self.batch_first = _check_size("num_layers", num_layers), batch_first
-        self.dropout = _check_share("dropout", dropout)
+        self.dropout = _check_share("dropout", dropout, one_allowed=True)
         if self.dropout and num_layers == 1:
             warnings.warn(
                 f"dropout={dropout} is applied between layers, and there is one layer", stacklevel=3
@@ -304,20 +310,24 @@ class _Layers(nn.Module):
         full = self._full_state(state, x.shape[1:-1], x)
         full = full if is_batched else _each(full, lambda s: s.unsqueeze(1))
         output, last = self._run(x.reshape(-1, I), full)
-        output = output.view(*x.shape[:-1], -1)
+        output = output.view(*x.shape[:-1], self.hidden_size)
         last = last if is_batched else _each(last, lambda s: s.squeeze(1))
-        return output.transpose(0, 1) if turned else output, self.layers[0].public(last)
+        return output.transpose(0, 1) if turned else output, self.layers[0]._returned(last)
 
     def _packed(self, input: PackedSequence, state: State | None) -> tuple[PackedSequence, State]:
         x, batch_sizes, to_sorted, to_unsorted = input
         _check_input(x, (2,), f"packed [N, {self.input_size}]", self.input_size)
-        full = self._full_state(state, [int(batch_sizes[0])], x)
+        if not len(batch_sizes):
+            raise ValueError("input must have at least one time step, got batch_sizes []")
+        # the number in batch_sizes is a value, of which a compiled graph knows nothing
+        B = int(batch_sizes[0]) if to_sorted is None else len(to_sorted)
+        full = self._full_state(state, [B], x)
         if to_sorted is not None:
             full = _each(full, lambda s: s.index_select(1, to_sorted))
         output, last = self._run(x, full, batch_sizes)
         if to_unsorted is not None:
             last = _each(last, lambda s: s.index_select(1, to_unsorted))
-        return PackedSequence(output, batch_sizes, to_sorted, to_unsorted), self.layers[0].public(last)
+        return PackedSequence(output, batch_sizes, to_sorted, to_unsorted), self.layers[0]._returned(last)
 
     def _full_state(self, state: State | None, lead: Sequence[int], x: Tensor) -> LSTMState:
         return _full_state(state, self.layers[0].state_sizes, (self.num_layers, *lead), x)
@@ -331,7 +341,7 @@ class _Layers(nn.Module):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             own = LSTMState(*(None if s is None else s[i] for s in state))
-            x, own = layer.sequence(x, own, batch_sizes)
+            x, own = layer._sequence(x, own, batch_sizes)
             last.append(own)
         return x, LSTMState(*(None if s[0] is None else torch.stack(s) for s in zip(*last, strict=True)))
 

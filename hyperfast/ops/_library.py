@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 try:
     from hyperfast import _cpu
@@ -125,16 +126,26 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of `tensors` is a dual tensor of forward-mode differentiation."""
+    if forward_ad._current_level < 0:  # the usual case: no level is open
+        return False
+    if torch.compiler.is_compiling():  # torch 2.11 shows no tangents here
+        return True
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether an op on `tensors` must go through its autograd Function, which costs 20 to 40 us: a gradient
-    is needed, or a transform of torch.func is at work. ValueError for inference tensors beside others that
+    is needed, a transform of torch.func is at work, or one of them has a tangent, which an op would lose and
+    a Function without a forward mode refuses. ValueError for inference tensors beside others that
     need a gradient. (And dynamo of torch 2.11 shifts the arguments of a Function with *tensors where no
     gradient is needed.)"""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if not torch.compiler.is_compiling() and any(t is not None and t.is_inference() for t in tensors):
             raise ValueError("a tensor made under inference_mode cannot be part of a graph: clone() it")
         return True
-    return is_transformed()
+    return is_transformed() or has_tangent(*tensors)
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:

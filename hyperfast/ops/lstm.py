@@ -20,6 +20,7 @@ from hyperfast.ops._library import (
     check_dense,
     dtype_name,
     engine,
+    has_tangent,
     is_transformed,
     library,
     needs_function,
@@ -93,10 +94,12 @@ def _differentiable_backward(tensors, given: tuple, grads: Sequence[Tensor | Non
     leaves = [None if t is None else t.view_as(t) for t in tensors]
     wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
     used = [(o, d) for o, d in zip(_expression(leaves, *given), grads, strict=True) if d is not None]
+    made: list[Tensor | None] = [None] * len(leaves)
+    if not used:
+        return made
     outputs, grads = zip(*used, strict=True)
     inputs = [leaves[i] for i in wanted]
     found = torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True)
-    made: list[Tensor | None] = [None] * len(leaves)
     for i, gradient in zip(wanted, found, strict=True):
         made[i] = gradient
     return made
@@ -394,7 +397,8 @@ class LSTMFunction(torch.autograd.Function):
     without and with a hyper LSTM: x_gates, h, c, h_gates, 10 H numbers; hyper_x_gates, hyper_h, hyper_c and
     hyper_gates, 10 M (of these hyper_x_gates for a second derivative alone). The rest is computed again.
 
-    No setup_context, as in `batch_norm_relu_max_pool`: under torch.func the reference runs.
+    No setup_context, as in `batch_norm_relu_max_pool`: under torch.func, and in forward mode, the reference
+    runs.
     """
 
     @staticmethod
@@ -594,7 +598,7 @@ def lstm(
     tensors = _in_dtype(tensors, dtype)
     given = batch_sizes, key, dropout, eps
     with_function = needs_function(batch_sizes, key, *tensors)
-    if backend == "reference" or is_transformed():
+    if backend == "reference" or is_transformed() or has_tangent(*tensors):
         _step_sizes(batch_sizes, x_gates.shape[0], state.h.shape[0])
         output, *last = _expression(tensors, *given)
         return output, LSTMState(*last)

@@ -235,6 +235,18 @@ def test_batch_first_and_one_sequence(model):
     assert_close(same, state)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_sequences(model, batch_first):
+    model.batch_first = batch_first
+    x = torch.randn((0, 3, I) if batch_first else (3, 0, I), dtype=F64, requires_grad=True)
+    output, state = model(x)
+    assert output.shape == (*x.shape[:-1], H)
+    sizes = model.layers[0].state_sizes
+    assert [s.shape for s in state] == [(2, 0, size) for size in sizes]
+    for d in torch.autograd.grad(output.sum(), [x, *model.parameters()], allow_unused=True):
+        assert d is None or not d.count_nonzero()
+
+
 def test_state_goes_on(model):
     """Truncated backpropagation: two halves are the whole, whatever tuple the state is given as."""
     x = torch.randn(6, 4, I, dtype=F64)
@@ -419,6 +431,17 @@ def test_compile(kind):
     torch._dynamo.reset()
 
 
+def test_compile_packed():
+    """In one graph, whatever lengths come: their number is the batch."""
+    torch._dynamo.reset()
+    model = MODELS["lstm"]()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    _, packed = packed_input()
+    with torch.no_grad():
+        assert_close(flat(compiled(packed)), flat(model(packed)))
+    torch._dynamo.reset()
+
+
 def test_autocast():
     model = HyperLSTM(16, 24, 2, 8, 4, layer_norm=True)
     x = torch.randn(10, 3, 16)
@@ -447,7 +470,7 @@ def test_autocast():
         ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
         ({"hyper_size": 1.5}, "hyper_size must be an integer of at least 1, got 1.5"),
         ({"embedding_size": 0}, "embedding_size must be an integer of at least 1, got 0"),
-        ({"recurrent_dropout": 1.0}, "recurrent_dropout must be below 1"),
+        ({"recurrent_dropout": 1.0}, "recurrent_dropout must be the share to drop, .* below 1, got 1.0"),
         ({"recurrent_dropout": -0.1}, "recurrent_dropout must be the share to drop"),
         ({"dropout": 1.1}, "dropout must be the share to drop"),
         ({"backend": "gpu"}, "backend must be one of"),
@@ -472,27 +495,42 @@ def test_bad_input():
         (x[..., :-1], r"input must have input_size 5 as its last dimension, got shape \[3, 4, 4\]"),
         (x[None], r"input must be \[T, B, 5\] or, of one sequence, \[T, 5\], got shape \[1, 3, 4, 5\]"),
         (x[:0], r"input must have at least one time step, got shape \[0, 4, 5\]"),
-        (x.float(), "input must be torch.float64 like the weights, got torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
+            model(bad)
+    for bad, message in (
+        (x.float(), "input must be torch.float64 like the weights, got torch.float32"),
+        (x.tolist(), "input must be a tensor, got list"),
+        (x.to_sparse(), "input must be a dense tensor, got torch.sparse_coo"),
+    ):
+        with pytest.raises(TypeError, match=message):
             model(bad)
     h, c, hyper_h, hyper_c = state
     for bad, message in (
         ((h, c[:1], hyper_h, hyper_c), r"c of the state must be \[2, 4, 7\], got \[1, 4, 7\]"),
         ((h, c, hyper_h[..., :-1], hyper_c), r"hyper_h of the state must be \[2, 4, 6\], got \[2, 4, 5\]"),
+        ((), r"state must be \(h, c\) or \(h, c, hyper_h, hyper_c\), got 0"),
         ((h, c, hyper_h), r"state must be \(h, c\) or \(h, c, hyper_h, hyper_c\), got 3"),
         ([s[:, 0] for s in state], r"h of the state must be \[2, 4, 7\], got \[2, 7\]"),
     ):
         with pytest.raises(ValueError, match=message):
             model(x, bad)
-    with pytest.raises(TypeError, match="state must be a tuple of tensors, got Tensor"):
-        model(x, h)
+    for bad, message in (
+        (h, "state must be a tuple of tensors, got Tensor"),
+        ((1.0, 2.0), "h of the state must be a tensor, got float"),
+        ((h, None), "c of the state must be a tensor, got NoneType"),
+        ((h, c, hyper_h, None), "hyper_c of the state must be a tensor, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model(x, bad)
     with pytest.raises(ValueError, match=r"h of the state must be \[2, 7\], got \[2, 4, 7\]"):
         model(x[:, 0], state)
     with pytest.raises(ValueError, match=r"h of the state must be \[2, 4, 7\], got \[2, 3, 7\]"):
         model(packed_input()[1], tuple(s[:, :3] for s in state))
     with pytest.raises(ValueError, match=r"input must be packed \[N, 5\], got shape \[2, 4, 5\]"):
         model(PackedSequence(x[:2], torch.tensor([2])))
+    with pytest.raises(ValueError, match="input must have at least one time step, got batch_sizes"):
+        model(PackedSequence(x[0, :0], torch.tensor([], dtype=torch.int64)))
 
 
 def test_bad_input_of_cells():

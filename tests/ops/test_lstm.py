@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from hyperfast import ops, reference
 from hyperfast.ops._library import use_engine
@@ -359,6 +360,28 @@ def test_create_graph_where_one_input_is_made_of_another():
         torch.testing.assert_close(a, b)
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_no_gradient_comes(create_graph):
+    case = CASES["hyper_norms"]
+    tensors = [None if t is None else t.requires_grad_() for t in make(case)]
+    made = [WithoutGradient.apply(m) for m in run(ops.lstm, case, tensors)]
+    wanted = [t for t in tensors if t is not None]
+    loss = sum(m.sum() for m in made)
+    for d in torch.autograd.grad(loss, wanted, create_graph=create_graph, allow_unused=True):
+        assert d is None or not d.count_nonzero()
+
+
 # ---- other dtypes, autocast
 
 
@@ -520,6 +543,30 @@ def test_functorch():
             torch.testing.assert_close(wanted[i][j], exact[j])
     _, tangent = torch.func.jvp(lambda w: loss(stacked[0], w), (tensors[6],), (torch.ones_like(tensors[6]),))
     torch.testing.assert_close(tangent, wanted[0][1].sum())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode(requires_grad):
+    """Tangents by the reference, frozen weights or not."""
+    case = CASES["hyper_packed"]
+    tensors = make(case)
+    weights = [None if t is None else t.clone().requires_grad_(requires_grad) for t in tensors[1:]]
+    direction, results = torch.randn_like(tensors[0]), []
+    for function in (ops.lstm, reference.lstm):
+        with forward_ad.dual_level():
+            made = run(function, case, [forward_ad.make_dual(tensors[0], direction), *weights])
+            results.append([part for m in made for part in forward_ad.unpack_dual(m)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_forward_mode_is_not_lost():
+    """By ops whose Functions have none: an error, not a result without a tangent."""
+    weight, z = torch.randn(6, 2), torch.randn(2)
+    for requires_grad in (False, True):
+        given = weight.clone().requires_grad_(requires_grad)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+            ops.generate([given], [None], [forward_ad.make_dual(z, z)])
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
