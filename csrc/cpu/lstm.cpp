@@ -327,7 +327,6 @@ struct Sequence {
 namespace HYPERFAST_ISA {
 
 void lstm(const Lstm& p, DType dtype, void* memory, int threads) {
-  threads = lstm_threads(p.sizes, threads);
   const auto run = [&](auto c) {
     using C = decltype(c);
     const LstmScratch<C> scratch(p.sizes, p.h_gates, threads, memory);

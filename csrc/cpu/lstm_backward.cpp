@@ -29,12 +29,13 @@ struct CellRow {
   int64_t gates_step;
   const C *c, *c_before, *dh, *dh_output;  // dh_output: added to dh, or null
   C* dc;                                   // becomes that of the step before
-  C* work;  // [6, n]: slopes of gates i, f, g by dc, do, forget gate, dc by h; the first four become dgates
+  C* work;  // [kCellWork, n]: slopes of gates i, f, g by dc, do, forget gate, dc by h; the first four become
+            // dgates
   int64_t work_step;
   const RowNorm<C>* norms;  // [5]: gates and c; null: none
   const C *gates_weight, *gates_bias, *cell_weight, *cell_bias;
   int64_t weight_step;
-  C* sums;  // [10, n]: gates_weight, gates_bias, cell_weight, cell_bias
+  C* sums;  // [kCellSums, n]: gates_weight, gates_bias, cell_weight, cell_bias
   int64_t sums_step;
   const DropoutScale<C>* dropout;  // or null
   int64_t row, column;             // of the first unit, for dropout
@@ -241,7 +242,7 @@ class Backward {
       begin_panel(at<>(p.dhyper_c_last), s.M, panel, scratch.dhyper_c + panel * kPanel, scratch.padded_M);
     }
     const Share blocks(scratch.hyper_blocks, thread, threads);
-    const int64_t size = kSums * scratch.padded_M;
+    const int64_t size = kCellSums * scratch.padded_M;
     std::fill_n(scratch.hyper_sums + blocks.begin * size, (blocks.end - blocks.begin) * size, C(0));
   }
 
@@ -300,7 +301,7 @@ class Backward {
         for (int64_t m = 0; m < s.M; ++m) {
           C sum = 0;
           for (int64_t block = 0; block < scratch.hyper_blocks; ++block)
-            sum += sums[block * kSums * scratch.padded_M + m];
+            sum += sums[block * kCellSums * scratch.padded_M + m];
           at<C>(p.dhyper_norms[i])[k * s.M + m] = sum;
         }
   }
@@ -576,7 +577,9 @@ class Backward {
     squares = S::sum(total) + rest;
   }
 
-  // Mean and inverse deviation of whole rows (Chan, Golub and LeVeque, 1979).
+  // Mean and inverse deviation of whole rows (Chan, Golub and LeVeque, 1979). Every thread combines all rows
+  // for itself, here and in combine_sums: to share them would take one more barrier each time, for 2 numbers
+  // a panel, row and norm.
   void combine_statistics(const Step& step, RowNorm<C>* norms) const {
     for (int64_t k = 0; k < 5; ++k)
       for (int64_t b = 0; b < step.size; ++b) {
@@ -648,9 +651,9 @@ class Backward {
                      [&](int64_t row, int64_t j, V sums, int) {
                        Steps::add(scratch.dhyper_h + (b + row) * padded + j, sums);
                      });
+    C* work = scratch.hyper_work + thread * kCellWork * padded;
+    C* sums = scratch.hyper_sums + block * kCellSums * padded;
     for (int64_t row = 0; row < rows; ++row) {
-      C* work = scratch.hyper_work + thread * kHyperRows * kWork * padded;
-      C* sums = scratch.hyper_sums + block * kSums * padded;
       if (hyper_normed) hyper_row<true>(step, b + row, work, sums);
       else hyper_row<false>(step, b + row, work, sums);
     }
@@ -777,7 +780,6 @@ class Backward {
 namespace HYPERFAST_ISA {
 
 void lstm_backward(const LstmBackward& p, DType dtype, void* memory, int threads) {
-  threads = lstm_threads(p.sizes, threads);
   const auto run = [&](auto t) {
     using C = decltype(t);
     const LstmBackwardScratch<C> scratch(p.sizes, p.weights.norms.gates_weight, threads, memory);

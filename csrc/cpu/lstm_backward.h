@@ -6,11 +6,13 @@
 
 namespace hyperfast {
 
-constexpr int64_t kBackwardRows = 16;  // of a tile; a tile is a panel of columns wide
-constexpr int64_t kHyperRows = 4;      // of a block of the hyper LSTM, whose columns are not cut
-constexpr int64_t kMaxStrips = 16;     // neighbouring panels, whose shares of dz are added up together
-constexpr int64_t kWork = 10;          // numbers of a unit that are kept from phase to phase
-constexpr int64_t kSums = 14;          // and that are summed over all rows
+constexpr int64_t kBackwardRows = 16;     // of a tile; a tile is a panel of columns wide
+constexpr int64_t kHyperRows = 4;         // of a block of the hyper LSTM, whose columns are not cut
+constexpr int64_t kMaxStrips = 16;        // neighbouring panels, whose shares of dz are added up together
+constexpr int64_t kCellWork = 6;          // numbers of a unit that a cell keeps from pass to pass
+constexpr int64_t kCellSums = 10;         // and that it sums over all rows: the gradients of its norms
+constexpr int64_t kWork = 4 + kCellWork;  // with the gates before normalisation
+constexpr int64_t kSums = 4 + kCellSums;  // with dbias
 
 struct LstmStrips {
   int64_t panels, count;
@@ -48,10 +50,10 @@ struct LstmBackwardScratch {
   C* z;                      // of a step: [tiles of rows, 4 gates, Z, 3 places, kBackwardRows]
   C* dd_weight;              // [panels, 12, Z, kPanel]
   C* sums;                   // [panels, kSums, kPanel]: dbias, then norms
-  C* hyper_sums;             // [blocks of rows, kSums, padded M]
+  C* hyper_sums;             // [blocks of rows, kCellSums, padded M]
   RowNorm<C>* norms;         // [threads, B, 5]
   C* tile;                   // [threads, 12, kBackwardRows, kPanel]
-  C* hyper_work;             // [threads, kHyperRows, kWork, padded M]
+  C* hyper_work;             // [threads, kCellWork, padded M], of one row
   int64_t bytes, padded_M, padded_Z, padded_gates, hyper_blocks;
 
   LstmBackwardScratch(const LstmSizes& s, bool normed, int threads, void* base) {
@@ -79,10 +81,10 @@ struct LstmBackwardScratch {
     z = scratch.take<C>(ceil_div(s.B, kBackwardRows) * kBackwardRows * 12 * s.Z);
     dd_weight = scratch.take<C>(12 * panels * s.Z * kPanel);
     sums = scratch.take<C>(panels * kSums * kPanel);
-    hyper_sums = scratch.take<C>(hyper_blocks * kSums * padded_M);
+    hyper_sums = scratch.take<C>(hyper_blocks * kCellSums * padded_M);
     norms = scratch.take<RowNorm<C>>(normed ? threads * s.B * 5 : 0);
     tile = scratch.take<C>(threads * 12 * kBackwardRows * kPanel);
-    hyper_work = scratch.take<C>(threads * kHyperRows * kWork * padded_M);
+    hyper_work = scratch.take<C>(threads * kCellWork * padded_M);
     bytes = scratch.bytes;
   }
 };
