@@ -5,16 +5,17 @@
 checkpoint knows its model's options and its vocabulary.
 
 Ha, Dai, Le, "HyperNetworks" (ICLR 2017), bits per character on the test part of Penn Treebank: LSTM of 1000
-units 1.312, with layer norm 1.267; HyperLSTM 1.265, with layer norm 1.250. `--recipe paper` trains that way,
-anything else as the report does.
+units 1.312, with layer norm 1.267; HyperLSTM 1.265, with layer norm 1.250. `--recipe paper` has the paper's
+sizes, dropout and optimizer. What the paper does not say is our choice: 200 epochs, of which the best by
+validation counts, and that each begins at another place of the text with a state of zeros. Without it a run
+trains as the public version's report does.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import dataclasses
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +38,11 @@ from train.command import (
 )
 from train.dynamics import text_dynamics
 from train.generate_text import sample
-from train.language import TextData, vocabulary_of
-from train.loop import RunError, Trainer, autocast, exponential, plateau
+from train.language import BPC, TextData, vocabulary_of
+from train.loop import RunError, Trainer, autocast, constant, plateau
 from train.models.charlm import MODELS, CharLM
 from train.report import save_figure
+from train.task import Row
 from train.text import Vocabulary, load_text
 
 MODEL_OPTIONS = {  # that make a model, and what `CharLM` calls them
@@ -51,6 +53,9 @@ MODEL_OPTIONS = {  # that make a model, and what `CharLM` calls them
     "hyper_num_units": "hyper_size",
     "hyper_embedding_size": "hyper_embedding_size",
 }
+
+
+RENAMED = {"patience": "early-stopping"}  # options that are not called as the recipe's fields
 
 
 @dataclass(frozen=True)
@@ -86,18 +91,20 @@ PAPER = Recipe(
     hyper_embedding_size=4, use_recurrent_dropout=True,
 )  # fmt: skip
 RECIPES = {"report": dict.fromkeys(MODELS, Recipe()), "paper": dict.fromkeys(MODELS, PAPER)}
-SCHEDULES: dict[str, Callable[[argparse.Namespace, Trainer], Callable[[int, int], float]]] = {
-    "plateau": lambda args, trainer: plateau(
-        args.lr, args.lr_decay, args.lr_patience, trainer.metric, lambda: trainer.history
-    ),
-    "constant": lambda args, trainer: exponential(args.lr, 1.0),
+History = Callable[[], Sequence[Row]]
+SCHEDULES: dict[str, Callable[[argparse.Namespace, History], Callable[[int, int], float]]] = {
+    "plateau": lambda args, history: plateau(args.lr, args.lr_decay, args.lr_patience, BPC, history),
+    "constant": lambda args, history: constant(args.lr),
 }
+# that a published figure belongs to: all of a recipe but for how long it goes on
+COMPARED = ("model", *(name for name in Recipe.__dataclass_fields__ if name not in (
+    "epochs", "patience", "lr_decay", "lr_patience")))  # fmt: skip
 
 
 @dataclass
 class Published:
-    """Bits per character on the test part of Penn Treebank, and millions of parameters, of a model with these
-    options."""
+    """Bits per character on the test part of Penn Treebank, and millions of parameters, of a model that is
+    trained with these options, those COMPARED."""
 
     bpc: float
     parameters: float
@@ -108,8 +115,7 @@ class Published:
 
 
 def _paper(model: str, **options: int) -> dict[str, Any]:
-    names = [name for name in MODEL_OPTIONS if name != "model"]
-    return {"model": model} | {name: getattr(PAPER, name) for name in names} | options
+    return {"model": model, **vars(PAPER), **options}
 
 
 PUBLISHED = {
@@ -130,7 +136,7 @@ def parser() -> Parser:
     p = Parser(
         "python -m train.charlm",
         description="Train a character language model, measure it, or let it write.",
-        epilog="Recipes. " + command.describe_recipes(RECIPES, {"patience": "early-stopping"}),
+        epilog="Recipes. " + command.describe_recipes(RECIPES, RENAMED),
     )
     add = p.add_argument
     add("--mode", choices=("train", "eval", "generate"), default="train", help="what to do (%(default)s)")
@@ -141,12 +147,13 @@ def parser() -> Parser:
         "ptb.char.train.txt, ptb.char.valid.txt and ptb.char.test.txt (there or in text/ptb); otherwise "
         "HYPERFAST_DATA")  # fmt: skip
     add("--val-split", type=number(float, 0, above=True), help="share of a text file, its end, for "
-        "validation (0.1; eval: as trained)")  # fmt: skip
+        "validation (0.1); eval: of another text than the training's (all of it)")  # fmt: skip
     add("--load-model", type=Path, metavar="FILE", help="best.pt or last.pt of a run: what to measure or "
-        "what writes; in training the weights to start from")  # fmt: skip
+        "what writes; in training where to start from: weights, and the model's options that are not "
+        "given")  # fmt: skip
     own = command.add_recipe_options(
         p, RECIPES, "report: the public version's (the default); paper: the paper's, for Penn Treebank",
-        SCHEDULES, "--early-stopping", "figure",
+        SCHEDULES, f"--{RENAMED['patience']}", "figure",
     )  # fmt: skip
     share = number(float, 0, above=True, high=1)
     own("--lr-decay", type=share, metavar="FACTOR", help="of the schedule plateau")
@@ -161,11 +168,12 @@ def parser() -> Parser:
     own("--hyper-embedding-size", type=COUNT, metavar="N", help="N_z, of each gate's embeddings")
     own("--use-recurrent-dropout", action=argparse.BooleanOptionalAction, help="drop candidates in the cells")
     own("--dropout-keep-prob", type=share, metavar="SHARE", help="of the candidates that stay")
-    text = p.add_argument_group("--mode generate").add_argument
+    text = p.add_argument_group("--mode generate, and the sample in report.md").add_argument
     text("--prime-text", default="", metavar="TEXT", help="what is continued")
     text("--temperature", type=number(float, 0), default=1.0, help="of the draws, 0: always the likeliest "
          "character (%(default)s)")  # fmt: skip
-    text("--gen-length", type=COUNT, default=1000, metavar="N", help="characters (%(default)s)")
+    text("--gen-length", type=COUNT, default=1000, metavar="N", help="characters (%(default)s); a --seed "
+         "always draws the same ones")  # fmt: skip
     return p
 
 
@@ -190,7 +198,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.error(f"--resume is for --mode train, not for {args.mode}")
     if args.val_split is not None and args.val_split >= 1:
         options.error(f"argument --val-split: must be below 1, got {args.val_split}")
+    given = {name for name in Recipe.__dataclass_fields__ if getattr(args, name) is not None}
+    if args.mode != "train" and (own := sorted(given - set(MODEL_OPTIONS))):
+        names = ", ".join(f"--{RENAMED.get(name, name).replace('_', '-')}" for name in own)
+        options.error(f"{names}: for --mode train, not for {args.mode}")
+    if args.load_model and "model" not in args.asked:
+        args.out = args.out or Path("runs") / "charlm_continued"  # the file knows the model
     fill_in(args, options, RECIPES, "charlm")
+    if "dropout_keep_prob" in given and not args.use_recurrent_dropout:
+        options.error("--dropout-keep-prob needs --use-recurrent-dropout")
     if args.dropout >= 1:
         options.error(f"argument --dropout: must be below 1, got {args.dropout}")
     return args
@@ -207,17 +223,20 @@ def build(options: dict[str, Any], vocabulary: Vocabulary, fused: bool) -> CharL
     return CharLM(vocabulary=len(vocabulary), **sizes, **dropouts, fused=fused)
 
 
-def load(args: argparse.Namespace) -> tuple[dict[str, Any], Vocabulary, dict[str, torch.Tensor]]:
-    """Recipe, vocabulary and weights of --load-model. Raises CheckpointError, also where the command line
-    asks for another model."""
-    path = args.load_model
-    asked = args.asked if args.mode != "train" else {name: getattr(args, name) for name in MODEL_OPTIONS}
+def load(path: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], Vocabulary, dict[str, torch.Tensor]]:
+    """Recipe, vocabulary and weights of a checkpoint. Raises CheckpointError, also where another model is
+    asked for."""
     state = checkpoint.load(path, ("model", "recipe"))
     vocabulary, recipe = vocabulary_of(state, path), state["recipe"]
+    if missing := [name for name in (*COMPARED, "val_split", "text_checksum") if name not in recipe]:
+        raise CheckpointError(f"{path}: the recipe in it has no {', '.join(missing)}")
+    if recipe["model"] not in MODELS:
+        raise CheckpointError(f"{path}: unknown model {recipe['model']!r}, not one of {', '.join(MODELS)}")
+    hyper = MODELS[recipe["model"]].hyper
     differ = [
         f"--{name.replace('_', '-')} {value}, it has {recipe[name]}"
         for name, value in asked.items()
-        if recipe[name] != value
+        if recipe[name] != value and (hyper or not name.startswith("hyper_"))
     ]
     if differ:
         raise CheckpointError(f"{path} is another model: {'; '.join(differ)}")
@@ -226,7 +245,10 @@ def load(args: argparse.Namespace) -> tuple[dict[str, Any], Vocabulary, dict[str
 
 def make_trainer(args: argparse.Namespace) -> Trainer:
     """Data, model, optimizer and loop of the recipe. Raises DataError, CheckpointError, RunError."""
-    start = load(args) if args.load_model else None
+    source = args.out / "last.pt" if args.resume else args.load_model
+    start = load(source, args.asked) if source else None
+    if start:  # what was not asked for is as it was
+        vars(args).update((name, start[0][name]) for name in MODEL_OPTIONS)
     val_split = args.val_split or 0.1
     text = load_text(args.data, val_split, start and start[1])
     text.vocabulary.encode(args.prime_text, "--prime-text")  # what the report's sample continues
@@ -234,23 +256,16 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     data = TextData(text, args.seq_length)
     torch.manual_seed(args.seed)
     model = build(vars(args), text.vocabulary, args.fused)
-    if start and not args.resume:
-        checkpoint.load_model(model, start[2], args.load_model)
+    if start:
+        checkpoint.load_model(model, start[2], source)
     model = model.to(args.device)
-    recipe = recipe_values(args, Recipe) | {"val_split": val_split, "text": text.name}
-    recipe |= {"load_model": str(args.load_model or "none"), "text_checksum": _checksum(data)}
+    recipe = recipe_values(args, Recipe) | {"val_split": val_split, "text_checksum": data.checksum}
+    circumstances = {"early_stopping": args.patience, "text": text.name}
+    circumstances |= {"load_model": str(args.load_model or "none")}
     built = model, *make_optimizer(model, args)
-    trainer = command.make_trainer(args, data, built, exponential(args.lr, 1.0), recipe)
-    trainer.schedule = SCHEDULES[args.schedule](args, trainer)
+    schedule = SCHEDULES[args.schedule](args, lambda: trainer.history)
+    trainer = command.make_trainer(args, data, built, schedule, recipe, circumstances=circumstances)
     return trainer
-
-
-def _checksum(data: TextData) -> int:
-    """Of the tokens of all parts: it tells another text or another split."""
-    checksum = 0
-    for part in ("train", *data.parts):
-        checksum = zlib.crc32(getattr(data.text, part).numpy().tobytes(), checksum)
-    return checksum
 
 
 # -- a trained model -----------------------------------------------------------------------------
@@ -260,7 +275,7 @@ def load_trained(args: argparse.Namespace) -> tuple[dict[str, Any], Vocabulary, 
     """Recipe, vocabulary and model of --load-model, in evaluation mode on its device. Raises CheckpointError,
     RunError."""
     set_up_device(args)
-    recipe, vocabulary, weights = load(args)
+    recipe, vocabulary, weights = load(args.load_model, args.asked)
     model = build(recipe, vocabulary, args.fused)
     checkpoint.load_model(model, weights, args.load_model)
     return recipe, vocabulary, model.to(args.device).eval()
@@ -269,23 +284,42 @@ def load_trained(args: argparse.Namespace) -> tuple[dict[str, Any], Vocabulary, 
 @torch.no_grad()
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Prints and returns bits per character of --load-model on the parts of the text that it is not trained
-    on."""
+    on: another text file is measured whole, or its last --val-split."""
     recipe, vocabulary, model = load_trained(args)
-    text = load_text(args.data, args.val_split or recipe["val_split"], vocabulary)
     device = torch.device(args.device)
-    data = TextData(text, recipe["seq_length"]).to(device)
+    data = unseen(args, recipe, vocabulary).to(device)
 
     def forward(*inputs: Any) -> Any:
         with autocast(device, args.precision):
             return model(*inputs)
 
     bpc = {part: data.evaluate(forward, part, args.eval_batches, lambda: None)[1] for part in data.parts}
-    rows = [[part, f"{len(getattr(text, part)):,}", data.metric.text(bpc[part])] for part in data.parts]
-    print(f"{recipe['model']} ({args.load_model}) on {text.name}, {args.precision}\n")
-    print(table(["part", "characters", data.metric.words], rows))
-    if args.eval_batches is not None:
-        print(f"\nOn {args.eval_batches} batches of each only.")
+    rows = []
+    for part, figure in bpc.items():
+        name = part if len(data.text.train) else "text"
+        rows.append([name, f"{data.targets(part, args.eval_batches):,}", data.metric.text(figure)])
+    print(f"{recipe['model']} ({args.load_model}) on {data.text.name}, {args.precision}\n")
+    print(table(["part", "characters predicted", data.metric.words], rows))
     return bpc
+
+
+def unseen(args: argparse.Namespace, recipe: dict[str, Any], vocabulary: Vocabulary) -> TextData:
+    """The text to measure a model of this recipe on. Raises RunError where a part of it is trained on."""
+    text = load_text(args.data, recipe["val_split"], vocabulary)
+    data = TextData(text, recipe["seq_length"])
+    if text.test is not None:
+        return data
+    if data.checksum != recipe["text_checksum"]:
+        whole = torch.cat((text.train, text.validation))
+        start = len(whole) - int(len(whole) * (args.val_split or 1))
+        text = dataclasses.replace(text, train=whole[:0], validation=whole[start:])
+        return TextData(text, recipe["seq_length"])
+    if args.val_split not in (None, recipe["val_split"]):
+        raise RunError(
+            f"--val-split {args.val_split:g}: all of this text but its last {recipe['val_split']:g} is what "
+            "the model is trained on"
+        )
+    return data
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -298,8 +332,6 @@ def generate(args: argparse.Namespace) -> None:
             for character in drawn:
                 print(end=character, flush=True)
         print()
-    except BrokenPipeError:  # the reader has enough: nothing more is written, at the program's end neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         raise RunError(str(error)) from error
 
@@ -308,9 +340,9 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def published(options: dict[str, Any]) -> Published | None:
-    """What was published of the model with these options, on the text that they name."""
+    """What was published of the model with these options, trained with them on the text that they name."""
     hyper = MODELS[options["model"]].hyper
-    names = [name for name in MODEL_OPTIONS if hyper or not name.startswith("hyper_")]
+    names = [name for name in COMPARED if hyper or not name.startswith("hyper_")]
     return next(
         (
             row
@@ -354,7 +386,8 @@ def _published_table(trainer: Trainer, args: argparse.Namespace) -> str:
     header = ["model", "test BPC, published", "parameters, published", "test BPC", "parameters"]
     return (
         f'## Published\n\n{table(header, rows)}\n\nHa, Dai, Le, "HyperNetworks" (ICLR 2017), Penn Treebank, '
-        "recipe `paper`. A model on another text, or of other sizes, has no row of its own.\n"
+        "recipe `paper`. A run on another text, of other sizes or with another recipe, but for its epochs, "
+        "has no figures here.\n"
     )
 
 

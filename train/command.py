@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from train.allocator import keep_freed_memory
 from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, ImageSet, split
 from train.images import ImageData
-from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
+from train.loop import Config, Interrupted, RunError, Stages, Trainer, check_run, make_folder
 from train.task import Task
 
 BETAS = (0.9, 0.999)
@@ -302,17 +303,20 @@ def make_trainer(
     schedule: Callable[[int, int], float],
     recipe: dict[str, Any],
     stages: Stages | None = None,
+    circumstances: dict[str, Any] | None = None,
 ) -> Trainer:
     """The loop of `built`, from `torch.manual_seed(args.seed)` on. recipe: what must be equal on resume
-    beside the options that must be in every run."""
+    beside the options that must be in every run. circumstances: what may differ beside those that may in
+    every run, by default patience."""
 
     def values(*names: str) -> dict[str, Any]:  # of options that this command has
         return {name: getattr(args, name) for name in names if name in args}
 
     recipe = values("model", "init", "precision", "state_dtype") | recipe
     recipe |= values("seed", "eval_batches", "generated_l2")
-    circumstances = values("fused", "device", "cuda_graph", "patience", "max_steps", "target_accuracy")
-    circumstances |= values("save_every")
+    own = values("patience") if circumstances is None else circumstances
+    circumstances = values("fused", "device", "cuda_graph") | own
+    circumstances |= values("max_steps", "target_accuracy", "save_every")
     circumstances |= {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     config = Config(
         epochs=args.epochs,
@@ -373,11 +377,21 @@ class Command:
     def run(self, args: argparse.Namespace, command: str) -> Trainer:
         """Train and report; returns the trainer with its records and the best epoch's weights.
 
-        args: from `parse`. Raises RunError, CheckpointError, DataError, Interrupted.
+        args: from `parse`. Raises RunError, CheckpointError, DataError, Interrupted, that also where a
+        signal comes between the epochs.
         """
+        try:
+            return self._run(args, command)
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT) from None
+        except BrokenPipeError:
+            raise Interrupted(signal.SIGPIPE) from None
+
+    def _run(self, args: argparse.Namespace, command: str) -> Trainer:
         set_up_device(args)
-        open_run(args.out, args.resume)
+        check_run(args.out, args.resume)
         trainer = self.make_trainer(args)
+        make_folder(args.out)  # bad input leaves none
         if args.resume:
             for difference in trainer.resume():
                 print(f"note: {difference}")
@@ -385,6 +399,7 @@ class Command:
         summary.discard(args.out)
         reason = trainer.fit()
         trainer.load_best()
+        print(f"writing {args.out / 'report.md'}", flush=True)
         frozen = args.out / "frozen.safetensors" if getattr(args, "save_frozen", False) else None
         if frozen:
             save_frozen(trainer.model, frozen)
@@ -405,16 +420,27 @@ class Command:
         command = self.line(arguments)
         try:
             self.run(args, command)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has enough
+            _mute()
+            return 128 + signal.SIGPIPE
         except (RunError, CheckpointError, DataError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except Interrupted as stop:
+            if stop.number == signal.SIGPIPE:
+                _mute()
             print(f"\nstopped by {stop}; {_how_to_go_on(args, command)}", file=sys.stderr)
             return 128 + stop.number
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             return 130
         return 0
+
+
+def _mute() -> None:
+    """Nothing more goes to a stdout that nobody reads, at the program's end neither."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _how_to_go_on(args: argparse.Namespace, command: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.checkpoint import CheckpointError
-from train.data import DataError
 from train.loop import derive_seed
 from train.task import Forward, Metric, Task
 from train.text import IGNORED, Text, Vocabulary, evaluation_streams, streams
@@ -43,13 +44,6 @@ class TextData(Task):
         return TextData(dataclasses.replace(self.text, **tokens), self.length)
 
     def steps(self, batch_size: int) -> int:
-        """Raises DataError for a part that is shorter than T."""
-        for part in self.parts:
-            if len(getattr(self.text, part)) <= self.length:
-                raise DataError(
-                    f"the {part} text has {len(getattr(self.text, part)):,} characters; a sequence length of "
-                    f"{self.length} needs {self.length + 1:,}: choose a smaller one"
-                )
         return len(streams(self.text.train, batch_size, self.length))
 
     def count(self, batch_size: int) -> int:
@@ -79,9 +73,7 @@ class TextData(Task):
         """Every character but a part's first, which nothing goes before, is predicted once, from all that is
         before it in its passage, T characters at least (`evaluation_streams`)."""
         state, loss, seen = None, 0.0, 0
-        for i, (x, y) in enumerate(evaluation_streams(getattr(self.text, part), EVAL_BATCH, self.length)):
-            if i == limit:
-                break
+        for x, y in self._evaluation(part, limit):
             check()
             logits, state = forward(x, state)
             y = y.flatten()
@@ -90,11 +82,24 @@ class TextData(Task):
             seen = seen + (y != IGNORED).sum()
         return float(loss) / int(seen), self.metric.mean(float(loss), int(seen))
 
+    def targets(self, part: str, limit: int | None) -> int:
+        """How many characters `evaluate` predicts."""
+        return sum(int((y != IGNORED).sum()) for _, y in self._evaluation(part, limit))
+
+    def _evaluation(self, part: str, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        tokens = getattr(self.text, part)
+        return itertools.islice(evaluation_streams(tokens, EVAL_BATCH, self.length), limit)
+
+    @property
+    def checksum(self) -> int:
+        """Of the tokens of all parts: it tells another text or another split."""
+        checksum = 0
+        for part in ("train", *self.parts):
+            checksum = zlib.crc32(getattr(self.text, part).cpu().numpy().tobytes(), checksum)
+        return checksum
+
     def keep(self) -> dict[str, Any]:
         return {"vocabulary": self.text.vocabulary.to_list()}
-
-    def check(self, state: dict[str, Any], path: Path) -> None:
-        vocabulary_of(state, path).check(self.text.vocabulary, str(path), self.text.name)
 
 
 def vocabulary_of(state: dict[str, Any], path: Path) -> Vocabulary:

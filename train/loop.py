@@ -355,12 +355,10 @@ class Trainer:
     def resume(self) -> list[str]:
         """Continue from `last.pt`; returns what differs from then, in words.
 
-        Raises CheckpointError for a file that is damaged or does not fit, DataError and RunError for other
-        data and another recipe.
+        Raises CheckpointError for a file that is damaged or does not fit, RunError for another recipe.
         """
         path = self.out / "last.pt"
         state = checkpoint.load(path, ("model", "optimizer", "history", "recipe", "steps"))
-        self.data.check(state, path)
         if differences := _differences(state["recipe"], self.recipe):
             raise RunError(f"{path}: the run had another recipe: {'; '.join(differences)}")
         self._build(len(state["history"]) - 1)
@@ -384,13 +382,17 @@ class Trainer:
 # -- helpers -------------------------------------------------------------------------------------
 
 
-def open_run(out: Path, resume: bool) -> None:
-    """Make the folder `out`, sure that it can be written and holds a run just when `resume` says so."""
+def check_run(out: Path, resume: bool) -> None:
+    """Raises RunError unless the folder `out` holds a run just when `resume` says so."""
     exists = (out / "last.pt").exists()
     if resume and not exists:
         raise RunError(f"--resume: no run in {out} (no last.pt)")
     if exists and not resume:
         raise RunError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out` of a run. Raises RunError where it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".probe"
@@ -409,6 +411,11 @@ def derive_seed(seed: int, epoch: int, purpose: str) -> int:
     """A 63-bit seed, independent for every epoch and purpose."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def constant(lr: float) -> Callable[[int, int], float]:
+    """lr of every step."""
+    return lambda epoch, step: lr
 
 
 def cosine(epochs: int, lr: float, min_lr: float) -> Callable[[int, int], float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -82,7 +81,7 @@ class Task(ABC):
 
     @abstractmethod
     def steps(self, batch_size: int) -> int:
-        """Of an epoch. Raises RunError where there are none."""
+        """Of an epoch. Raises RunError or DataError where there are none."""
 
     @abstractmethod
     def count(self, batch_size: int) -> int:
@@ -107,7 +106,3 @@ class Task(ABC):
     def keep(self) -> dict[str, Any]:
         """What checkpoints must hold for the network to be used later, plain values by name."""
         return {}
-
-    def check(self, state: dict[str, Any], path: Path) -> None:
-        """Raises DataError where the checkpoint `state` from `path` kept something else."""
-        return

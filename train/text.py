@@ -7,7 +7,6 @@ of its own) and any text file in UTF-8, whose last part is for validation.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,11 +62,6 @@ class Vocabulary:
         return list(self._characters)
 
     @property
-    def checksum(self) -> str:
-        """Of the characters and their order: the first 16 digits of a SHA-256."""
-        return hashlib.sha256(self._codes.tobytes()).hexdigest()[:16]
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of tokens: uint8 where it holds them, otherwise int32."""
         return torch.uint8 if len(self) <= 256 else torch.int32
@@ -102,30 +96,10 @@ class Vocabulary:
             raise ValueError(f"tokens must be in 0..{len(self) - 1}, got {places[wrong][0]}")
         return self._codes[places].tobytes().decode("utf-32-le", "surrogatepass")
 
-    def check(self, other: Vocabulary, what: str, other_what: str) -> None:
-        """Raises DataError where `other` is not the same; the names of both and the difference are in the
-        message: `check(text.vocabulary, "last.pt", "tinyshakespeare.txt")`."""
-        if self == other:
-            return
-        own, others = set(self._characters), set(other._characters)
-        differences = [
-            f"{name} alone has {_some(sorted(alone))}"
-            for name, alone in ((what, own - others), (other_what, others - own))
-            if alone
-        ]
-        raise DataError(
-            f"{what} and {other_what} have different vocabularies, of {len(self)} and {len(other)} "
-            f"characters: {'; '.join(differences) or 'the same in another order'}"
-        )
-
 
 def _codes(text: str) -> np.ndarray:
     """Code points, uint32 [len(text)]; also of what is not valid UTF-8 in a command line."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def _some(characters: list[str]) -> str:
-    return ", ".join(map(repr, characters[:NAMED])) + (", ..." if len(characters) > NAMED else "")
 
 
 # ---- reading ----
@@ -154,8 +128,8 @@ def load_text(path: str | Path | None, val_split: float = 0.1, vocabulary: Vocab
 
     vocabulary: of a model that was trained; by default that of the training part, since what a model is
     measured on tells it nothing: a character that only the other parts have is an error, as in any other text
-    for the model. Raises ValueError for a val_split outside (0, 1), DataError for
-    every fault of the data, characters that the vocabulary does not have among them.
+    for the model. Raises ValueError for a val_split outside (0, 1), DataError for every fault of the data,
+    characters that the vocabulary does not have among them.
     """
     if not 0 < val_split < 1:
         raise ValueError(f"val_split must be above 0 and below 1, got {val_split}")
@@ -173,6 +147,8 @@ def load_text(path: str | Path | None, val_split: float = 0.1, vocabulary: Vocab
 def _find(path: Path) -> Path:
     """The text file, or the folder of Penn Treebank, that `path` is or contains."""
     if path.is_file():
+        if path.name in [_ptb_file(path, part).name for part in PTB_PARTS]:
+            raise DataError(f"{path} is a part of Penn Treebank: give its folder, {path.parent}")
         return path
     if not path.is_dir():
         raise DataError(f"{path} does not exist")
@@ -216,9 +192,14 @@ def _read_file(path: Path, val_split: float, vocabulary: Vocabulary | None) -> T
                 f"{path} has {len(text):,} characters; with val_split {val_split:g} its {part} part has "
                 f"{size}, fewer than the 2 of which one can be predicted"
             )
-    vocabulary = vocabulary or Vocabulary.of(text[:start])
-    train = vocabulary.encode(text[:start], str(path))
-    return Text(path.name, vocabulary, train, vocabulary.encode(text[start:], str(path), start), None)
+    own = vocabulary or Vocabulary.of(text[:start])
+    train = own.encode(text[:start], str(path))
+    try:
+        validation = own.encode(text[start:], str(path), start)
+    except DataError as error:
+        remedy = "" if vocabulary else ": choose another --val-split, or remove them"
+        raise DataError(f"{error}{remedy}") from error
+    return Text(path.name, own, train, validation, None)
 
 
 def _read_ptb(folder: Path, vocabulary: Vocabulary | None) -> Text:
