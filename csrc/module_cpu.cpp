@@ -462,6 +462,7 @@ void lstm(const std::array<int64_t, 6>& sizes, int64_t batch_sizes, const std::a
   for (const int64_t address : weights) check_aligned(address, element_size(type));
   for (const int64_t address : tensors) check_aligned(address, element_size(type));
   py::gil_scoped_release release;
+  threads = lstm_threads(call.sizes, threads);
   const auto scratch = scratch_of(lstm_scratch(call.sizes, call.h_gates, type, threads));
   kernels().lstm(call, type, scratch.get(), threads);
 }
@@ -510,6 +511,7 @@ void lstm_backward(const std::array<int64_t, 6>& sizes, int64_t batch_sizes,
   for (const int64_t address : inputs) check_aligned(address, element_size(type));
   for (const int64_t address : outputs) check_aligned(address, element_size(type));
   py::gil_scoped_release release;
+  threads = lstm_threads(call.sizes, threads);
   const auto scratch =
       scratch_of(lstm_backward_scratch(call.sizes, call.weights.norms.gates_weight, type, threads));
   kernels().lstm_backward(call, type, scratch.get(), threads);

@@ -409,15 +409,15 @@ def steps_of(batch_sizes: Tensor) -> list[Step]:
     return steps
 
 
-def _tile(B: int, n: int, Q: int, whole: bool) -> tuple[dict[str, int], int, int]:
+def _tile(B: int, n: int, Q: int, whole: bool, each: int) -> tuple[dict[str, int], int, int]:
     """Tile of a kernel over [B, n], its warps and its blocks of columns. whole: a program has whole rows; Q:
-    rows of z_weight, if the kernel multiplies with it, one row at a time."""
+    rows of z_weight, if the kernel multiplies with it, one row at a time; each: elements of a thread."""
     power = triton.next_power_of_2
     BLOCK_N = power(n) if whole else min(power(n), COLUMNS)
     columns = triton.cdiv(n, BLOCK_N)
     wanted = triton.cdiv(B * columns, PROGRAMS)
     BLOCK_B = 1 if Q else max(1, min(power(wanted), ELEMENTS // BLOCK_N, power(B)))
-    warps = max(1, min(BLOCK_B * BLOCK_N // 128, MOST_WARPS))
+    warps = max(1, min(BLOCK_B * BLOCK_N // (32 * each), MOST_WARPS))
     if Q:
         warps = max(warps, 8)
     BLOCK_Q = max(1, min(power(max(Q, 1)), Z_ELEMENTS // (BLOCK_B * BLOCK_N)))
@@ -428,7 +428,8 @@ def _launch(kernel, sizes: Sizes, hyper: bool, whole: bool, **arguments) -> Laun
     """Of the LSTM or its hyper LSTM, for a step of all B rows."""
     n = sizes.M if hyper else sizes.H
     Q = 12 * sizes.Z if arguments["z_weight_ptr"] is not None else 0
-    tile, warps, columns = _tile(sizes.B, n, Q, whole)
+    each = 4 if whole and arguments["COMPUTE"] == tl.float32 else 2  # elsewhere Triton 3.6 spills with 4
+    tile, warps, columns = _tile(sizes.B, n, Q, whole, each)
     arguments |= tile | {"n": n, "Q": Q, "STREAM": int(hyper)}
     arguments |= {"start": 0, "before": -1, "rows": sizes.B, "place": 0}
     arguments |= {"R_WIDTH": 4 * (sizes.H + sizes.M), "STATE_WIDTH": sizes.H + sizes.M}

@@ -17,8 +17,8 @@ KERNEL = re.compile(
     re.DOTALL,
 )
 # registers of a thread that leave room for as many blocks on an SM as the sources say: 65,536 over those of
-# four blocks of 256, three (update_generate in float32), two (hyper_linear), one of 1024 (the sum), one of 512
-# (the LSTM)
+# four blocks of 256, three (update_generate in float32), two (hyper_linear), one of 1024 (the sum), one of
+# 512 (the LSTM)
 BOUNDS = {
     "generate_kernel": 64,
     "generate_backward_kernel": 64,
@@ -63,7 +63,10 @@ def report(source: Path, arch: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", NAMES)
+# the LSTM's take half a minute
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("lstm") else n for n in NAMES]
+)
 @pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90a"])
 def test_compiles_without_spills(name, arch):
     text = report(ROOT / "csrc" / "cuda" / f"{name}.cu", arch)

@@ -49,7 +49,7 @@ CASES = {
 }
 EVERY_ORDER = ("hyper", "norms")  # cases that run in all orders of threads and blocks
 LONG = {
-    "many_units": Case((2, 1), 515, 33, 16, norms=True, blocks=20),
+    "many_units": Case((2, 1), 515, 33, 16, norms=True, blocks=60),
     "many_steps": Case((3,) * 20 + (1,) * 11, 24, 8, 4, norms=True, dropout=0.2, blocks=4),
 }
 

@@ -1,5 +1,5 @@
-"""lstm's CPU kernel where its sizes matter: packed weights and weights as they lie, blocks of columns and
-rows, results kept or not. tests/ops/test_lstm.py has the op."""
+"""The CPU kernels of lstm and lstm_backward where their sizes matter: packed weights and weights as they lie,
+blocks of columns and rows, results kept or not, gradients given or not. tests/ops/test_lstm.py has the op."""
 
 import os
 import subprocess
@@ -91,6 +91,65 @@ def test_kernel(assert_accurate, name, dtype, norms):
             assert torch.equal(again, made[key]), (threads, key)
     for key, again in run(arguments, 1, keep=False).items():
         assert torch.equal(again, made[key]), key
+
+
+def run_backward(arguments: list, kept: dict[str, Tensor], dh: Tensor, dlast: list, threads: int) -> list:
+    """What the kernel writes, in the order of the binding; None for what there is not."""
+    x_gates, state, weight, bias, norms, hyper, batch_sizes = arguments
+    N, (B, H) = len(x_gates), state.h.shape
+    M, Z = (hyper.weight_hh.shape[1], hyper.d_weight.shape[2]) if hyper else (0, 0)
+
+    def like(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [None if t is None else torch.full_like(t, float("nan")) for t in tensors]
+
+    none = [None] * 4
+    weights = [weight, bias, *(hyper[1:6] if hyper else [None] * 5)]
+    both_norms = [*(norms or none), *(hyper and hyper.norms or none)]
+    read = (kept[k] for k in ("c", "hyper_c", "h_gates", "hyper_gates", "z"))
+    inputs = [x_gates, state.c, state.hyper_c, *(t if t.numel() else None for t in read), dh, *dlast]
+    outputs = like(x_gates, x_gates if M else None, *inputs[6:8], state.h, *state[1:2], *state[2:], bias)
+    outputs += like(hyper and hyper.d_weight, *both_norms)
+    _cpu.lstm_backward(
+        (len(batch_sizes), N, B, H, M, Z), address(batch_sizes), [address(t) for t in weights + both_norms],
+        address(KEY), DROPOUT, EPS, [address(t) for t in inputs], [address(t) for t in outputs],
+        dtype_name(x_gates), threads,
+    )  # fmt: skip
+    return outputs
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_backward(assert_accurate, name, dtype, norms):
+    given = norms  # gradients of the last state; without them the kernel is told that there are none
+    arguments = [convert(a, dtype) for a in make(*CASES[name], norms)]
+    x_gates, state, weight, bias, norms, hyper, batch_sizes = exact = [
+        convert(a, torch.float64) for a in arguments
+    ]
+    kept = run(exact, 1)
+    kept["z"] = torch.nn.functional.linear(kept["hyper_h"], *hyper[3:5]) if hyper else x_gates[:, :0]
+    kept = {key: t.to(dtype) for key, t in kept.items()}  # the kernel reads what the reference reads
+    wide = {key: t.double() if t.numel() else None for key, t in kept.items()}
+    dh = torch.randn_like(x_gates[:, : state.h.shape[1]]).to(dtype)
+    dlast = [None if s is None else torch.randn_like(s).to(dtype) for s in state]
+    if not given:
+        dlast = [None if s is None else torch.zeros_like(s) for s in dlast]
+    want = reference.lstm_backward(
+        batch_sizes, weight, bias, norms, hyper, KEY, DROPOUT, EPS, x_gates, state.c, state.hyper_c,
+        *(wide[key] for key in ("c", "hyper_c", "h_gates", "hyper_gates", "z")), dh.double(),
+        LSTMState(*(None if s is None else s.double() for s in dlast)),
+    )  # fmt: skip
+    made = run_backward(arguments, kept, dh, dlast if given else [None] * 4, 1)
+    none = [None] * 4
+    wanted = [want.x_gates, hyper and want.h_gates, want.hyper_gates, want.z, *want.state, want.bias]
+    wanted += [want.d_weight, *(want.norms or none), *(want.hyper_norms or none)]
+    assert [t is None for t in made] == [t is None for t in wanted]
+    pairs = [pair for pair in zip(made, wanted, strict=True) if pair[0] is not None]
+    for result, exact_result in pairs if dtype == torch.float64 else [zip(*pairs, strict=True)]:
+        assert_accurate(result, exact_result, dtype)  # in float32 all at once: some amplify rounding
+    for threads in (2, 3):
+        again = run_backward(arguments, kept, dh, dlast if given else [None] * 4, threads)
+        assert all(a is None or torch.equal(a, b) for a, b in zip(again, made, strict=True)), threads
 
 
 @pytest.mark.slow

@@ -116,7 +116,9 @@ def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
         folder = args.out / model
         arguments = [*training.alone, "--model", model, "--out", str(folder), *options]
         plans.append(Plan(training, model, folder, arguments))
-        training.parse(plans[-1].arguments)  # leaves with one line if an option does not fit the model
+        made = training.parse(arguments).model  # leaves with one line if an option does not fit the model
+        if made != model:
+            raise RunError(f"--models {model}: the other options make it {made}; name that one instead")
     exist = [str(p.folder) for p in plans if p.started]
     if exist and not args.resume:
         raise RunError(f"{', '.join(exist)}: already there; continue with --resume, or choose another --out")

@@ -113,9 +113,10 @@ def _results(named: Labelled, out: Path) -> str:
     header += ["published", "difference"]
     text = [
         f"## {metric.words.capitalize()}\n",
-        f"{parts[-1].capitalize()} {metric.words} at the best validation epoch; published: as the report of "
-        "each run says.\n",
+        f"{' or '.join(_reported(named)).capitalize()} {metric.words} at the best validation epoch; "
+        "published: as the report of each run says.\n",
         table(header, rows),
+        *_texts(named),
         *(f"\n{note}: {', '.join(names)}." for note, names in notes.items() if names),
         f"\n![{metric.words} by epoch]({metric.name}.png)\n",
     ]
@@ -125,6 +126,20 @@ def _results(named: Labelled, out: Path) -> str:
 def _reported(named: Labelled) -> list[str]:
     """The parts on which the runs report their figure."""
     return list(dict.fromkeys(run.reported for run in named.values()))
+
+
+def _texts(named: Labelled) -> list[str]:
+    """A line for language models: their text, or that of each and a warning where it is not the same."""
+    options = {name: run.summary["recipe"] | run.summary["circumstances"] for name, run in named.items()}
+    texts = {name: own["text"] for name, own in options.items() if "text" in own}
+    measured = {  # Penn Treebank has its own parts
+        (own.get("text_checksum"), named[name].reported == "validation" and own.get("val_split"))
+        for name, own in options.items()
+    }
+    if texts and len(measured) > 1:
+        each = ", ".join(f"{name} ({text})" for name, text in texts.items())
+        return [f"\nDifferent texts, or different parts of one, not comparable: {each}."]
+    return [f"\nText: {', '.join(dict.fromkeys(texts.values()))}."] if texts else []
 
 
 def _failures(failures: dict[str, str]) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 GATES = ("i", "f", "g", "o")
 SETTLED = 100  # characters after which a state that began at zero is taken as any other
 LISTED = 12  # single characters in the table
+SEEN, SHARE = 10, 1e-3  # how often, and of how much of the text, they are there at least
 COLUMNS = 72  # of a picture
 CELL = 1.0, 0.22, 0.35  # heights in a picture: of a character, of the strip of a gate, of the space below
 FONT = FontProperties(family="DejaVu Sans Mono")  # matplotlib brings it
@@ -98,14 +99,14 @@ class Dynamics:
         return sorted(groups, key=lambda group: -group.total)
 
     def to_markdown(self) -> str:
-        """For each layer a table of the kinds and one of single characters, of those that make up 0.1 % of
-        the text at least."""
+        """For each layer a table of the kinds and one of single characters, of those that occur SEEN times
+        and make up the SHARE of the text, since the mean over a few says little."""
         parts = []
         for layer in range(len(self.changes)):
             kinds, characters = self.by_kind(layer), self.by_character(layer)
             n = sum(group.count for group in kinds)
             mean = sum(group.count * group.total for group in kinds) / n
-            often = [group for group in characters if group.count >= n / 1000]
+            often = [group for group in characters if group.count >= max(SEEN, SHARE * n)]
             title = f" of layer {layer + 1}" if len(self.changes) > 1 else ""
             parts.append(
                 f"Change of the weights{title} as a character is read, against those for the character "
@@ -113,7 +114,8 @@ class Dynamics:
                 f"{_table('kind', kinds, mean)}"
             )
             shown = [Group(repr(group.name), *list(vars(group).values())[1:]) for group in often[:LISTED]]
-            parts.append(_table("character", shown, mean))
+            if shown:
+                parts.append(_table("character", shown, mean))
         return "\n\n".join(parts)
 
     def figure(self, length: int = 600, layer: int = 0, columns: int = COLUMNS) -> Figure:

@@ -25,7 +25,7 @@ from train.checkpoint import one_line
 
 WARM_UP = 3  # eager steps before the capture, as torch's notes on CUDA graphs ask; they are the run's first
 
-Step = Callable[[Tensor, Tensor], Tensor]  # images, labels -> figures
+Step = Callable[[Tensor, Tensor], Tensor]  # input, target -> figures
 
 
 class CaptureError(RuntimeError):
@@ -76,7 +76,7 @@ class GraphedStep:
     """`step` as a graph: the first WARM_UP calls run it eagerly, the next one captures it, and from then on
     calls replay.
 
-    step: (images, labels) -> figures, a new tensor on their device; all batches have one shape. It leaves no
+    step: (input, target) -> figures, a new tensor on their device; all batches have one shape. It leaves no
     gradient behind, so that those of the graph lie in the graph's memory. The figures of a replay hold until
     the next one. seconds: what warm-up and capture took of the host's time: kernels are compiled, cuDNN
     chooses algorithms, the graph is made. Raises CaptureError.

@@ -36,6 +36,8 @@ class ImageData(Task):
 
     metric: ClassVar[Metric] = ACCURACY
     unit: ClassVar[str] = "images"
+    steps_see: ClassVar[str] = "batches as trained on (augmented where the recipe says so)"
+    may_generate: ClassVar[bool] = True
 
     def to(self, device: torch.device) -> ImageData:
         parts = [(x.to(device), y.to(device)) for x, y in (self.train, self.validation, self.test)]

@@ -452,7 +452,8 @@ def plateau(
     lr: float, decay: float, patience: int, metric: Metric, history: Callable[[], Sequence[Row]]
 ) -> Callable[[int, int], float]:
     """lr of an epoch: times `decay` after more than `patience` epochs in a row without a better validation
-    figure, as in ReduceLROnPlateau. history(): the epochs so far, which are all that it remembers."""
+    figure, as in ReduceLROnPlateau with threshold 0: any better figure counts (torch's default asks for one
+    better by 1e-4 of it). history(): the epochs so far, which are all that it remembers."""
 
     def rate(epoch: int, step: int) -> float:
         now, best, waited = lr, None, 0

@@ -76,9 +76,9 @@ def write(
         f"# {title}\n",
         _result(figures, trainer.metric, trainer.data.parts),
         _files(figures, trainer.metric),
-        "## Curves\n\n![curves](curves.png)\n\nTraining figures are those of the steps: batches as "
-        "trained on (augmented where the recipe says so), weights still moving.\n",
-        _parameters(figures["parameters"], generator_costs(trainer.model)),
+        "## Curves\n\n![curves](curves.png)\n\nTraining figures are those of the steps: "
+        f"{trainer.data.steps_see}, weights still moving.\n",
+        _parameters(figures["parameters"], generator_costs(trainer.model), trainer.data),
     ]
     layers = list(figures["parameters"]["layers"])
     if layers:
@@ -91,7 +91,8 @@ def write(
         parts.append(f"## Filters\n\nAfter epoch {trainer.best['epoch']}.\n\n![filters](filters.png)\n")
     if extra:
         parts.append(extra)
-    parts += [_time(figures["time"], trainer.data), _recipe(figures), _machine(figures["machine"])]
+    parts += [_time(figures["time"], trainer.data), _recipe(figures, trainer.data)]
+    parts.append(_machine(figures["machine"]))
     path = out / "report.md"
     text = "\n".join(parts)
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -159,7 +160,9 @@ def _files(figures: Summary, metric: Metric) -> str:
     return f"## Files\n\n{text}\n\n1 MB is 2^20 bytes.\n"
 
 
-def _parameters(counts: dict[str, Any], costs: CostReport) -> str:
+def _parameters(counts: dict[str, Any], costs: CostReport, data: Task) -> str:
+    if not data.may_generate:
+        return f"## Parameters\n\n{counts['total']:,} in all.\n"
     layers, plain = counts["layers"], counts["generated"] + counts["other"]
     rows = [[name, f"{counts[key]:,}"] for name, key in (("generator", "generator"), ("z", "embedding"))]
     rows += [["other (biases, batch norm, ordinary weights)", f"{counts['other']:,}"]]
@@ -216,9 +219,10 @@ def _time(time: dict[str, float], data: Task) -> str:
     return f"## Time and memory\n\n{table(['', 'value'], rows)}\n"
 
 
-def _recipe(figures: Summary) -> str:
+def _recipe(figures: Summary, data: Task) -> str:
     options = figures["recipe"] | figures["circumstances"]
-    rows = [[name.replace("_", " "), v] for name, v in options.items() if name not in ("threads", "torch")]
+    left_out = {"threads", "torch"} | (set() if data.may_generate else {"state_dtype"})
+    rows = [[name.replace("_", " "), v] for name, v in options.items() if name not in left_out]
     return f"## Recipe\n\n```\n{figures['command']}\n```\n\n{table(['option', 'value'], rows)}\n"
 
 
@@ -315,7 +319,3 @@ def marks(points: int, i: int, curves: int) -> tuple[int, int]:
 def size_cells(megabytes: float, points: float) -> list[str]:
     """Size, and megabytes for each point of a figure."""
     return [f"{megabytes:.1f}", f"{megabytes / points:.2f}" if points else "-"]
-
-
-def percent(row: Row, part: str) -> str:
-    return ACCURACY.cell(row, part)

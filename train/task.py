@@ -65,12 +65,16 @@ class Task(ABC):
     """What is learned from which data.
 
     metric: what counts. unit: what a step goes through, as in images_per_second. parts: evaluated after every
-    epoch; "validation", the first, chooses the best one, the last is what the run reports.
+    epoch; "validation", the first, chooses the best one, the last is what the run reports. steps_see: what
+    the figures of a step are measured on, in words. may_generate: whether its networks may have generated
+    layers, so that reports tell generated parameters from others and give the dtype of the fused states.
     """
 
     metric: Metric
     unit: str
     parts: tuple[str, ...] = ("validation", "test")
+    steps_see: str = "batches as trained on"
+    may_generate: bool = False
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:

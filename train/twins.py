@@ -20,8 +20,9 @@ from hyperfast.analysis.pictures import style
 from hyperfast.nn import SharedCoreGenerator, named_generators, parameter_counts
 from train.checkpoint import write_atomically
 from train.comparison import look, recipe_section
-from train.report import COSTS, percent, save_figure
+from train.report import COSTS, save_figure
 from train.summary import MB, Run
+from train.task import ACCURACY
 
 if TYPE_CHECKING:
     from train.mnist import Published
@@ -70,8 +71,10 @@ def _accuracy(runs: Sequence[Run], published: Sequence[Published], out: Path) ->
     for run, theirs in zip(runs, published, strict=True):
         best, first = run.summary["best"], run.history[0]
         link = f"[{run.model}]({Path(os.path.relpath(run.folder, out)).as_posix()}/report.md)"
-        ours = [len(run.history), best["epoch"], percent(best, "validation"), percent(best, "test")]
-        rows.append([link, *ours, f"{100 - first['validation_accuracy']:.2f} %"])
+        ours = [ACCURACY.cell(best, part) for part in ("validation", "test")]
+        rows.append(
+            [link, len(run.history), best["epoch"], *ours, f"{100 - first['validation_accuracy']:.2f} %"]
+        )
         error = "" if theirs.first_error is None else f"{theirs.first_error:.2f} %"
         rows.append(["published", "", theirs.best_epoch or "", "", f"{theirs.accuracy:.2f} %", error])
     header = [

@@ -1,4 +1,6 @@
-// exp, sigmoid and tanh of vectors, to 3e-7 (float) and 5e-16 (double) of the value at most; NaN stays NaN.
+// exp, sigmoid and tanh of vectors, to 3e-7 (float) and 5e-16 (double) of the value at most where exp is not
+// cut off; NaN stays NaN. sigmoid goes no lower than at -87 (float, 1.6e-38) or -708 (double, 3.3e-308), so
+// that of -infinity is not 0, and times infinity it is infinite.
 #pragma once
 #include "simd.h"
 

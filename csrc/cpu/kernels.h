@@ -282,9 +282,9 @@ struct Kernels {
   void (*outer_product_backward)(const OuterProductBackward&, DType, int threads);
   void (*im2col)(const Im2col&, DType, int threads);
   void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
-  // dtype float32 or float64. scratch: lstm_scratch bytes (lstm.h)
+  // dtype float32 or float64. threads: lstm_threads; scratch: lstm_scratch bytes for as many (lstm.h)
   void (*lstm)(const Lstm&, DType, void* scratch, int threads);
-  // dtype float32 or float64. scratch: lstm_backward_scratch bytes (lstm_backward.h)
+  // likewise; lstm_backward_scratch (lstm_backward.h)
   void (*lstm_backward)(const LstmBackward&, DType, void* scratch, int threads);
   // scratch: images.scratch() doubles
   void (*batch_norm)(const BatchNormSegment&, DType, double* scratch, int threads);

@@ -9,12 +9,8 @@
 
 #include <omp.h>
 
-#include <algorithm>
-
 namespace hyperfast {
 namespace {
-
-constexpr int64_t kThreadProducts = 32768;  // of a step, that outweigh what a thread costs at its barriers
 
 // The norms of a cell of n units; all null: none.
 template <class C>
@@ -331,9 +327,6 @@ struct Sequence {
 namespace HYPERFAST_ISA {
 
 void lstm(const Lstm& p, DType dtype, void* memory, int threads) {
-  const LstmSizes& s = p.sizes;
-  const int64_t products = s.B * 4 * (s.H * s.H + s.M * (s.H + s.M));  // a step's
-  threads = int(std::min<int64_t>(threads, 1 + products / kThreadProducts));
   const auto run = [&](auto c) {
     using C = decltype(c);
     const LstmScratch<C> scratch(p.sizes, p.h_gates, threads, memory);

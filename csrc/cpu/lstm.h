@@ -2,6 +2,8 @@
 // statistics, walks over columns. Products are in panels.h, the gates' functions in activations.h, dropout in
 // philox.h.
 #pragma once
+#include <algorithm>
+
 #include "activations.h"
 #include "blocks.h"
 #include "panels.h"
@@ -16,6 +18,13 @@ constexpr int64_t kZRows = 8;      // of them, rows whose embeddings lie side by
 // takes 0.8 ms, a step of 1, 8 or 32 rows then 0.13, 0.17, 0.39 ms, without it 0.10, 0.30, 0.9.
 inline bool packs_weights(const LstmSizes& s) { return s.N > 64 && s.B > 2; }
 inline bool packs_scales(const LstmSizes& s) { return s.N > 16; }
+
+// The threads that a step has work for: kThreadProducts outweigh what a thread costs at its barriers.
+constexpr int64_t kThreadProducts = 32768;
+inline int lstm_threads(const LstmSizes& s, int threads) {
+  const int64_t products = s.B * 4 * (s.H * s.H + s.M * (s.H + s.M));  // of a step
+  return int(std::min<int64_t>(threads, 1 + products / kThreadProducts));
+}
 
 // Numbers of d_weight as DPanels packs it.
 inline int64_t d_panels_size(int64_t H, int64_t Z) { return 12 * count_panels(H) * Z * kPanel; }

@@ -2,21 +2,28 @@
 #pragma once
 #include <algorithm>
 
-#include "panels.h"
+#include "lstm.h"
 
 namespace hyperfast {
 
-constexpr int64_t kBackwardRows = 16;  // of a tile; a tile is a panel of columns wide
-constexpr int64_t kHyperRows = 4;      // of a block of the hyper LSTM, whose columns are not cut
-constexpr int64_t kMaxStrips = 16;     // neighbouring panels, whose shares of dz are added up together
-constexpr int64_t kWork = 10,
-                  kSums = 14;  // numbers of a unit: kept from phase to phase; summed over all rows
+constexpr int64_t kBackwardRows = 16;     // of a tile; a tile is a panel of columns wide
+constexpr int64_t kHyperRows = 4;         // of a block of the hyper LSTM, whose columns are not cut
+constexpr int64_t kMaxStrips = 16;        // neighbouring panels, whose shares of dz are added up together
+constexpr int64_t kCellWork = 6;          // numbers of a unit that a cell keeps from pass to pass
+constexpr int64_t kCellSums = 10;         // and that it sums over all rows: the gradients of its norms
+constexpr int64_t kWork = 4 + kCellWork;  // with the gates before normalisation
+constexpr int64_t kSums = 4 + kCellSums;  // with dbias
 
 struct LstmStrips {
   int64_t panels, count;
   explicit LstmStrips(int64_t H) : panels(count_panels(H)), count(std::min(panels, kMaxStrips)) {}
   Share of(int64_t strip) const { return Share(panels, strip, count); }  // its panels
 };
+
+// Whether weights are packed once, or a piece at a time in every step. H 512, M 128, Z 16, two cores: one
+// step of 1 or 32 rows takes 0.50 or 1.61 ms with weights packed once, 0.33 or 1.47 without; 4 of 8 rows 1.4
+// and 1.7.
+inline bool packs_weights_backward(const LstmSizes& s) { return s.N > 32; }
 
 // To whole vectors of the narrowest width that holds Z (with_width), for any instruction set.
 inline constexpr int64_t padded_embedding(int64_t Z) { return round_up(Z, Z > 8 ? 16 : Z > 4 ? 8 : 4); }
@@ -43,10 +50,10 @@ struct LstmBackwardScratch {
   C* z;                      // of a step: [tiles of rows, 4 gates, Z, 3 places, kBackwardRows]
   C* dd_weight;              // [panels, 12, Z, kPanel]
   C* sums;                   // [panels, kSums, kPanel]: dbias, then norms
-  C* hyper_sums;             // [blocks of rows, kSums, padded M]
+  C* hyper_sums;             // [blocks of rows, kCellSums, padded M]
   RowNorm<C>* norms;         // [threads, B, 5]
   C* tile;                   // [threads, 12, kBackwardRows, kPanel]
-  C* hyper_work;             // [threads, kHyperRows, kWork, padded M]
+  C* hyper_work;             // [threads, kCellWork, padded M], of one row
   int64_t bytes, padded_M, padded_Z, padded_gates, hyper_blocks;
 
   LstmBackwardScratch(const LstmSizes& s, bool normed, int threads, void* base) {
@@ -56,7 +63,7 @@ struct LstmBackwardScratch {
     padded_gates = 4 * s.H + kColumnPad;  // rows do not begin on the same lines of the first cache
     hyper_blocks = hyper_units * ceil_div(s.B, kHyperRows);
     Scratch scratch(base);
-    weights = scratch.take<C>(packed_size(4 * (s.H + s.M), s.H));
+    weights = scratch.take<C>(packs_weights_backward(s) ? packed_size(4 * (s.H + s.M), s.H) : 0);
     hyper_weight_hh = scratch.take<C>(packed_size(4 * s.M, s.M));
     z_weight = scratch.take<C>(packed_size(12 * s.Z, s.M));
     d_panels = scratch.take<C>(12 * panels * s.Z * kPanel);
@@ -74,10 +81,10 @@ struct LstmBackwardScratch {
     z = scratch.take<C>(ceil_div(s.B, kBackwardRows) * kBackwardRows * 12 * s.Z);
     dd_weight = scratch.take<C>(12 * panels * s.Z * kPanel);
     sums = scratch.take<C>(panels * kSums * kPanel);
-    hyper_sums = scratch.take<C>(hyper_blocks * kSums * padded_M);
+    hyper_sums = scratch.take<C>(hyper_blocks * kCellSums * padded_M);
     norms = scratch.take<RowNorm<C>>(normed ? threads * s.B * 5 : 0);
     tile = scratch.take<C>(threads * 12 * kBackwardRows * kPanel);
-    hyper_work = scratch.take<C>(threads * kHyperRows * kWork * padded_M);
+    hyper_work = scratch.take<C>(threads * kCellWork * padded_M);
     bytes = scratch.bytes;
   }
 };

@@ -190,8 +190,11 @@ def test_packed_sequences_are_those_one_by_one():
 # ---- the op against it
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in CASES]
+    + [pytest.param(name, torch.float64, marks=[pytest.mark.slow] * (name == "long")) for name in CASES],
+)
 def test_accurate(assert_accurate, poison, name, dtype):
     case = CASES[name]
     tensors, grads = make(case, dtype), seeds(case, dtype)
@@ -415,7 +418,14 @@ def compiled_run(case: Case):
     return functools.partial(with_gradients, function, case)
 
 
-@pytest.mark.parametrize("name", ["lstm_norms", "lstm_packed", "hyper_dropout", "hyper_packed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lstm_norms",
+        "hyper_packed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lstm_packed", "hyper_dropout")),
+    ],
+)
 def test_compiled(name):
     case = CASES[name]
     tensors, grads = make(case), seeds(case)
@@ -439,6 +449,7 @@ def test_inductor():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_compiled_for_any_length():
     """A new number of steps compiles once more, then no more."""
     torch._dynamo.reset()
@@ -473,7 +484,7 @@ def test_compiled_with_autocast_and_a_tensor_twice():
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["lstm_norms", "hyper_packed"])
+@pytest.mark.parametrize("name", [pytest.param("lstm_norms", marks=pytest.mark.slow), "hyper_packed"])
 def test_opcheck(name):
     case = CASES[name]
     tensors = make(case, torch.float32)

@@ -20,7 +20,7 @@ import hyperfast
 from tests.train.test_cifar100 import images
 from tests.train.test_report import legend_fits
 from tests.train.tiny import Net
-from train import checkpoint, cifar100, command, compare, comparison, report, summary
+from train import charlm, checkpoint, cifar100, command, compare, comparison, report, summary
 from train.checkpoint import CheckpointError
 from train.compare import Plan
 from train.data import ImageSet
@@ -205,6 +205,57 @@ def test_short_runs_say_so(trained, tmp_path):
     assert "Best epoch cut short by --max-steps: full." in text
 
 
+# ---- language models ----
+
+
+@pytest.fixture
+def texts(trained, tmp_path):
+    """Folders of runs of an epoch: of two models on one text, of one on another part of it, and of one on
+    Penn Treebank's layout, which has a test part."""
+    text = "one and two are three. " * 20
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "ptb").mkdir()
+    for part in ("train", "valid", "test"):
+        (tmp_path / "ptb" / f"ptb.char.{part}.txt").write_text(" ".join(text.replace(" ", "_")))
+    sizes = ["--seq-length", "6", "--batch-size", "8", "--embedding-size", "0", "--hidden-size", "3"]
+    for name, data, *options in (
+        ("lstm", "a.txt", "--model", "lstm"),
+        ("ln_lstm", "a.txt", "--model", "ln_lstm"),
+        ("split", "a.txt", "--model", "lstm", "--val-split", "0.3"),
+        ("ptb", "ptb", "--model", "lstm"),
+    ):
+        out = tmp_path / f"on_{name}"
+        options += ["--epochs", "1", "--gen-length", "5", "--data-path", str(tmp_path / data)]
+        assert charlm.main(["--out", str(out), *sizes, *options]) == 0
+    return {name: load_run(tmp_path / f"on_{name}") for name in ("lstm", "ln_lstm", "split", "ptb")}
+
+
+def test_language_models_and_their_texts(texts, tmp_path):
+    def results(*names):
+        path = comparison.write([texts[name] for name in names], tmp_path, "command")
+        return section(path.read_text(), "Bits per character")
+
+    same = results("lstm", "ln_lstm")
+    assert "\nValidation bits per character at the best" in same and "test" not in same
+    assert "\nText: a.txt.\n" in same and "not comparable" not in same
+    ptb = results("ptb")
+    assert "\nTest bits per character at the best" in ptb and "\nText: ptb.\n" in ptb
+    mixed = results("ln_lstm", "ptb")
+    assert "\nValidation or test bits per character at the best" in mixed
+    warning = "Different texts, or different parts of one, not comparable"
+    assert f"\n{warning}: ln_lstm (a.txt), lstm (ptb).\n" in mixed
+    assert f"\n{warning}: on_lstm (a.txt), on_split (a.txt).\n" in results("lstm", "split")
+
+
+def test_the_report_of_a_language_model_says_nothing_of_images(texts):
+    text = (texts["ln_lstm"].folder / "report.md").read_text()
+    for word in ("batch norm", "augmented", "state dtype", "image", "accuracy"):
+        assert word not in text
+    total = texts["ln_lstm"].summary["parameters"]["total"]
+    assert section(text, "Parameters").strip() == f"{total:,} in all."
+    assert "those of the steps: batches as trained on, weights still moving." in text
+
+
 # ---- bad input: exit status 2, one line, nothing trained ----
 
 
@@ -218,6 +269,10 @@ def test_short_runs_say_so(trained, tmp_path):
         (["--models", "full", "--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
         (["--models", "full,fixed", "--generate", "conv5"], "--generate: no layer 'conv5'"),
         (["--models", "full", "--model", "full"], "--model: every model is one of --models"),
+        (
+            ["--command", "charlm", "--models", "ln_lstm,lstm", "--use-layer-norm"],
+            "--models lstm: the other options make it ln_lstm; name that one instead",
+        ),
     ],
 )
 def test_command_line_errors(options, message, trained, tmp_path, capsys):
@@ -229,9 +284,10 @@ def test_command_line_errors(options, message, trained, tmp_path, capsys):
     assert trained == [] and not (tmp_path / "c").exists()
 
 
-def test_all_models_by_default(tmp_path):
-    args, options = compare.parser().parse_known_args(["--out", str(tmp_path)])
-    assert [p.model for p in compare.plan(args, options)] == list(cifar100.MODELS)
+@pytest.mark.parametrize("name", compare.COMMANDS)
+def test_all_models_by_default(name, tmp_path):
+    args, options = compare.parser().parse_known_args(["--command", name, "--out", str(tmp_path)])
+    assert [p.model for p in compare.plan(args, options)] == list(compare.training_command(name).models)
 
 
 def test_an_existing_comparison_is_not_overwritten(trained, tmp_path, capsys):

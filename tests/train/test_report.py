@@ -61,6 +61,7 @@ def test_report_of_a_hypernetwork(trained):
     )
     assert "python -m train.tiny" in text and "Trained 2 of 2 epochs, 12 steps (the end)." in text
     assert cells(text, "torch") == [str(torch.__version__)]
+    assert "batches as trained on (augmented where the recipe says so), weights still moving." in text
 
 
 def test_sizes_are_those_of_the_files(trained, tmp_path):
