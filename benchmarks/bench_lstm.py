@@ -54,7 +54,7 @@ class Case(NamedTuple):
 CASES = {
     "plain": Case(32, 100, 128, 512, 128, 16, layer_norm=False),
     "norms": Case(32, 100, 128, 512, 128, 16, layer_norm=True),
-    "paper": Case(128, 20, 50, 1000, 128, 4, layer_norm=True, rounds=3),
+    "paper": Case(128, 50, 50, 1000, 128, 4, layer_norm=True, rounds=3),
 }
 
 

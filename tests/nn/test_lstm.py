@@ -416,11 +416,12 @@ def test_hyperize(targets):
 
 
 @pytest.mark.parametrize(
-    "kind", [k if k == "ln_hyper_lstm" else pytest.param(k, marks=pytest.mark.slow) for k in MODELS]
+    "kind", ["one layer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS)]
 )
 def test_compile(kind):
     torch._dynamo.reset()
-    model, x = MODELS[kind](recurrent_dropout=SHARE, dropout=0.3), torch.randn(3, 2, I, dtype=F64)
+    make = MODELS.get(kind, hyper)
+    model, x = make(recurrent_dropout=SHARE), torch.randn(3, 2, I, dtype=F64)
     compiled, state = torch.compile(model, fullgraph=True, backend="aot_eager"), state_of(model, 2)
     found = []
     for function in (model, compiled):
