@@ -290,7 +290,8 @@ def against_size(named: Labelled) -> Figure:
         for axis, label in zip(axes, ("size of the weights' file (MB)", "parameters"), strict=True):
             axis.set(xscale="log", xlabel=label)
             axis.margins(x=0.1)
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            low, high = axis.get_xlim()
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)) if high > 10 * low else MaxNLocator(4))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_formatter(NullFormatter())
         shown = [run.result for run in named.values()]
