@@ -7,6 +7,7 @@ and a `Command` that puts them together. Options may be spelled with underscores
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -28,7 +29,7 @@ from train.allocator import keep_freed_memory
 from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, ImageSet, split
 from train.images import ImageData
-from train.loop import Config, Interrupted, RunError, Stages, Trainer, check_run, make_folder
+from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
 from train.task import Task
 
 BETAS = (0.9, 0.999)
@@ -389,9 +390,13 @@ class Command:
 
     def _run(self, args: argparse.Namespace, command: str) -> Trainer:
         set_up_device(args)
-        check_run(args.out, args.resume)
-        trainer = self.make_trainer(args)
-        make_folder(args.out)  # bad input leaves none
+        open_run(args.out, args.resume)
+        try:
+            trainer = self.make_trainer(args)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                args.out.rmdir()  # if it is empty: bad input leaves no folder
+            raise
         if args.resume:
             for difference in trainer.resume():
                 print(f"note: {difference}")

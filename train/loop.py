@@ -382,17 +382,13 @@ class Trainer:
 # -- helpers -------------------------------------------------------------------------------------
 
 
-def check_run(out: Path, resume: bool) -> None:
-    """Raises RunError unless the folder `out` holds a run just when `resume` says so."""
+def open_run(out: Path, resume: bool) -> None:
+    """Make the folder `out`, sure that it can be written and holds a run just when `resume` says so."""
     exists = (out / "last.pt").exists()
     if resume and not exists:
         raise RunError(f"--resume: no run in {out} (no last.pt)")
     if exists and not resume:
         raise RunError(f"{out} already holds a run: continue it with --resume, or choose another --out")
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder `out` of a run. Raises RunError where it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".probe"

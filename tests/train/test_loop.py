@@ -361,24 +361,21 @@ def test_cadence_of_last(tmp_path, every, saved, monkeypatch):
     assert seen == saved and len(last(tmp_path)["history"]) == 5
 
 
-def test_the_folder_of_a_run(tmp_path):
+def test_open_run(tmp_path):
     out = tmp_path / "runs" / "a"
     with pytest.raises(RunError, match=r"--resume: no run in .*a \(no last.pt\)"):
-        loop.check_run(out, resume=True)
-    loop.check_run(out, resume=False)
-    assert not out.exists()
-    loop.make_folder(out)
+        loop.open_run(out, resume=True)
+    loop.open_run(out, resume=False)
     assert list(out.iterdir()) == []
     (out / "last.pt").write_text("precious")
     with pytest.raises(RunError, match="already holds a run: continue it with --resume"):
-        loop.check_run(out, resume=False)
-    loop.check_run(out, resume=True)
-    loop.make_folder(out)
+        loop.open_run(out, resume=False)
+    loop.open_run(out, resume=True)
     assert (out / "last.pt").read_text() == "precious"
     with pytest.raises(RunError, match="cannot be written, Not a directory"):
-        loop.make_folder(out / "last.pt" / "b")
+        loop.open_run(out / "last.pt" / "b", resume=False)
     with pytest.raises(RunError, match="cannot be written"):
-        loop.make_folder(Path("/proc/a"))
+        loop.open_run(Path("/proc/a"), resume=False)
 
 
 def test_seeds_differ_by_epoch_and_purpose():
