@@ -14,6 +14,7 @@
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
+using namespace hyperfast;  // lstm_arguments.h
 using namespace hyperfast::cuda;
 
 namespace {

@@ -372,6 +372,11 @@ class LSTMState(NamedTuple):
     hyper_c: Tensor | None = None
 
 
+def map_state(state: LSTMState, change: Callable[[Tensor], Tensor]) -> LSTMState:
+    """`change` of each tensor that `state` has."""
+    return LSTMState(*(None if s is None else change(s) for s in state))
+
+
 def philox(key: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor:
     """Uniform integers below 2^32, int64 [len(rows), columns]: the first word of Philox 4x32-10 (Salmon,
     Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with counter (column, row,
@@ -490,8 +495,8 @@ def lstm(
     outputs, ended, start = [], [], 0
     for size in sizes:
         if size < len(state.h):
-            ended.append(LSTMState(*(None if s is None else s[size:] for s in state)))
-            state = LSTMState(*(None if s is None else s[:size] for s in state))
+            ended.append(map_state(state, lambda s, size=size: s[size:]))
+            state = map_state(state, lambda s, size=size: s[:size])
         rows = torch.arange(start, start + size, device=x_gates.device)
         now = None if hyper is None else hyper._replace(x_gates=hyper.x_gates[start : start + size])
         x_now = x_gates[start : start + size]
@@ -617,7 +622,7 @@ def lstm_backward(
     """
     dx_gates, dh_gates = torch.empty_like(x_gates), torch.empty_like(h_gates)
     dbias, dnorms = torch.zeros_like(bias), _zeros(norms)
-    dstate = LSTMState(*(None if s is None else s.clone() for s in dlast))
+    dstate = map_state(dlast, torch.clone)
     dhyper_gates = dz = dd_weight = dhyper_norms = None
     cs = torch.cat((c0, c))  # of the step before each
     if hyper is not None:
@@ -629,7 +634,7 @@ def lstm_backward(
         now, rows = slice(start, end), torch.arange(start, end, device=c.device)
         first = start + len(c0) - sizes[t - 1] if t else 0
         before = slice(first, first + size)
-        state = LSTMState(*(None if s is None else s[:size] for s in dstate))
+        state = map_state(dstate, lambda s, size=size: s[:size])
         gates, scale = x_gates[now] + h_gates[now] + bias, _step_scale(key, rows, c, 0, dropout)
         if hyper is not None:
             d_x, d_h, d_b = modulation(z[now], hyper.d_weight)

@@ -92,7 +92,7 @@ class TextData(Task):
 
     @property
     def checksum(self) -> int:
-        """Of the tokens of all parts: it tells another text or another split."""
+        """Of the tokens of all parts, one after the other: it tells another text, not another split."""
         checksum = 0
         for part in ("train", *self.parts):
             checksum = zlib.crc32(getattr(self.text, part).cpu().numpy().tobytes(), checksum)

@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdint>
 
+#include "../lstm_arguments.h"
+
 namespace hyperfast {
 
 constexpr int64_t kMaxK = 512;      // z is held on the stack of each thread
@@ -209,28 +211,7 @@ inline int64_t rows_per_block(int64_t K) {
 }
 inline int64_t num_blocks(int64_t N, int64_t K) { return (N + rows_per_block(K) - 1) / rows_per_block(K); }
 
-// One layer of an LSTM of H units over rows packed step by step, or of a HyperLSTM, whose hyper LSTM of M
-// units makes embeddings of Z numbers; the equations are in hyperfast/reference.py. Step t has the next
-// batch_sizes[t] of N rows, falling from B; row b of a step goes on with row b of the one before.
-struct LstmSizes {
-  int64_t T, N, B, H, M, Z;    // M = Z = 0: no hyper LSTM, and everything of it below is null
-  const int64_t* batch_sizes;  // [T]
-};
-struct LstmNorms {                        // of n units; all null without layer normalisation
-  const void *gates_weight, *gates_bias;  // [4n]
-  const void *cell_weight, *cell_bias;    // [n]
-};
-struct LstmWeights {
-  const void *weight_hh, *bias;                   // [4H, H], [4H]
-  const void *hyper_weight_xh, *hyper_weight_hh;  // [4M, H], [4M, M]
-  const void *z_weight, *z_bias;                  // [12Z, M], [12Z]
-  const void* d_weight;                           // [12, H, Z]
-  LstmNorms norms, hyper_norms;
-};
-struct LstmDropout {   // recurrent, by hyperfast.reference.dropout_scale
-  const int64_t* key;  // [1]
-  double share;        // 0: none, key null
-};
+// An LSTM over a sequence; float32 or float64.
 struct Lstm {
   LstmSizes sizes;
   LstmWeights weights;

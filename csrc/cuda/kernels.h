@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../lstm_arguments.h"
+
 namespace hyperfast::cuda {
 
 enum class DType { f32, f64, f16, bf16 };
@@ -89,30 +91,11 @@ struct HyperLinear {
 int64_t hyper_linear_scratch(int64_t M, int64_t O, int64_t I, int K, DType dtype);
 const char* hyper_linear(const HyperLinear& call, DType dtype, uintptr_t stream);  // not for f64
 
-// One layer of an LSTM, or of a HyperLSTM, over a whole sequence: hyperfast/reference.py, csrc/cpu/kernels.h.
-// Null are: hyper tensors without a hyper LSTM (M = Z = 0), norms without layer normalisation, key without
-// dropout, h_gates and hyper_gates where they are not kept, gradients that come in where they are zero, and
-// dh_gates without hyper (it is dx_gates). float32: norms, c, hyper_c and their gradients, whatever the
-// dtype.
-struct LstmSizes {
-  int64_t T, N, B, H, M, Z;    // T, N, B, H >= 1
-  const int64_t* batch_sizes;  // [T], of the host, falling from B; their sum is N
-};
-struct LstmNorms {                        // of n units
-  const void *gates_weight, *gates_bias;  // [4n]
-  const void *cell_weight, *cell_bias;    // [n]
-};
-struct LstmWeights {
-  const void *weight_hh, *bias;                   // [4H, H], [4H]
-  const void *hyper_weight_xh, *hyper_weight_hh;  // [4M, H], [4M, M]
-  const void *z_weight, *z_bias;                  // [12Z, M], [12Z]
-  const void* d_weight;                           // [12, H, Z]
-  LstmNorms norms, hyper_norms;
-};
-struct LstmDropout {
-  const int64_t* key;  // [1]
-  double share;
-};
+// One layer of an LSTM, or of a HyperLSTM, over a whole sequence: hyperfast/reference.py, lstm_arguments.h.
+// T, N, B, H are at least 1, batch_sizes are the host's. Null are: hyper tensors without a hyper LSTM (M = Z
+// = 0), norms without layer normalisation, key without dropout, h_gates and hyper_gates where they are not
+// kept, gradients that come in where they are zero, and dh_gates without hyper (it is dx_gates). float32:
+// norms, c, hyper_c and their gradients, whatever the dtype.
 struct Lstm {
   LstmSizes sizes;
   LstmWeights weights;

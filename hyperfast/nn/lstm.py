@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hyperfast.ops._library import check_backend, check_dense
 from hyperfast.ops.lstm import lstm
-from hyperfast.reference import HyperCell, LSTMState, Norms
+from hyperfast.reference import HyperCell, LSTMState, Norms, map_state
 
 NORMS = ("gates_norm_weight", "gates_norm_bias", "cell_norm_weight", "cell_norm_bias")  # as in `Norms`
 State = LSTMState | tuple[Tensor | None, ...]
@@ -40,10 +40,6 @@ def _check_input(input: Tensor, dims: Sequence[int], wanted: str, features: int)
     if input.shape[-1] != features:
         raise ValueError(f"input must have input_size {features} as its last dimension, got shape "
                          f"{list(input.shape)}")  # fmt: skip
-
-
-def _each(state: LSTMState, change: Callable[[Tensor], Tensor]) -> LSTMState:
-    return LSTMState(*(None if s is None else change(s) for s in state))
 
 
 def _full_state(state: State | None, sizes: Sequence[int], lead: Sequence[int], like: Tensor) -> LSTMState:
@@ -154,8 +150,8 @@ class _Cell(nn.Module):
         full = _full_state(state, self.state_sizes, input.shape[:-1], input)
         if input.dim() == 2:
             return self._returned(self._sequence(input, full)[1])
-        _, last = self._sequence(input.unsqueeze(0), _each(full, lambda s: s.unsqueeze(0)))
-        return self._returned(_each(last, lambda s: s.squeeze(0)))
+        _, last = self._sequence(input.unsqueeze(0), map_state(full, lambda s: s.unsqueeze(0)))
+        return self._returned(map_state(last, lambda s: s.squeeze(0)))
 
     def extra_repr(self) -> str:
         options = {"layer_norm": self.layer_norm, "recurrent_dropout": self.recurrent_dropout}
@@ -308,10 +304,10 @@ class _Layers(nn.Module):
         if not len(x):
             raise ValueError(f"input must have at least one time step, got shape {list(input.shape)}")
         full = self._full_state(state, x.shape[1:-1], x)
-        full = full if is_batched else _each(full, lambda s: s.unsqueeze(1))
+        full = full if is_batched else map_state(full, lambda s: s.unsqueeze(1))
         output, last = self._run(x.reshape(-1, I), full)
         output = output.view(*x.shape[:-1], self.hidden_size)
-        last = last if is_batched else _each(last, lambda s: s.squeeze(1))
+        last = last if is_batched else map_state(last, lambda s: s.squeeze(1))
         return output.transpose(0, 1) if turned else output, self.layers[0]._returned(last)
 
     def _packed(self, input: PackedSequence, state: State | None) -> tuple[PackedSequence, State]:
@@ -323,10 +319,10 @@ class _Layers(nn.Module):
         B = int(batch_sizes[0]) if to_sorted is None else len(to_sorted)
         full = self._full_state(state, [B], x)
         if to_sorted is not None:
-            full = _each(full, lambda s: s.index_select(1, to_sorted))
+            full = map_state(full, lambda s: s.index_select(1, to_sorted))
         output, last = self._run(x, full, batch_sizes)
         if to_unsorted is not None:
-            last = _each(last, lambda s: s.index_select(1, to_unsorted))
+            last = map_state(last, lambda s: s.index_select(1, to_unsorted))
         return PackedSequence(output, batch_sizes, to_sorted, to_unsorted), self.layers[0]._returned(last)
 
     def _full_state(self, state: State | None, lead: Sequence[int], x: Tensor) -> LSTMState:
@@ -340,7 +336,7 @@ class _Layers(nn.Module):
         for i, layer in enumerate(self.layers):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            own = LSTMState(*(None if s is None else s[i] for s in state))
+            own = map_state(state, lambda s, i=i: s[i])
             x, own = layer._sequence(x, own, batch_sizes)
             last.append(own)
         return x, LSTMState(*(None if s[0] is None else torch.stack(s) for s in zip(*last, strict=True)))

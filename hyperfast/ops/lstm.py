@@ -188,7 +188,7 @@ def _forward_reference(sizes, step_sizes, weights, key, dropout, eps, tensors) -
     now, start = LSTMState(*state), 0
     for size in step_sizes.tolist():
         rows = slice(start, start + size)
-        now = LSTMState(*(None if s is None else s[:size] for s in now))
+        now = reference.map_state(now, lambda s, size=size: s[:size])
         if h_gates is not None:
             h_gates[rows] = now.h @ weight_hh.mT
         if hyper is not None:
