@@ -188,8 +188,8 @@ class Backward {
       start -= size;
       const Step step = step_at(t, start);
       const Step behind = t ? step_at(t - 1, step.before) : Step{};
-      if (normed) normed_gates(step, mine, panels, thread);
-      else plain_gates(step, mine, thread);
+      if (normed) normed_gates(step, panels, thread);
+      else plain_gates(step, panels, thread);
 #pragma omp barrier
       if (hyper) {
         const Share blocks(ceil_div(size, kHyperRows), thread, threads);
@@ -311,10 +311,13 @@ class Backward {
   C* tile_of(int64_t thread) const { return scratch.tile + thread * 12 * kBackwardRows * kPanel; }
   static C* place_of(C* tile, int64_t place) { return tile + place * kBackwardRows * kPanel; }
 
-  // Calls f(first row, rows) for all tiles of a panel.
+  // Calls f(panel, first row, rows) for all tiles of some panels: panel after panel of the same rows, so that
+  // a row is read and written along its columns.
   template <class F>
-  static void for_tiles(int64_t size, F f) {
-    for (int64_t b = 0; b < size; b += kBackwardRows) f(b, std::min(kBackwardRows, size - b));
+  static void for_tiles(int64_t size, const Share& panels, F f) {
+    for (int64_t b = 0; b < size; b += kBackwardRows)
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+        f(panel, b, std::min(kBackwardRows, size - b));
   }
 
   // A step's z as the tiles read it
@@ -415,24 +418,34 @@ class Backward {
     });
   }
 
-  // What a tile reads is asked for while the one before it is computed: with row b the row kBackwardRows
-  // below, or that of the next panel. GCC would drop calls of functions that only ask.
+  // What a tile reads is asked for while the one before it is computed: with row b that of the next panel, or
+  // behind the last one the row kBackwardRows below. GCC would drop calls of functions that only ask.
   struct Next {
     int64_t panel, row;  // among all N
     int64_t before;      // the row of the step before
   };
-  Next next_of(const Step& step, int64_t panel, int64_t b) const {
-    if (b + kBackwardRows < step.size) b += kBackwardRows;
-    else if (panel + 1 < strips.panels) b %= kBackwardRows, ++panel;
+  Next next_of(const Step& step, const Share& panels, int64_t panel, int64_t b) const {
+    if (panel + 1 < panels.end) ++panel;
+    else if (b + kBackwardRows < step.size) b += kBackwardRows, panel = panels.begin;
     return {panel, step.start + b, step.before < 0 ? step.start + b : step.before + b};
   }
   __attribute__((always_inline)) static void ask(const C* from) {
     for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(from + i);
   }
+  static void ask_to_write(C* to) {
+    for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(C))) prefetch_to_write(to + i);
+  }
   __attribute__((always_inline)) void ask_gate(const Next& next, int64_t gate) const {
     const int64_t element = (next.row * 4 + gate) * s.H + next.panel * kPanel;
     ask(at<>(p.x_gates) + element);
     ask(at<>(p.h_gates) + element);
+  }
+  void ask_outputs(const Step& step, const Next& next, int64_t gate) const {
+    const int64_t column = gate * s.H + next.panel * kPanel, element = next.row * 4 * s.H + column;
+    ask_to_write(scratch.dh_gates + (next.row - step.start) * scratch.padded_gates + column);
+    if (streams) return;
+    ask_to_write(at<C>(p.dx_gates) + element);
+    if (hyper) ask_to_write(at<C>(p.dh_gates) + element);
   }
   __attribute__((always_inline)) void ask_cell(const Next& next) const {
     const int64_t element = next.row * s.H + next.panel * kPanel;
@@ -473,12 +486,12 @@ class Backward {
 
   // dx_gates, dh_gates and dbias of a row; in the tile dd takes the place of d.
   template <bool with_norm>
-  void write_row(const Step& step, int64_t panel, int64_t b, const CellRow<C>& r, C* tile,
-                 int64_t row) const {
+  void write_row(const Step& step, int64_t panel, int64_t b, const CellRow<C>& r, C* tile, int64_t row,
+                 const Next& next) const {
     C* dbias = scratch.sums + panel * kSums * kPanel;
-    const Next next = next_of(step, panel, b);
     for (int k = 0; k < 4; ++k) {
       ask_gate(next, k);
+      ask_outputs(step, next, k);
       const int64_t column = k * s.H + panel * kPanel, element = (step.start + b) * 4 * s.H + column;
       C* kept = scratch.dh_gates + b * scratch.padded_gates + column;
       C* d = place_of(tile, k) + row * kPanel;
@@ -501,8 +514,8 @@ class Backward {
   }
 
   // From dd: the strip's share of dz, and dd_weight.
-  void embeddings(int64_t strip, int64_t panel, int64_t b, int64_t rows, C* tile) const {
-    const int64_t padded = scratch.padded_Z, n = width(panel);
+  void embeddings(int64_t panel, int64_t b, int64_t rows, C* tile) const {
+    const int64_t padded = scratch.padded_Z, n = width(panel), strip = strips.holding(panel);
     const bool add = panel > strips.of(strip).begin;
     C* dz = scratch.dz + (strip * s.B + b) * 12 * padded;
     for (int64_t place = 0; place < 12; ++place) {
@@ -521,21 +534,20 @@ class Backward {
     }
   }
 
-  void plain_gates(const Step& step, const Share& mine, int64_t thread) const {
+  void plain_gates(const Step& step, const Share& panels, int64_t thread) const {
     C *tile = tile_of(thread), *work = scratch.work + thread * kBackwardRows * kWork * kPanel;
-    for (int64_t strip = mine.begin; strip < mine.end; ++strip)
-      for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
-        for_tiles(step.size, [&](int64_t b, int64_t rows) {
-          gates_before(step, panel, b, rows, tile, [&](int64_t row) { return work + row * kWork * kPanel; });
-          for (int64_t row = 0; row < rows; ++row) {
-            const CellRow<C> r = row_of(step, panel, b + row, work + row * kWork * kPanel, nullptr);
-            ask_cell(next_of(step, panel, b + row));
-            Steps::template slopes<false>(r, nullptr);
-            Steps::template gradients<false>(r, nullptr);
-            write_row<false>(step, panel, b + row, r, tile, row);
-          }
-          if (hyper) embeddings(strip, panel, b, rows, tile);
-        });
+    for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+      gates_before(step, panel, b, rows, tile, [&](int64_t row) { return work + row * kWork * kPanel; });
+      for (int64_t row = 0; row < rows; ++row) {
+        const CellRow<C> r = row_of(step, panel, b + row, work + row * kWork * kPanel, nullptr);
+        const Next next = next_of(step, panels, panel, b + row);
+        ask_cell(next);
+        Steps::template slopes<false>(r, nullptr);
+        Steps::template gradients<false>(r, nullptr);
+        write_row<false>(step, panel, b + row, r, tile, row, next);
+      }
+      if (hyper) embeddings(panel, b, rows, tile);
+    });
   }
 
   // ---- the same with layer norm
@@ -544,21 +556,20 @@ class Backward {
 
   // The gates before normalisation, and mean and sum of squared deviations of each panel.
   void statistics(const Step& step, const Share& panels) const {
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-      for_tiles(step.size, [&](int64_t b, int64_t rows) {
-        gates_before(step, panel, b, rows, nullptr, [&](int64_t row) { return work_of(panel, b + row); });
-        for (int64_t row = b; row < b + rows; ++row) {
-          const C* gates = work_of(panel, row);
-          const Next next = next_of(step, panel, row);
-          ask_cell(next);
-          for (int64_t k = 0; k < 5; ++k) {
-            if (k < 4) ask_gate(next, k);
-            const C* x = k < 4 ? gates + k * kPanel : at<>(p.c) + (step.start + row) * s.H + panel * kPanel;
-            C* to = scratch.statistics + (panel * 10 + k) * s.B + row;
-            deviations(x, width(panel), to[0], to[5 * s.B]);
-          }
+    for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+      gates_before(step, panel, b, rows, nullptr, [&](int64_t row) { return work_of(panel, b + row); });
+      for (int64_t row = b; row < b + rows; ++row) {
+        const C* gates = work_of(panel, row);
+        const Next next = next_of(step, panels, panel, row);
+        ask_cell(next);
+        for (int64_t k = 0; k < 5; ++k) {
+          if (k < 4) ask_gate(next, k);
+          const C* x = k < 4 ? gates + k * kPanel : at<>(p.c) + (step.start + row) * s.H + panel * kPanel;
+          C* to = scratch.statistics + (panel * 10 + k) * s.B + row;
+          deviations(x, width(panel), to[0], to[5 * s.B]);
         }
-      });
+      }
+    });
   }
 
   static void deviations(const C* x, int64_t n, C& mean, C& squares) {
@@ -610,33 +621,36 @@ class Backward {
       }
   }
 
-  void normed_gates(const Step& step, const Share& mine, const Share& panels, int64_t thread) const {
+  void normed_gates(const Step& step, const Share& panels, int64_t thread) const {
     RowNorm<C>* norms = scratch.norms + thread * s.B * 5;
     const auto row_at = [&](int64_t panel, int64_t b) {
       return row_of(step, panel, b, work_of(panel, b), norms + b * 5);
     };
+    const auto for_rows = [&](auto f) {
+      for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+        for (int64_t row = b; row < b + rows; ++row) f(panel, row);
+      });
+    };
     combine_statistics(step, norms);
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-      for (int64_t b = 0; b < step.size; ++b) {
-        ask_cell(next_of(step, panel, b));
-        Steps::template slopes<true>(row_at(panel, b), scratch.cell_sums + (panel * s.B + b) * 2);
-      }
+    for_rows([&](int64_t panel, int64_t b) {
+      ask_cell(next_of(step, panels, panel, b));
+      Steps::template slopes<true>(row_at(panel, b), scratch.cell_sums + (panel * s.B + b) * 2);
+    });
 #pragma omp barrier
     combine_sums(step, scratch.cell_sums, 4, 1, norms);
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-      for (int64_t b = 0; b < step.size; ++b)
-        Steps::template gradients<true>(row_at(panel, b), scratch.gate_sums + (panel * s.B + b) * 8);
+    for_rows([&](int64_t panel, int64_t b) {
+      Steps::template gradients<true>(row_at(panel, b), scratch.gate_sums + (panel * s.B + b) * 8);
+    });
 #pragma omp barrier
     combine_sums(step, scratch.gate_sums, 0, 4, norms);
     C* tile = tile_of(thread);
-    for (int64_t strip = mine.begin; strip < mine.end; ++strip)
-      for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
-        for_tiles(step.size, [&](int64_t b, int64_t rows) {
-          if (hyper) modulation(panel, b, rows, tile);
-          for (int64_t row = 0; row < rows; ++row)
-            write_row<true>(step, panel, b + row, row_at(panel, b + row), tile, row);
-          if (hyper) embeddings(strip, panel, b, rows, tile);
-        });
+    for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+      if (hyper) modulation(panel, b, rows, tile);
+      for (int64_t row = 0; row < rows; ++row)
+        write_row<true>(step, panel, b + row, row_at(panel, b + row), tile, row,
+                        next_of(step, panels, panel, b + row));
+      if (hyper) embeddings(panel, b, rows, tile);
+    });
   }
 
   // ---- the hyper LSTM: dz, dhyper_gates and dhyper_c of a block of rows

@@ -18,6 +18,7 @@ struct LstmStrips {
   int64_t panels, count;
   explicit LstmStrips(int64_t H) : panels(count_panels(H)), count(std::min(panels, kMaxStrips)) {}
   Share of(int64_t strip) const { return Share(panels, strip, count); }  // its panels
+  int64_t holding(int64_t panel) const { return ((panel + 1) * count - 1) / panels; }
 };
 
 // Whether weights are packed once, or a piece at a time in every step. H 512, M 128, Z 16, two cores: one
