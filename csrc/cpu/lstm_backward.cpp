@@ -9,7 +9,11 @@
 // each: the gates' gradients by panel (three phases with layer norm, for its sums over a row), the hyper
 // LSTM's by row, the products by panel. What does not depend on the step behind (the gates before
 // normalisation, by the modulation recomputed from z) is done beside the products. At those sizes, AVX-512,
-// two cores: products 0.28 ms (310 GFLOPS), the hyper LSTM 0.03, the rest 0.21; layer norm adds 0.1.
+// two cores: products 0.30 ms (310 GFLOPS), the hyper LSTM 0.04, the rest 0.18; layer norm adds 0.08. With B
+// 128, H 1000, M 128, Z 4 and layer norm, about 6.0 ms (floor 3.8): products 3.85, the hyper LSTM 0.1, the
+// gates before normalisation 0.5, the phases with their gradients 0.25, 0.15 and 1.1. The stores of the last
+// one took 1.4 ms by themselves before their lines were asked for ahead. Blocks of 16 to 64 rows, which the
+// second cache would hold from phase to phase, win nothing.
 #include "lstm_backward.h"
 
 #include <omp.h>
@@ -49,11 +53,17 @@ struct Cell {
 
   static V load(const C* p, int lanes) { return hyperfast::load(simd, p, lanes); }
   static void add(C* sum, V v) { S::store(sum, S::load(sum) + v); }
+  // to[i] = the sum of the lanes of v[i], all together
+  template <int count>
+  static void sum(V (&v)[count], C* to) {
+    sum_groups<W, count, W>(v);
+    for (int i = 0; i < count; i += W) store(simd, to + i, v[i / W], std::min(W, count - i));
+  }
 
   // The first pass: everything that needs no dc. totals [2]: what c's layer norm needs.
   template <bool normed>
   static void slopes(const CellRow<C>& r, C* totals) {
-    V total{}, product{};
+    V sums[2] = {};
     for_vectors<W>(r.n, [&](int64_t j, int lanes) {
       V gates[4], read = load(r.c + j, lanes), xhat{}, weight{};
       for (int k = 0; k < 4; ++k) {
@@ -75,8 +85,8 @@ struct Cell {
         add(r.sums + 8 * r.sums_step + j, by_h * xhat);
         add(r.sums + 9 * r.sums_step + j, by_h);
         by_h *= weight;
-        total += by_h;
-        product += by_h * xhat;
+        sums[0] += by_h;
+        sums[1] += by_h * xhat;
       }
       const V scale = r.dropout ? r.dropout->at(simd, r.row, r.column + j) : V{} + C(1);
       const V scaled = i * scale;
@@ -88,13 +98,13 @@ struct Cell {
       S::store(work + 4 * r.work_step, f);
       S::store(work + 5 * r.work_step, by_h);
     });
-    if (normed) totals[0] = S::sum(total), totals[1] = S::sum(product);
+    if (normed) sum(sums, totals);
   }
 
   // The second: dc, and the gradients of the gates after normalisation. totals [4, 2]: what their norms need.
   template <bool normed>
   static void gradients(const CellRow<C>& r, C* totals) {
-    V total[4] = {}, product[4] = {};
+    V sums[8] = {};
     for_vectors<W>(r.n, [&](int64_t j, int lanes) {
       C* work = r.work + j;
       V by_h = S::load(work + 5 * r.work_step);
@@ -109,14 +119,13 @@ struct Cell {
           add(r.sums + k * r.sums_step + j, g * xhat);
           add(r.sums + (4 + k) * r.sums_step + j, g);
           g *= load(r.gates_weight + k * r.weight_step + j, lanes);
-          total[k] += g;
-          product[k] += g * xhat;
+          sums[2 * k] += g;
+          sums[2 * k + 1] += g * xhat;
         }
         S::store(work + k * r.work_step, g);
       }
     });
-    if (normed)
-      for (int k = 0; k < 4; ++k) totals[2 * k] = S::sum(total[k]), totals[2 * k + 1] = S::sum(product[k]);
+    if (normed) sum(sums, totals);
   }
 
   // The third: of a vector of gate k before normalisation.
@@ -593,32 +602,37 @@ class Backward {
   // a panel, row and norm.
   void combine_statistics(const Step& step, RowNorm<C>* norms) const {
     for (int64_t k = 0; k < 5; ++k)
-      for (int64_t b = 0; b < step.size; ++b) {
+      for_vectors<W>(step.size, [&](int64_t b, int lanes) {
         const C* from = scratch.statistics + k * s.B + b;
-        C mean = 0, squares = 0;
+        V mean{}, squares{};
         for (int64_t panel = 0; panel < strips.panels; ++panel)
-          mean += C(width(panel)) * from[panel * 10 * s.B];
+          mean += C(width(panel)) * load(simd, from + panel * 10 * s.B, lanes);
         mean /= C(s.H);
         for (int64_t panel = 0; panel < strips.panels; ++panel) {
-          const C d = from[panel * 10 * s.B] - mean;
-          squares += from[(panel * 10 + 5) * s.B] + C(width(panel)) * d * d;
+          const V d = load(simd, from + panel * 10 * s.B, lanes) - mean;
+          squares += load(simd, from + (panel * 10 + 5) * s.B, lanes) + C(width(panel)) * d * d;
         }
-        norms[b * 5 + k] = {mean, 1 / std::sqrt(squares / C(s.H) + eps), 0, 0};
-      }
+        C means[W], inverses[W];
+        S::store(means, mean);
+        S::store(inverses, C(1) / S::sqrt(squares / C(s.H) + eps));
+        for (int i = 0; i < lanes; ++i) norms[(b + i) * 5 + k] = {means[i], inverses[i], 0, 0};
+      });
   }
 
-  // sums [panels, B, 2 count] to the norms from `first` on
+  // sums [panels, B, count, 2] to the norms from `first` on
   void combine_sums(const Step& step, const C* sums, int64_t first, int64_t count, RowNorm<C>* norms) const {
-    for (int64_t b = 0; b < step.size; ++b)
-      for (int64_t k = 0; k < count; ++k) {
-        C total = 0, product = 0;
-        for (int64_t panel = 0; panel < strips.panels; ++panel) {
-          const C* from = sums + ((panel * s.B + b) * count + k) * 2;
-          total += from[0], product += from[1];
-        }
-        RowNorm<C>& norm = norms[b * 5 + first + k];
-        norm.offset = total / C(s.H), norm.slope = product / C(s.H);
+    for_vectors<W>(step.size * count * 2, [&](int64_t i, int lanes) {
+      V sum{};
+      for (int64_t panel = 0; panel < strips.panels; ++panel)
+        sum += load(simd, sums + panel * s.B * count * 2 + i, lanes);
+      C numbers[W];
+      S::store(numbers, sum / C(s.H));
+      for (int l = 0; l < lanes; ++l) {
+        const int64_t at = (i + l) / 2;
+        RowNorm<C>& norm = norms[at / count * 5 + first + at % count];
+        ((i + l) % 2 ? norm.slope : norm.offset) = numbers[l];
       }
+    });
   }
 
   void normed_gates(const Step& step, const Share& panels, int64_t thread) const {
