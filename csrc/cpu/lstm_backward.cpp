@@ -153,9 +153,10 @@ class Backward {
   const LstmBackward& p;
   const LstmSizes& s;
   const LstmBackwardScratch<C>& scratch;
+  const LstmBackwardPacked<C> packed;
   const LstmStrips strips;
   const DPanels d_panels;
-  const bool normed, hyper_normed, hyper, packs, streams;
+  const bool normed, hyper_normed, hyper, streams;
   const C eps;
   const DropoutScale<C> dropout, hyper_dropout;
 
@@ -169,16 +170,16 @@ class Backward {
       : p(p),
         s(p.sizes),
         scratch(scratch),
+        packed(p.sizes, p.packed.weights, p.packed.scales),
         strips(p.sizes.H),
         d_panels(p.sizes.H, p.sizes.Z),
         normed(p.weights.norms.gates_weight),
         hyper_normed(p.weights.hyper_norms.gates_weight),
         hyper(p.sizes.M),
-        packs(packs_weights_backward(p.sizes)),
         streams(p.sizes.H % W == 0 && (uintptr_t(p.dx_gates) | uintptr_t(p.dh_gates)) % (W * sizeof(C)) == 0),
         eps(C(p.eps)),
-        dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 0),
-        hyper_dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 1) {}
+        dropout(p.dropout, 0),
+        hyper_dropout(p.dropout, 1) {}
 
   // What every thread of a parallel region calls.
   void run(int64_t thread, int64_t threads) const {
@@ -224,40 +225,25 @@ class Backward {
   }
 
   int64_t width(int64_t panel) const { return panel_width(s.H, panel); }
-  C* weights_of(int64_t panel) const { return scratch.weights + panel * 4 * (s.H + s.M) * kPanel; }
+  const C* weights_of(int64_t panel) const { return packed.weights + panel * 4 * (s.H + s.M) * kPanel; }
 
   // ---- before and after all steps
 
   void prepare(const Share& panels, int64_t thread, int64_t threads) const {
-    const LstmWeights& w = p.weights;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      if (packs) pack_weights(at<>(w.weight_hh), panel, 0, 4 * s.H, weights_of(panel));
       std::fill_n(scratch.sums + panel * kSums * kPanel, kSums * kPanel, C(0));
       begin_panel(at<>(p.dh_last), s.H, panel, scratch.dh + panel * s.B * kPanel, kPanel);
       begin_panel(at<>(p.dc_last), s.H, panel, scratch.dc + panel * s.B * kPanel, kPanel);
-      if (!hyper) continue;
-      if (packs)
-        pack_weights(at<>(w.hyper_weight_xh), panel, 0, 4 * s.M, weights_of(panel) + 4 * s.H * kPanel);
-      std::fill_n(scratch.dd_weight + panel * 12 * s.Z * kPanel, 12 * s.Z * kPanel, C(0));
-      for (int64_t gate = 0; gate < 4; ++gate)
-        d_panels.pack(at<>(w.d_weight), gate * d_panels.panels + panel, scratch.d_panels);
-      pack_d_rows(panel);
+      if (hyper) std::fill_n(scratch.dd_weight + panel * 12 * s.Z * kPanel, 12 * s.Z * kPanel, C(0));
     }
     const Share small(count_panels(s.M), thread, threads);
     for (int64_t panel = small.begin; panel < small.end; ++panel) {
-      pack_panel(at<>(w.hyper_weight_hh), s.M, 1, 4 * s.M, s.M, panel, scratch.hyper_weight_hh);
-      pack_panel(at<>(w.z_weight), s.M, 1, 12 * s.Z, s.M, panel, scratch.z_weight);
       begin_panel(at<>(p.dhyper_h_last), s.M, panel, scratch.dhyper_h + panel * kPanel, scratch.padded_M);
       begin_panel(at<>(p.dhyper_c_last), s.M, panel, scratch.dhyper_c + panel * kPanel, scratch.padded_M);
     }
     const Share blocks(scratch.hyper_blocks, thread, threads);
     const int64_t size = kCellSums * scratch.padded_M;
     std::fill_n(scratch.hyper_sums + blocks.begin * size, (blocks.end - blocks.begin) * size, C(0));
-  }
-
-  // Rows k to end of a panel of weight [.., H].
-  void pack_weights(const C* weight, int64_t panel, int64_t k, int64_t end, C* to) const {
-    pack_columns(weight + k * s.H + panel * kPanel, s.H, 1, end - k, width(panel), to);
   }
 
   // A panel of from [B, n], or zeros, and zeros in the columns that pad it.
@@ -267,17 +253,6 @@ class Backward {
       if (from) std::copy_n(from + b * n + panel * kPanel, columns, to + b * ldt);
       std::fill_n(to + b * ldt + columns, kPanel - columns, C(0));
     }
-  }
-
-  void pack_d_rows(int64_t panel) const {
-    const int64_t padded = scratch.padded_Z;
-    C* to = scratch.d_rows + panel * 12 * kPanel * padded;
-    for (int64_t place = 0; place < 12; ++place)
-      for (int64_t h = 0; h < kPanel; ++h, to += padded) {
-        const int64_t column = panel * kPanel + h, columns = column < s.H ? s.Z : 0;
-        std::copy_n(at<>(p.weights.d_weight) + (place * s.H + column) * s.Z, columns, to);
-        std::fill_n(to + columns, padded - columns, C(0));
-      }
   }
 
   void finish(const Share& panels, int64_t thread, int64_t threads) const {
@@ -372,7 +347,7 @@ class Backward {
     constexpr int P = sizeof(C) * W == 64 ? 4 : 2;
     const int64_t n = width(panel);
     for (int64_t gate = 0; gate < 4; ++gate) {
-      const C *z = z_of(b, gate), *d = d_panels.at(scratch.d_panels, gate, panel);
+      const C *z = z_of(b, gate), *d = d_panels.at(packed.d_panels, gate, panel);
       const auto strip = [&](auto vectors, int64_t first) {
         constexpr int J = decltype(vectors)::value;
         int64_t row = 0;
@@ -528,7 +503,7 @@ class Backward {
     const bool add = panel > strips.of(strip).begin;
     C* dz = scratch.dz + (strip * s.B + b) * 12 * padded;
     for (int64_t place = 0; place < 12; ++place) {
-      const C *dd = place_of(tile, place), *d_rows = scratch.d_rows + (panel * 12 + place) * kPanel * padded;
+      const C *dd = place_of(tile, place), *d_rows = packed.d_rows + (panel * 12 + place) * kPanel * padded;
       with_width<C>(s.Z, [&](auto narrow) {
         multiply(narrow, rows, padded, dd, kPanel, int64_t(1), d_rows, padded, n,
                  [&](int64_t row, int64_t j, auto sums) {
@@ -675,7 +650,7 @@ class Backward {
     C* dz = at<C>(p.dz) + (step.start + b) * 12 * s.Z;
     for (int64_t row = 0; row < rows; ++row) sum_dz(b + row, dz + row * 12 * s.Z);
     for (int64_t panel = 0; panel < count_panels(M); ++panel)
-      multiply_panel(simd, rows, dz, 12 * s.Z, scratch.z_weight, 12 * s.Z, M, panel,
+      multiply_panel(simd, rows, dz, 12 * s.Z, packed.z_weight, 12 * s.Z, M, panel,
                      [&](int64_t row, int64_t j, V sums, int) {
                        Steps::add(scratch.dhyper_h + (b + row) * padded + j, sums);
                      });
@@ -741,13 +716,13 @@ class Backward {
     const C* dhyper_gates = at<>(p.dhyper_gates) + step.start * 4 * s.M;
     const Factor<C> by_h{scratch.dh_gates, scratch.padded_gates, 4 * s.H};
     const Factor<C> by_hyper{dhyper_gates, 4 * s.M, 4 * s.M};
-    if (packs) multiply_packed(step, panels, by_h, by_hyper, down);
-    for (int64_t panel = panels.begin; !packs && panel < panels.end; ++panel) {
+    if (packed.weights) multiply_packed(step, panels, by_h, by_hyper, down);
+    for (int64_t panel = panels.begin; !packed.weights && panel < panels.end; ++panel) {
       multiply_unpacked(step, panel, by_h, p.weights.weight_hh, false, thread);
       multiply_unpacked(step, panel, by_hyper, p.weights.hyper_weight_xh, true, thread);
     }
     for (int64_t panel = small.begin; panel < small.end; ++panel)
-      multiply_panel(simd, step.size, dhyper_gates, 4 * s.M, scratch.hyper_weight_hh, 4 * s.M, s.M, panel,
+      multiply_panel(simd, step.size, dhyper_gates, 4 * s.M, packed.hyper_weight_hh, 4 * s.M, s.M, panel,
                      [&](int64_t row, int64_t j, V sums, int) {
                        S::store(scratch.dhyper_h + row * scratch.padded_M + j, sums);
                      });
@@ -793,7 +768,7 @@ class Backward {
     C* piece = tile_of(thread);
     for (int64_t k = 0; k < factor.K; k += held, adds = true) {
       const int64_t end = std::min(k + held, factor.K);
-      pack_weights(at<>(weight), panel, k, end, piece);
+      pack_columns(at<>(weight) + k * s.H + panel * kPanel, s.H, 1, end - k, width(panel), piece);
       multiply(simd, step.size, round_up(width(panel), W), factor.a + k, factor.lda, int64_t(1), piece,
                kPanel, end - k, [&](int64_t row, int64_t j, V sums) {
                  C* to = dh + row * kPanel + j;
@@ -803,9 +778,63 @@ class Backward {
   }
 };
 
+// What lstm_backward_pack does of panel i among all: those of the products with dh_gates and dhyper_gates, of
+// d_weight in both layouts, of hyper_weight_hh and z_weight.
+template <class C>
+struct Packing {
+  const LstmSizes& s;
+  const LstmWeights& w;
+  const LstmBackwardPacked<C> to;
+  const DPanels d_panels{s.H, s.Z};
+  const int64_t count = d_panels.panels;
+  const int64_t small = count_panels(s.M);
+
+  static const C* in(const void* tensor) { return static_cast<const C*>(tensor); }
+  void operator()(int64_t panel) const {
+    const int64_t width = panel_width(s.H, panel);
+    if (to.weights) {
+      C* at = to.weights + panel * 4 * (s.H + s.M) * kPanel;
+      pack_columns(in(w.weight_hh) + panel * kPanel, s.H, 1, 4 * s.H, width, at);
+      if (s.M)
+        pack_columns(in(w.hyper_weight_xh) + panel * kPanel, s.H, 1, 4 * s.M, width, at + 4 * s.H * kPanel);
+    }
+    if (!s.M) return;
+    for (int64_t gate = 0; gate < 4; ++gate)
+      d_panels.pack(in(w.d_weight), gate * d_panels.panels + panel, to.d_panels);
+    const int64_t padded = padded_embedding(s.Z);
+    C* rows = to.d_rows + panel * 12 * kPanel * padded;
+    for (int64_t place = 0; place < 12; ++place)
+      for (int64_t h = 0; h < kPanel; ++h, rows += padded) {
+        const int64_t columns = h < width ? s.Z : 0;
+        std::copy_n(in(w.d_weight) + (place * s.H + panel * kPanel + h) * s.Z, columns, rows);
+        std::fill_n(rows + columns, padded - columns, C(0));
+      }
+  }
+  void hyper(int64_t panel) const {
+    pack_panel(in(w.hyper_weight_hh), s.M, 1, 4 * s.M, s.M, panel, to.hyper_weight_hh);
+    pack_panel(in(w.z_weight), s.M, 1, 12 * s.Z, s.M, panel, to.z_weight);
+  }
+};
+
 }  // namespace
 
 namespace HYPERFAST_ISA {
+
+void lstm_backward_pack(const LstmSizes& s, const LstmWeights& w, void* weights, void* scales, DType dtype,
+                        int threads) {
+  const auto run = [&](auto c) {
+    const Packing<decltype(c)> pack{s, w, {s, weights, scales}};
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for nowait
+      for (int64_t i = 0; i < pack.count; ++i) pack(i);
+#pragma omp for
+      for (int64_t i = 0; i < pack.small; ++i) pack.hyper(i);
+    }
+  };
+  if (dtype == DType::float64) run(double());
+  else run(float());
+}
 
 void lstm_backward(const LstmBackward& p, DType dtype, void* memory, int threads) {
   const auto run = [&](auto t) {
