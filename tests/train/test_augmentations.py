@@ -188,10 +188,10 @@ class TestCutMix:
         got = CutMix(10).apply(images.cuda(), labels.cuda(), box)
         for a, b in zip(got, CutMix(10).apply(images, labels, box), strict=True):
             torch.testing.assert_close(a.cpu(), b)
-        generator = torch.Generator("cuda").manual_seed(0)
-        torch.cuda.set_sync_debug_mode("error")
+        images, labels, generator = images.cuda(), labels.cuda(), torch.Generator("cuda").manual_seed(0)
+        torch.cuda.set_sync_debug_mode("error")  # nothing waits for the device
         try:
-            CutMix(10)(images.cuda(non_blocking=True), labels.cuda(non_blocking=True), 16, generator)
+            CutMix(10)(images, labels, 16, generator)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
