@@ -4,6 +4,7 @@ from hyperfast.analysis.costs import Cost, CostReport, generator_costs
 from hyperfast.analysis.dynamics import dynamic_scales, weight_changes
 from hyperfast.analysis.embeddings import LayerEmbeddings, Similarity, ZReport, z_report
 from hyperfast.analysis.pictures import filter_sheet, layer_weight, z_bars
+from hyperfast.analysis.preserve import preserved
 from hyperfast.analysis.table import table
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "filter_sheet",
     "generator_costs",
     "layer_weight",
+    "preserved",
     "table",
     "weight_changes",
     "z_bars",
