@@ -10,6 +10,7 @@ from torch import nn
 import hyperfast
 from hyperfast import analysis
 from hyperfast.analysis.distribution import BINS, CHUNK, Tally
+from tests.analysis_models import MODELS, everything
 
 
 def check(distribution, values, threshold):
@@ -21,8 +22,8 @@ def check(distribution, values, threshold):
     assert (distribution.min, distribution.max) == (x.min().item(), x.max().item())
     assert distribution.near_zero == (x.abs() < threshold).double().mean().item()
     counts, edges = distribution.counts, distribution.edges
-    expected = [((x >= low) & (x < high)).sum() for low, high in zip(edges[:-1], edges[1:], strict=True)]
-    assert counts.tolist() == [int(n) for n in expected] and counts.sum() == len(x)
+    expected = (torch.bucketize(x, edges, right=True) - 1).bincount(minlength=len(counts))  # edge <= x
+    assert torch.equal(counts, expected) and counts.sum() == len(x)
     assert counts[0] and counts[-1] and len(edges) == len(counts) + 1
 
 
@@ -279,23 +280,26 @@ def test_a_compiled_model_runs_eagerly():
     ] == rows[:1]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_stays_as_it_was(fails):
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5))
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    batches = batches_of(6, 4)
-    state = torch.get_rng_state()
-    if fails:
-        with pytest.raises(RuntimeError):
-            analysis.activation_statistics(model, [*batches, (torch.zeros(2, 3), None)])
-    else:
-        first = analysis.activation_statistics(model, batches).rows()
-        assert analysis.activation_statistics(model, batches).rows() == first
-        assert first != analysis.activation_statistics(model.eval(), batches).rows()  # the mode it is in
-        model.train()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert not any(m._forward_hooks for m in model.modules()) and model[1].num_batches_tracked == 0
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_model_stays_as_it_was(kind):
+    model, batches = MODELS[kind](), batches_of(2, 3, 6, 6)
+    model(batches[0][0]).sum().backward()
+    before = everything(model)
+    statistics = analysis.activation_statistics(model, batches)
+    assert analysis.activation_statistics(model, batches).rows() == statistics.rows()  # dropout too
+    assert "conv" in [layer.name for layer in statistics.layers]
+    broken = [*batches, (torch.zeros(2, 1, 6, 6), None)]
+    with pytest.raises(RuntimeError):
+        analysis.activation_statistics(model, broken)
+    analysis.weight_statistics(model)
+    assert everything(model) == before and not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_mode_is_that_of_the_model():
+    model, batches = nn.Sequential(nn.BatchNorm1d(3), nn.Tanh()), [(5 + torch.randn(6, 3), None)]
+    (training,) = analysis.activation_statistics(model, batches).layers
+    (evaluation,) = analysis.activation_statistics(model.eval(), batches).layers
+    assert abs(training.values.mean) < 0.1 and evaluation.values.mean > 0.9
 
 
 def test_what_is_not_finite_is_counted_and_said():

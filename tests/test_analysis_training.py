@@ -10,6 +10,7 @@ from torch import nn
 
 import hyperfast
 from hyperfast import analysis
+from tests.analysis_models import MODELS, everything
 
 
 class Point(nn.Module):
@@ -208,16 +209,23 @@ def test_landscape_is_the_training_loop():
         optimizer.step()
 
 
-def test_the_model_is_restored_where_a_training_fails():
-    model, (inputs, targets) = network(), batches_of(1)[0]
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    broken = [(inputs, targets), (inputs[:, :3], targets)]
-    for function in (analysis.loss_landscape, analysis.lr_range_test):
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_model_stays_as_it_was(kind):
+    model = MODELS[kind]().eval()
+    images, targets = torch.randn(4, 3, 6, 6), torch.randint(3, (4,))
+    output = model(images)
+    output.sum().backward()
+    before = everything(model)
+
+    def adamw(_, lr):
+        return hyperfast.optim.AdamW(model, lr=lr)
+
+    for function in (analysis.lr_range_test, analysis.loss_landscape):
+        result = function(model, [(images, targets)], optimizer=adamw, steps=4)
+        assert result.losses.isfinite().all() and result.losses.unique().numel() > 1
         with pytest.raises(RuntimeError):
-            function(model.eval(), broken, optimizer=momentum)
-        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-        assert torch.equal(torch.get_rng_state(), state) and not model[1].training
-        assert all(p.grad is None for p in model.parameters())
+            function(model, [(images, targets), (images[:, :1], targets)], optimizer=adamw)
+    assert everything(model) == before and torch.equal(model(images), output)
 
 
 def test_rows_of_the_landscape():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 def take(batches: Iterable[Any], limit: int | None, repeat: bool = False) -> Iterator[Any]:
@@ -26,14 +26,17 @@ def take(batches: Iterable[Any], limit: int | None, repeat: bool = False) -> Ite
 
 
 def on_device(model: nn.Module, batch: tuple[Any, Any]) -> tuple[Any, Any]:
-    """(inputs, targets), nested ones too, on the device of the model's first parameter or buffer."""
+    """(inputs, targets), nested ones too, on the device of the model's first parameter or buffer, and fit for
+    a backward wherever they were made."""
     tensors = chain(model.parameters(), model.buffers())
     device = next((t.device for t in tensors), torch.device("cpu"))
+
+    def moved(t: Tensor) -> Tensor:
+        t = t.detach().to(device, non_blocking=True)
+        return t.clone() if t.is_inference() else t
+
     inputs, targets = batch
-    return tree_map(
-        lambda part: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part,
-        (inputs, targets),
-    )
+    return tree_map_only(Tensor, moved, (inputs, targets))
 
 
 def _again(batches: Iterable[Any]) -> Iterator[Any]:
