@@ -377,7 +377,7 @@ def test_tables_and_rows():
 @pytest.mark.parametrize(
     ("error", "words", "call"),
     [
-        (ValueError, "batches is empty", lambda m, b: analysis.gradient_health(m, [])),
+        (ValueError, "at least one batch, got none", lambda m, b: analysis.gradient_health(m, [])),
         (ValueError, "limit must be at least 1, got 0", lambda m, b: analysis.gradient_health(m, b, limit=0)),
         (
             ValueError,

@@ -15,8 +15,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """On leaving, by an error too, `model` and the random numbers are as they were on entering.
 
     Put back: values and memory of parameters and buffers (BatchNorm's running statistics and counts among
-    them), `.grad` (the same tensors), `requires_grad`, every attribute of every module (its training flag, and
-    which tensor is which parameter), and the state of the random number generators of the CPU and of the
+    them), `.grad` (the same tensors), `requires_grad`, every attribute of every module (its training flag,
+    and which tensor is which parameter), and the state of the random number generators of the CPU and of the
     model's devices. Within it `.grad` is None everywhere, the gradients of before are put aside, and
     gradients are recorded even where the caller is in `torch.no_grad` or `torch.inference_mode`.
 
