@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from hyperfast.analysis.batches import on_device, take
 from hyperfast.analysis.preserve import preserved, same_random_numbers
@@ -244,7 +243,8 @@ def gradient_predictiveness(
     """
     with _gradients_of(model, loss) as gradient:
         found = []
-        for batch in map(gradient.ready, take(batches, limit)):
+        for batch in take(batches, limit):
+            batch = on_device(model, batch)
             with same_random_numbers(model):
                 before = gradient(batch)
             after = gradient(batch, torch._foreach_sub(gradient.parameters, before, alpha=step))
@@ -273,7 +273,7 @@ def max_gradient_difference(
     if not distances:
         raise ValueError("distances must be at least one number, got none")
     with _gradients_of(model, loss) as gradient:
-        batch = gradient.ready(batch)
+        batch = on_device(model, batch)
         with same_random_numbers(model):
             before = gradient(batch)
         norms = [torch.linalg.vector_norm(g) for g in before]
@@ -313,7 +313,8 @@ def gradient_smoothness(
     generator = torch.Generator().manual_seed(seed)
     with _gradients_of(model, loss) as gradient:
         found = []
-        for inputs, targets in map(gradient.ready, take(batches, limit)):
+        for batch in take(batches, limit):
+            inputs, targets = on_device(model, batch)
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
                 kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
                 raise TypeError(f"inputs must be a floating-point tensor to add noise to, got {kind}")
@@ -339,8 +340,8 @@ def gradient_health(
     that the loss does not depend on has the gradient zero. The rest as in `gradient_predictiveness`."""
     with _gradients_of(model, loss) as gradient:
         below, above, norms = [], [], []
-        for batch in map(gradient.ready, take(batches, limit)):
-            sizes = [g.abs() for g in gradient(batch)]
+        for batch in take(batches, limit):
+            sizes = [g.abs() for g in gradient(on_device(model, batch))]
             below.append(_together([(size < vanishing).sum() for size in sizes]))
             above.append(_together([(~(size <= exploding)).sum() for size in sizes]))
             norms.append(_together([torch.linalg.vector_norm(size, dtype=torch.float64) for size in sizes]))
@@ -395,11 +396,6 @@ class _Gradients:
             return list(torch.func.functional_call(self.run, state, (batch, leaves)))
         finally:
             torch.clear_autocast_cache()  # would keep these leaves in half precision as long as it is on
-
-    def ready(self, batch: Batch) -> Batch:
-        """On the model's device, and fit for a backward wherever it was made."""
-        batch = on_device(self.model, batch)
-        return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t.detach(), batch)
 
 
 @contextmanager
