@@ -26,8 +26,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     again where parameters were changed.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # torch.no_grad ends with it
         stack.enter_context(same_random_numbers(model))
         owns = [own for m in model.modules() for own in (vars(m), m._parameters, m._buffers, m._modules)]
         before = [dict(own) for own in owns]
