@@ -105,7 +105,8 @@ def parser() -> Parser:
     p = Parser(
         "python -m train.vgg",
         description="Train VGG-A on CIFAR-10, with and without batch norm, plain or with generated weights.",
-        epilog="Recipes. " + command.describe_recipes(RECIPES),
+        epilog="Recipes. " + command.describe_recipes(RECIPES) + " The learning rate of adam, adamw and "
+        "rmsprop is 1e-3 unless given, adamw's weight decay 0.01.",
     )
     inits = ("keep", *INITIALISATIONS)
     command.add_run_options(p, "CIFAR-10", MODELS, "vgg_a_bn", "runs/vgg_MODEL", inits, init=None)
@@ -249,7 +250,12 @@ def published_table(trainer: Trainer, args: argparse.Namespace) -> str:
             last, best = trainer.history[-1], trainer.best
             figures = [trainer.metric.cell(last, "train"), trainer.metric.cell(best, "test")]
             rows.append(
-                [f"**{called(args)}, this run**", *figures, "", f"{parameter_counts(trainer.model)['total']:,}"]
+                [
+                    f"**{called(args)}, this run**",
+                    *figures,
+                    "",
+                    f"{parameter_counts(trainer.model)['total']:,}",
+                ]
             )
     header = ["model", "train accuracy, last epoch", "test accuracy, best epoch", "parameters, published"]
     note = (
