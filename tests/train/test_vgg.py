@@ -450,7 +450,9 @@ def small_models(monkeypatch):
 def small_data(monkeypatch):
     monkeypatch.delenv("HYPERFAST_DATA", raising=False)
     data = ImageSet(*images(60, 0), *images(20, 1), [])
-    monkeypatch.setattr(vgg, "load_images", lambda name, root: data)
+    monkeypatch.setattr(
+        vgg, "load_images", lambda name, root, part=None: subset(data, *part) if part else data
+    )
     monkeypatch.setattr(vgg, "VALIDATION", 20)
     for module in (report, comparison):  # drawing takes most of the time
         monkeypatch.setattr(module, "save_figure", lambda figure, path: path.touch())
