@@ -3,8 +3,9 @@
 Statistically the same as this torchvision recipe applied to one PIL image at a time, at a few milliseconds
 for a batch of 64 CIFAR images on two cores:
 
-    RandomCrop(size, padding) -> RandomHorizontalFlip -> RandomRotation (nearest, zero fill) -> ColorJitter
-    (its four operations in a random order for each sample) -> ToTensor -> Normalize -> RandomErasing
+    RandomCrop(size, padding) -> RandomHorizontalFlip -> RandomRotation (nearest, zero fill) -> a policy, such
+    as AutoAugment -> ColorJitter (its four operations in a random order for each sample) -> ToTensor ->
+    Normalize -> RandomErasing -> Cutout
 
 Each transform is a function of explicit per-sample parameters, and has a sampler that draws them. `Augment`
 composes them. Colours are computed on floats in [0, 1], as torchvision does for tensors; PIL rounds to 8
@@ -14,7 +15,7 @@ bits in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, torchvision's digits
+# Options of `Augment` that leave crop and flip alone
+CROP_FLIP = dict.fromkeys(("degrees", "brightness", "contrast", "saturation", "hue", "erasing"), 0)
+Policy = Callable[[Tensor, torch.Generator | None], Tensor]  # uint8 [B, C, H, W] -> the same, in new memory
 
 
 class Jitter(NamedTuple):
@@ -36,7 +40,7 @@ class Jitter(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Rectangles of `erase_`, int64 [B] each, in pixels; height 0 erases nothing."""
+    """Rectangles, int64 [B] each, in pixels; they may reach over an image's border, height 0 is empty."""
 
     top: Tensor
     left: Tensor
@@ -179,12 +183,15 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def erase_(images: Tensor, box: Box) -> Tensor:
     """Set one rectangle of each sample to zero, in place. images: [B, C, H, W], any dtype. Returns images."""
-    height, width = images.shape[2:]
-    top, left, box_height, box_width = (v.to(images.device).view(-1, 1, 1, 1) for v in box)
-    y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
-    x = torch.arange(width, device=images.device)
-    inside = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
-    return images.masked_fill_(inside, 0)
+    return images.masked_fill_(inside(box, *images.shape[2:], images.device), 0)
+
+
+def inside(box: Box, height: int, width: int, device: torch.device) -> Tensor:
+    """Whether a pixel is in the rectangle of its sample: bool [B, 1, H, W]."""
+    top, left, box_height, box_width = (v.to(device).view(-1, 1, 1, 1) for v in box)
+    y = torch.arange(height, device=device).view(1, 1, -1, 1)
+    x = torch.arange(width, device=device)
+    return (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
 
 
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)  # by operation number
@@ -257,13 +264,34 @@ def sample_erasing(
     return Box(*((v * erased).to(torch.int64) for v in (top, left, box_height, box_width)))
 
 
+def sample_cutout(
+    n: int, height: int, width: int, size: int, generator: torch.Generator | None = None
+) -> Box:
+    """Holes of size x size pixels with their centre uniform over a height x width image, as in the authors'
+    code: a hole at the border is cut there. DeVries and Taylor, "Improved Regularization of Convolutional
+    Neural Networks with Cutout" (2017)."""
+    row, column = sample_pixel(n, height, width, generator)
+    side = torch.full_like(row, size)
+    return Box(row - size // 2, column - size // 2, side, side)
+
+
+def sample_pixel(
+    n: int, height: int, width: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Row and column, int64 [n] each, uniform over a height x width image."""
+    device = generator.device if generator is not None else "cpu"
+    row = torch.randint(height, (n,), generator=generator, device=device)
+    return row, torch.randint(width, (n,), generator=generator, device=device)
+
+
 class Augment:
     """The recipe at the top of this file for batches of images.
 
     mean, std: a value for each of the C channels, of pixels in [0, 1]; colours are jittered on RGB images
     alone. crop_padding in pixels, degrees of rotation, flip and
-    erasing probabilities, brightness, contrast, saturation and hue as torchvision's ColorJitter. Raises
-    ValueError for values out of range.
+    erasing probabilities, brightness, contrast, saturation and hue as torchvision's ColorJitter. policy:
+    applied to the images once they are moved. cutout: side of the hole in pixels, 0 for none; it is zero
+    after normalising. Raises ValueError for values out of range.
 
     Calling it with images uint8 [B, C, H, W] and a torch.Generator (None: torch's default one) gives
     normalised float32 [B, C, H, W] on the images' device, images unchanged; what is drawn depends on the
@@ -283,13 +311,16 @@ class Augment:
         saturation: float = 0.2,
         hue: float = 0.1,
         erasing: float = 0.1,
+        policy: Policy | None = None,
+        cutout: int = 0,
     ) -> None:
         if not mean or len(mean) != len(std) or min(std) <= 0:
             raise ValueError(
                 f"mean and std must have a value for each channel, std positive, got {mean} and {std}"
             )
-        if not isinstance(crop_padding, int) or crop_padding < 0:
-            raise ValueError(f"crop_padding must be an integer >= 0, got {crop_padding}")
+        for name, pixels in (("crop_padding", crop_padding), ("cutout", cutout)):
+            if not isinstance(pixels, int) or pixels < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {pixels}")
         limits = {"flip": (flip, 1), "erasing": (erasing, 1), "degrees": (degrees, 180), "hue": (hue, 0.5)}
         limits |= {"brightness": (brightness, math.inf), "contrast": (contrast, math.inf)}
         limits |= {"saturation": (saturation, math.inf)}
@@ -298,6 +329,7 @@ class Augment:
                 raise ValueError(f"{name} must be between 0 and {limit}, got {value}")
         self.mean, self.std = tuple(mean), tuple(std)
         self.crop_padding, self.flip, self.degrees, self.erasing = crop_padding, flip, degrees, erasing
+        self.policy, self.cutout = policy, cutout
         self.jitter = (brightness, contrast, saturation, hue)
         if any(self.jitter) and len(mean) != 3:
             raise ValueError(f"brightness, contrast, saturation and hue need 3 channels, got {len(mean)}")
@@ -312,13 +344,17 @@ class Augment:
         flip = sample_flip(n, self.flip, generator)
         angle = sample_angle(n, self.degrees, generator)
         images = crop_flip_rotate(images, top, left, flip, angle, self.crop_padding)
+        if self.policy is not None:
+            images = self.policy(images, generator)
         colors = images.to(torch.float32).div_(255)
         if any(self.jitter):
             color_jitter_(colors, sample_jitter(n, *self.jitter, generator))
         _normalize_(colors, self.mean, self.std)
-        if not self.erasing:
-            return colors
-        return erase_(colors, sample_erasing(n, height, width, self.erasing, generator))
+        if self.erasing:
+            erase_(colors, sample_erasing(n, height, width, self.erasing, generator))
+        if self.cutout:
+            erase_(colors, sample_cutout(n, height, width, self.cutout, generator))
+        return colors
 
 
 def _describe(value: object) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 
 import hyperfast
 from train import checkpoint, command, report, speed_test
-from train.augment import Augment, normalize
+from train.augment import CROP_FLIP, Augment, normalize
 from train.command import (
     Built,
     Command,
@@ -40,7 +40,6 @@ from train.models.wrn import MODELS, build_wrn, rename_published_
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 VALIDATION = 5000
-CROP_FLIP = dict.fromkeys(("degrees", "brightness", "contrast", "saturation", "hue", "erasing"), 0)
 SPEED_TEST_BATCH = 100
 
 

@@ -18,7 +18,7 @@ import torch
 import hyperfast
 from hyperfast.nn import LinearGenerator
 from train import checkpoint, command, report
-from train.augment import Augment, normalize
+from train.augment import CROP_FLIP, Augment, normalize
 from train.command import (
     POSITIVE,
     RATE,
@@ -58,7 +58,7 @@ PUBLISHED = {
 
 AUGMENTS = {  # options of Augment
     "report": {},
-    "crop_flip": dict.fromkeys(("degrees", "brightness", "contrast", "saturation", "hue", "erasing"), 0),
+    "crop_flip": CROP_FLIP,
 }
 
 

@@ -256,13 +256,15 @@ def image_data(
     seed: int,
     augment: Callable[[Tensor, torch.Generator], Tensor],
     normalize: Callable[[Tensor], Tensor],
+    **options: Any,
 ) -> tuple[ImageData, int]:
     """The three parts, `validation` of the training images apart, and a check sum of the labels: it tells
-    other data or another order."""
+    other data or another order. options: of `ImageData`, criterion and mix."""
     images, labels = data.train_images, data.train_labels
     parts = [(images[index], labels[index]) for index in split(len(labels), validation, seed)]
     checksum = zlib.crc32(torch.cat((labels, data.test_labels)).to(torch.uint8).numpy())
-    return ImageData(*parts, (data.test_images, data.test_labels), augment, normalize), checksum
+    test = data.test_images, data.test_labels
+    return ImageData(*parts, test, augment, normalize, **options), checksum
 
 
 def make_optimizer(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.data import batches
 from train.loop import derive_seed
@@ -18,6 +18,8 @@ EVAL_BATCH = 256
 # Images augmented at once on a GPU. The published augmentation moves about 1 MB for each, by count, so 70 MB
 # for a batch of 64, where the generators of `full` alone move 2240 MB in a step; crop and flip are 0.3 MB.
 CHUNK = 4096
+# images float [n, C, H, W], labels [n], images of a batch, generator -> images and targets float [n, classes]
+Mix = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -25,6 +27,9 @@ class ImageData(Task):
     """uint8 images [n, C, H, W] and int64 labels [n] of the three parts, and what turns images into input.
 
     at_once: images augmented together, at least a batch: one on the CPU, where it stays in the cache.
+    criterion: mean loss of a training step, of what the network gives and the target (`train.losses`); the
+    cross-entropy is what evaluation reports whatever it is. mix: makes every training batch one of mixed
+    images and soft targets.
     """
 
     train: tuple[Tensor, Tensor]
@@ -33,15 +38,28 @@ class ImageData(Task):
     augment: Callable[[Tensor, torch.Generator], Tensor]  # uint8 [B, C, H, W] -> float32, training
     normalize: Callable[[Tensor], Tensor]  # the same without chance, evaluation
     at_once: int = 1
+    criterion: nn.Module = nn.CrossEntropyLoss()
+    mix: Mix | None = None
 
     metric: ClassVar[Metric] = ACCURACY
     unit: ClassVar[str] = "images"
-    steps_see: ClassVar[str] = "batches as trained on (augmented where the recipe says so)"
     may_generate: ClassVar[bool] = True
+
+    @property
+    def steps_see(self) -> str:
+        if self.mix is not None:
+            text = "batches as trained on (augmented and mixed; right is the class with the larger share)"
+        else:
+            text = "batches as trained on (augmented where the recipe says so)"
+        if not isinstance(self.criterion, nn.CrossEntropyLoss) or self.criterion.label_smoothing:
+            text += ", the recipe's loss instead of the cross-entropy"
+        return text
 
     def to(self, device: torch.device) -> ImageData:
         parts = [(x.to(device), y.to(device)) for x, y in (self.train, self.validation, self.test)]
-        return ImageData(*parts, self.augment, self.normalize, 1 if device.type == "cpu" else CHUNK)
+        train, validation, test = parts
+        at_once = 1 if device.type == "cpu" else CHUNK
+        return replace(self, train=train, validation=validation, test=test, at_once=at_once)
 
     def steps(self, batch_size: int) -> int:
         n = len(self.train[1])
@@ -53,7 +71,7 @@ class ImageData(Task):
         return batch_size
 
     def batches(self, epoch: int, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled, augmented; a partial last one is dropped."""
+        """Shuffled, augmented, mixed; a partial last one is dropped."""
         images, labels = self.train
         order = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
         chance = torch.Generator(images.device).manual_seed(derive_seed(seed, epoch, "augment"))
@@ -61,13 +79,19 @@ class ImageData(Task):
         for x, y in batches(images, labels, chunk, shuffle=order, drop_last=False):
             whole = len(y) // batch_size * batch_size
             if whole:
-                x = _layout(self.augment(x[:whole], chance))
-                yield from zip(x.split(batch_size), y[:whole].split(batch_size), strict=True)
+                x, y = self.augment(x[:whole], chance), y[:whole]
+                if self.mix is not None:
+                    x, y = self.mix(x, y, batch_size, chance)
+                yield from zip(_layout(x).split(batch_size), y.split(batch_size), strict=True)
 
     def loss(self, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and correct answers."""
-        logits = forward(x)
-        return F.cross_entropy(logits.float(), y), (logits.detach().argmax(1) == y).sum()
+        """The criterion and correct answers: those of the class with the largest share of the target, where
+        images are mixed. The logits come first where the network gives more for the criterion."""
+        output = forward(x)
+        logits, *more = output if isinstance(output, tuple) else (output,)
+        labels = y if y.ndim == 1 else y.argmax(1)
+        loss = self.criterion((logits.float(), *more) if more else logits.float(), y)
+        return loss, (logits.detach().argmax(1) == labels).sum()
 
     def evaluate(
         self, forward: Forward, part: str, limit: int | None, check: Callable[[], None]

@@ -257,9 +257,9 @@ class Trainer:
         start, waiting = time.perf_counter(), _Stopwatch(self.device)
         inputs = self._train_batches(epoch)
         # tqdm counts images or characters, so its rate is that of them
-        total = limit * self.data.count(config.batch_size)
+        count = self.data.count(config.batch_size)
         options = {"unit": f" {self.data.unit}", "unit_scale": True, "leave": False, "disable": None}
-        bar = tqdm(total=total, desc=f"epoch {epoch + 1}", **options)
+        bar = tqdm(total=limit * count, desc=f"epoch {epoch + 1}", **options)
         with bar:
             for _ in range(limit):
                 self._signals.check()
@@ -267,9 +267,9 @@ class Trainer:
                     x, y = next(inputs)
                 before, rate = rate, self.schedule(epoch, self.steps)
                 self._set_rate(rate, before)
-                meter.add(self._checked_step(x, y, epoch), y.numel())
+                meter.add(self._checked_step(x, y, epoch), count)
                 self.steps += 1
-                bar.update(y.numel())
+                bar.update(count)
                 if meter.fresh:
                     figure = self.metric.text(self.metric.mean(meter.score, meter.count))
                     bar.set_postfix({"loss": f"{meter.loss:.3f}", self.metric.name: figure}, refresh=False)
