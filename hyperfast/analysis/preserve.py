@@ -15,36 +15,46 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """On leaving, by an error too, `model` and the random numbers are as they were on entering.
 
     Put back: values and memory of parameters and buffers (BatchNorm's running statistics and counts among
-    them), which tensor is which parameter or buffer, `.grad` (the same tensors), `requires_grad`, every
-    module's training flag, and the state of the random number generators of the CPU and of the model's
-    devices. Within it `.grad` is None everywhere, the gradients of before are put aside, and gradients are
-    recorded even where the caller is in `torch.no_grad` or `torch.inference_mode`.
+    them), `.grad` (the same tensors), `requires_grad`, every attribute of every module (its training flag, and
+    which tensor is which parameter), and the state of the random number generators of the CPU and of the
+    model's devices. Within it `.grad` is None everywhere, the gradients of before are put aside, and
+    gradients are recorded even where the caller is in `torch.no_grad` or `torch.inference_mode`.
 
     Takes one copy of parameters and buffers. What nobody changed is not written: a graph of before stays
-    good for its backward, and next weights of generators stay current. Not put back: what modules keep
-    outside of parameters and buffers, hooks, and a CUDA graph of a training step, which is to be captured
+    good for its backward, and next weights of generators stay current. Not put back: what attributes hold
+    inside, as the entries of a list, hooks, and a CUDA graph of a training step, which is to be captured
     again where parameters were changed.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind, indices in _devices(model).items():
-            stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
-        places = [(own, dict(own)) for m in model.modules() for own in (m._parameters, m._buffers)]
-        modes = [(m, m.training) for m in model.modules()]
+        stack.enter_context(same_random_numbers(model))
+        owns = [own for m in model.modules() for own in (vars(m), m._parameters, m._buffers, m._modules)]
+        before = [dict(own) for own in owns]
         tensors = [_Kept(t) for t in {id(t): t for t in _tensors(model)}.values()]
         try:
             for kept in tensors:
                 kept.put_gradient_aside()
             yield
         finally:
-            for own, before in places:
+            for own, was in zip(owns, before, strict=True):
                 own.clear()
-                own.update(before)
-            for module, training in modes:
-                module.training = training
+                own.update(was)
             for kept in tensors:
                 kept.put_back()
+
+
+@contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """What is drawn within it, on the CPU and the model's devices, is drawn again after it."""
+    devices: dict[str, set[int]] = {"cuda": set()}
+    for t in _tensors(model):
+        if t.device.type not in ("cpu", "meta"):
+            devices.setdefault(t.device.type, set()).add(t.device.index)
+    with ExitStack() as stack:
+        for kind, indices in devices.items():  # with each kind goes the CPU
+            stack.enter_context(torch.random.fork_rng(sorted(indices), device_type=kind))
+        yield
 
 
 class _Kept:
@@ -85,12 +95,3 @@ def _version(t: Tensor) -> int:
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     return chain(model.parameters(), model.buffers())
-
-
-def _devices(model: nn.Module) -> dict[str, list[int]]:
-    """Whose random numbers to keep: indices by kind of device; with each kind goes the CPU."""
-    found: dict[str, set[int]] = {}
-    for t in _tensors(model):
-        if t.device.type not in ("cpu", "meta"):
-            found.setdefault(t.device.type, set()).add(t.device.index)
-    return {kind: sorted(indices) for kind, indices in found.items()} or {"cuda": []}
