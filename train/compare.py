@@ -26,7 +26,7 @@ from train.command import PARENT, Command, Parser
 from train.loop import Interrupted, RunError, make_folder
 from train.summary import FILE, Run, load_run
 
-COMMANDS = ("cifar100", "cifar10", "conditional", "mnist", "charlm")
+COMMANDS = ("cifar100", "cifar10", "vgg", "conditional", "mnist", "charlm")
 
 
 def training_command(name: str) -> Command:

@@ -130,6 +130,16 @@ def split(n: int, validation: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[validation:], order[:validation]
 
 
+def subset(data: ImageSet, n: int, seed: int) -> ImageSet:
+    """The first n training images of a seeded shuffle, and the first n test images, or all of fewer. Raises
+    DataError for more than there are training images."""
+    if n > len(data.train_labels):
+        raise DataError(f"a subset of {n} images, but there are {len(data.train_labels)} for training")
+    order = torch.cat(split(len(data.train_labels), 0, seed))[:n]
+    train = data.train_images[order], data.train_labels[order]
+    return ImageSet(*train, data.test_images[:n], data.test_labels[:n], data.classes)
+
+
 def batches(
     images: Tensor, labels: Tensor, batch_size: int, *, shuffle: torch.Generator | None, drop_last: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
