@@ -174,12 +174,14 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
 
 
 def train_all(
-    plans: list[Plan], write: Callable[[list[Run], dict[str, str]], None], together: bool = False
+    plans: list[Plan],
+    write: Callable[[list[Run], dict[str, str]], None],
+    stops: Callable[[Plan], bool] = lambda plan: False,
 ) -> tuple[list[Run], dict[str, str]]:
     """Train what is not finished, one after the other: the runs, and why a plan has none, by name.
 
-    write(runs, failures) after each with what there is so far. together: the models have the same options,
-    and what one refuses is no use to the next. Raises Interrupted, CheckpointError; Refused if `together`.
+    write(runs, failures) after each with what there is so far. stops(plan): what this one refuses is no use
+    to the next. Raises Interrupted, CheckpointError; Refused where it stops.
     """
     before = [p.finished() for p in plans]
     finished: list[Run] = []
@@ -194,7 +196,7 @@ def train_all(
             try:
                 done = _outcome(p, status)
             except (RunError, CheckpointError) as error:
-                if together and isinstance(error, Refused):
+                if isinstance(error, Refused) and stops(p):
                     raise
                 failures[p.name] = str(error)
         if done is not None:
