@@ -31,6 +31,7 @@ from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, ImageSet, split
 from train.images import ImageData
 from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
+from train.losses import WithCenters
 from train.optimizers import NesterovSGD
 from train.task import Task
 
@@ -57,7 +58,7 @@ OPTIMIZERS = {
     "adam": Rule("Adam", {"betas": BETAS}, {"capturable": True, "fused": True}),
     "sgd": Rule("SGD", {"momentum": MOMENTUM}, {"fused": True}),
     "nesterov": Rule("SGD", {"momentum": MOMENTUM, "nesterov": True}, {}),  # of factored gradients
-    "rmsprop": Rule("RMSprop", {}, {"capturable": True}, fused=False),
+    "rmsprop": Rule("RMSprop", {}, {"capturable": True, "foreach": True}, fused=False),
 }
 
 
@@ -374,6 +375,7 @@ def recipe_values(args: argparse.Namespace, kind: type[Recipe]) -> dict[str, Any
 
 def save_frozen(model: nn.Module, path: Path) -> None:
     """The plain network as safetensors: generated weights under their layers' names, float32."""
+    model = model.network if isinstance(model, WithCenters) else model
     content = safetensors.torch.save(hyperfast.nn.plain_state_dict(model), {"format": "pt"})
     write_atomically(path, lambda file: file.write(content))
 

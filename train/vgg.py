@@ -24,7 +24,8 @@ import hyperfast
 from hyperfast.nn import parameter_counts
 from hyperfast.nn.init import INITIALISATIONS
 from train import checkpoint, command, report
-from train.augment import Augment, normalize
+from train.augment import normalize
+from train.augmentations import AUGMENTATIONS, MIXES
 from train.checkpoint import CheckpointError
 from train.command import (
     COUNT,
@@ -40,23 +41,15 @@ from train.command import (
 from train.data import load_images, subset
 from train.images import ImageData
 from train.loop import Trainer, constant, cosine, piecewise
+from train.losses import LOSSES, WithCenters
 from train.models.vgg import HYPERS, MODELS, VGG, build_vgg
 
 MEAN = STD = (0.5, 0.5, 0.5)
+CLASSES = 10
 VALIDATION = 5000
 PART = 10  # of a subset one image in so many is for validation
 DROPS = 2 / 3, 5 / 6  # of the epochs, after which "steps" divides the learning rate by ten: 20 and 25 of 30
 GENERATION = ("init", "z_dim", "hidden_dim", "generated_l2")  # options that need --hyper
-
-
-# fmt: off
-LOSSES = {"cross_entropy": None}
-CROP_FLIP = dict.fromkeys(("degrees", "brightness", "contrast", "saturation", "hue", "erasing"), 0)
-AUGMENTATIONS = {
-    "none": lambda mean, std: lambda images, chance: normalize(images, mean, std),
-    "crop_flip": lambda mean, std: Augment(mean, std, **CROP_FLIP),
-}
-# fmt: on
 
 
 @dataclass
@@ -169,8 +162,10 @@ def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     data = load_images("cifar10", args.data)
     if args.subset:
         data = subset(data, args.subset, args.seed)
-    augment = AUGMENTATIONS[args.augment](MEAN, STD)
-    return image_data(data, _validation(args), args.seed, augment, partial(normalize, mean=MEAN, std=STD))
+    augment, plain = AUGMENTATIONS[args.augment](MEAN, STD), partial(normalize, mean=MEAN, std=STD)
+    mix = MIXES[args.augment](CLASSES) if args.augment in MIXES else None
+    options = {"criterion": LOSSES[args.loss](), "mix": mix}
+    return image_data(data, _validation(args), args.seed, augment, plain, **options)
 
 
 def _validation(args: argparse.Namespace) -> int:
@@ -190,7 +185,8 @@ def build(args: argparse.Namespace) -> Built:
 def _network(options: dict, fused: bool) -> nn.Module:
     """As the options, or the recipe of a run, say."""
     names = ("hyper", "z_dim", "hidden_dim", "init")
-    return build_vgg(options["model"], fused=fused, **{name: options[name] for name in names})
+    network = build_vgg(options["model"], CLASSES, fused, **{name: options[name] for name in names})
+    return WithCenters(network, CLASSES) if options["loss"] == "center" else network
 
 
 def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Trainer:
@@ -224,7 +220,7 @@ def load_trained(folder: Path) -> nn.Module:
         raise CheckpointError(f"{path}: {recipe.get('model')} is no model of train.vgg")
     model = _network(recipe, fused=True)
     checkpoint.load_model(model, state["model"], path)
-    return model.eval()
+    return (model.network if isinstance(model, WithCenters) else model).eval()
 
 
 def published(args: argparse.Namespace) -> report.Published | None:
