@@ -1,10 +1,11 @@
 """VGG-A and batch norm on CIFAR-10, the whole study: `python -m train.vgg_study all --out runs/vgg_study`.
 
-Parts: `models` (with and without batch norm), `optimizers`, `losses`, `augmentations`, which compare trainings
-of `python -m train.vgg`; `lr_finder`, `landscape`, `gradients`, `activations`, `weights`, which look at the
+Parts: `models` (with and without batch norm), `optimizers`, `losses`, `augmentations` compare trainings of
+`python -m train.vgg`; `lr_finder`, `landscape`, `gradients`, `activations`, `weights`, look at the
 networks of `models` with the functions of `hyperfast.analysis`, as they start and trained. Every table is a
 CSV, every picture a PNG, in OUT/PART; OUT/report.md puts them together with the published figures beside and
-says where batch norm's effect is the reported one. The same command again continues: what is finished is kept.
+says where batch norm's effect is the reported one. The same command again continues: what is finished is
+kept.
 
 `--subset N` is a quick look: N images, one epoch, few batches in the analyses.
 """

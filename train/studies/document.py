@@ -98,6 +98,7 @@ def _standing(study: Study) -> str:
     if own.subset is not None:
         text += (
             f"\n\n**A quick look**: every training is {own.epochs} epoch{'s' if own.epochs > 1 else ''} on "
-            f"{images}, and the analyses look at few batches. It shows that everything runs, not who is right."
+            f"{images}, a tenth of them for validation, and the analyses look at few batches. It shows that "
+            "everything runs, not who is right."
         )
     return text

@@ -80,15 +80,13 @@ def landscape(results: Results) -> Figure:
         for (axis,), i, model, found in each(results, axes):
             low, high = (x.tolist() for x in found.band())
             own = look(i)
+            steps, hatch = range(found.batches), HATCHES[i % len(HATCHES)]
+            axis.fill_between(steps, low, high, color=own["color"], alpha=0.2, linewidth=0)
             axis.fill_between(
-                range(found.batches), low, high, facecolor=own["color"], alpha=0.25, linewidth=0,
-            )  # fmt: skip
-            axis.fill_between(
-                range(found.batches), low, high, facecolor="none", edgecolor=own["color"], hatch=HATCHES[i % 4],
-                linewidth=0, alpha=0.6,
-            )  # fmt: skip
-            curve(axis, i, 2, range(found.batches), low, label=model)
-            curve(axis, i, 2, range(found.batches), high)
+                steps, low, high, facecolor="none", edgecolor=own["color"], hatch=hatch, linewidth=0
+            )
+            curve(axis, i, 2, steps, low, label=model)
+            curve(axis, i, 2, steps, high)
             axis.set_xlabel("step")
             axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return figure

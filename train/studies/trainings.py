@@ -286,8 +286,8 @@ OPTIMIZERS = Trainings(
 LOSSES = Trainings(
     "losses",
     "Losses",
-    f"{NORMED} with its recipe, but the loss: cross-entropy (the model above), focal (gamma 2), label smoothing "
-    "(0.1), cross-entropy and center loss. The training loss is each one's own.",
+    f"{NORMED} with its recipe, but the loss: cross-entropy (the model above), focal (gamma 2), label "
+    "smoothing (0.1), cross-entropy and center loss. The training loss is each one's own.",
     (
         _model(NORMED, "cross_entropy"),
         _normed("focal", "--loss", "focal", notebook=Published(59.87)),
@@ -298,8 +298,8 @@ LOSSES = Trainings(
 AUGMENTATIONS = Trainings(
     "augmentations",
     "Augmentations",
-    f"{NORMED} with its recipe, but the augmentation: crop and flip is the recipe's (the model above), the others "
-    "but `none` add to it Cutout, AutoAugment, CutMix, colour jitter, rotation.",
+    f"{NORMED} with its recipe, but the augmentation: crop and flip is the recipe's (the model above), the "
+    "others but `none` add to it Cutout, AutoAugment, CutMix, colour jitter, rotation.",
     (
         _normed("none", "--augment", "none"),
         _model(NORMED, "crop_flip"),
