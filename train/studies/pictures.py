@@ -127,7 +127,7 @@ def max_difference(results: Results) -> Figure:
 
 def health(results: Results) -> Figure:
     """Shares of vanishing and exploding elements by weight, in the network's order."""
-    rows = ["|g| < 1e-7 (%)", "|g| > 1 (%)"]
+    rows = ["|g| below $10^{-7}$ (%)", "|g| above 1 (%)"]
     with panels(results, rows, height=2.2) as (figure, axes):
         for column, i, model, found in each(results, axes):
             layers = [
@@ -135,11 +135,12 @@ def health(results: Results) -> Figure:
             ]
             for axis, key in zip(column, ("vanishing", "exploding"), strict=True):
                 values = [100 * row[key] for row in layers]
-                curve(axis, i, 2, range(1, len(values) + 1), values, label=model, markevery=1)
+                options = {"label": model, "markevery": 1, "clip_on": False}
+                curve(axis, i, 2, range(1, len(values) + 1), values, **options)
                 axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             column[-1].set_xlabel("layer, from the input on")
         for axis in axes.flat:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, max(1, axis.get_ylim()[1]))
     return figure
 
 
@@ -147,13 +148,14 @@ def activations(results: Results) -> Figure:
     """By layer: dead units, activations near zero, standard deviation."""
     rows = {
         "dead (%)": lambda layer: 100 * layer.dead_share,
-        "|a| < 0.01 (%)": lambda layer: 100 * layer.values.near_zero,
+        "|a| below 0.01 (%)": lambda layer: 100 * layer.values.near_zero,
         "standard deviation": lambda layer: layer.values.std,
     }
     with panels(results, list(rows), height=2.0) as (figure, axes):
         for column, i, model, found in each(results, axes):
             for axis, value in zip(column, rows.values(), strict=True):
-                curve(axis, i, 2, *_by_layer(found.layers, value), label=model, markevery=1)
+                points = _by_layer(found.layers, value)
+                curve(axis, i, 2, *points, label=model, markevery=1, clip_on=axis is column[2])
                 axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             for axis in column[:2]:
                 axis.set_ylim(0, 100)
