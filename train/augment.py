@@ -200,6 +200,11 @@ ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
 # ---- samplers: n samples' parameters, on the generator's device (CPU without one) ----
 
 
+def device_of(generator: torch.Generator | None) -> torch.device:
+    """Where it draws; None is torch's default one."""
+    return torch.device("cpu") if generator is None else generator.device
+
+
 def _uniform(
     shape: tuple[int, ...],
     low: float,
@@ -207,13 +212,13 @@ def _uniform(
     generator: torch.Generator | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    device = generator.device if generator is not None else "cpu"
-    return torch.empty(shape, dtype=dtype, device=device).uniform_(low, high, generator=generator)
+    empty = torch.empty(shape, dtype=dtype, device=device_of(generator))
+    return empty.uniform_(low, high, generator=generator)
 
 
 def sample_crop(n: int, padding: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """top and left, int64 [n] each, uniform on 0..2 * padding."""
-    device = generator.device if generator is not None else "cpu"
+    device = device_of(generator)
     corner = torch.randint(0, 2 * padding + 1, (2, n), generator=generator, device=device)
     return corner[0], corner[1]
 
@@ -279,7 +284,7 @@ def sample_pixel(
     n: int, height: int, width: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Row and column, int64 [n] each, uniform over a height x width image."""
-    device = generator.device if generator is not None else "cpu"
+    device = device_of(generator)
     row = torch.randint(height, (n,), generator=generator, device=device)
     return row, torch.randint(width, (n,), generator=generator, device=device)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from train.augment import CROP_FLIP, Augment, Box, inside, normalize, sample_pixel
+from train.augment import CROP_FLIP, Augment, Box, device_of, inside, normalize, sample_pixel
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 HOLE = 16  # of Cutout on CIFAR-10
@@ -58,7 +58,7 @@ class AutoAugment:
         return self.apply(images, self.draw(len(images), generator))
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Draws:
-        device = generator.device if generator is not None else "cpu"
+        device = device_of(generator)
         policy = torch.randint(len(self.theirs._policies), (n,), generator=generator, device=device)
         use, sign = torch.rand(2, n, 2, generator=generator, device=device)
         return Draws(policy, use, sign)

@@ -391,6 +391,7 @@ class Command:
     builds the loop; it may raise CheckpointError, DataError, RunError. published(args): what was reported of
     this very model, if anything. extra(trainer, args): sections of report.md, Markdown, of a run that has
     ended; pictures go into trainer.out. alone: options with which it trains the one model and no other.
+    called(args): what it trains, in the report's title.
     """
 
     name: str
@@ -402,6 +403,7 @@ class Command:
     published: Callable[[argparse.Namespace], report.Published | None]
     extra: Callable[[Trainer, argparse.Namespace], str] = lambda trainer, args: ""
     alone: tuple[str, ...] = ()
+    called: Callable[[argparse.Namespace], str] = lambda args: args.model
 
     def line(self, arguments: Sequence[str]) -> str:
         """The command that has these arguments, as it stands in reports."""
@@ -440,7 +442,7 @@ class Command:
         frozen = args.out / "frozen.safetensors" if getattr(args, "save_frozen", False) else None
         if frozen:
             save_frozen(trainer.model, frozen)
-        title = f"{self.title}, {args.model}"
+        title = f"{self.title}, {self.called(args)}"
         extra = self.extra(trainer, args)
         path = report.write(trainer, title, reason, command, self.published(args), frozen, extra)
         metric, best, part = trainer.metric, trainer.best, trainer.reported

@@ -56,10 +56,9 @@ class ImageData(Task):
         return text
 
     def to(self, device: torch.device) -> ImageData:
-        parts = [(x.to(device), y.to(device)) for x, y in (self.train, self.validation, self.test)]
-        train, validation, test = parts
-        at_once = 1 if device.type == "cpu" else CHUNK
-        return replace(self, train=train, validation=validation, test=test, at_once=at_once)
+        names = ("train", "validation", "test")
+        parts = {name: tuple(t.to(device) for t in getattr(self, name)) for name in names}
+        return replace(self, **parts, at_once=1 if device.type == "cpu" else CHUNK)
 
     def steps(self, batch_size: int) -> int:
         n = len(self.train[1])

@@ -111,8 +111,9 @@ def parser() -> Parser:
     command.add_run_options(p, "CIFAR-10", MODELS, "vgg_a_bn", "runs/vgg_MODEL", inits, init=None)
     p.set_defaults(state_dtype="fp32")
     add = p.add_argument
-    add("--hyper", choices=list(HYPERS), help="weights are generated: by a linear generator each, by one "
-        "two-layer generator (all 3 x 3 kernels but the first), from one shared core")  # fmt: skip
+    add("--hyper", choices=["none", *HYPERS], default="none", help="generate the weights: by a linear "
+        "generator each, by one two-layer generator (3 x 3 kernels but the first), from one shared "
+        "core")  # fmt: skip
     sizes = {name: [f"{kind} {getattr(h, name)}" for kind, h in HYPERS.items() if getattr(h, name)]
              for name in ("z_dim", "hidden_dim")}  # fmt: skip
     add("--z-dim", type=COUNT, help=f"of the embeddings ({', '.join(sizes['z_dim'])})")
@@ -135,7 +136,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, value in USUAL.get(args.optimizer, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.hyper:
+    if args.hyper != "none":
         args.out = args.out or Path("runs") / f"vgg_{args.model}_{args.hyper}"
     fill_in(args, options, RECIPES, "vgg")
     return args
@@ -143,10 +144,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check_hyper(args: argparse.Namespace, options: Parser) -> None:
     """Fills in how weights are generated; exits with one line for options that this is no use to."""
-    if args.hyper is None:
+    if args.hyper == "none":
         for name in GENERATION:
             if getattr(args, name):
                 options.error(f"--{name.replace('_', '-')} needs --hyper")
+        args.init = "xavier"
         return
     own = HYPERS[args.hyper]
     if args.hidden_dim and not own.hidden_dim:
@@ -184,8 +186,8 @@ def build(args: argparse.Namespace) -> Built:
 
 def _network(options: dict, fused: bool) -> nn.Module:
     """As the options, or the recipe of a run, say."""
-    names = ("hyper", "z_dim", "hidden_dim", "init")
-    network = build_vgg(options["model"], CLASSES, fused, **{name: options[name] for name in names})
+    how = {name: options[name] for name in ("hyper", "z_dim", "hidden_dim", "init") if name in options}
+    network = build_vgg(options["model"], CLASSES, fused, **(how if how["hyper"] != "none" else {}))
     return WithCenters(network, CLASSES) if options["loss"] == "center" else network
 
 
@@ -193,12 +195,17 @@ def make_trainer(args: argparse.Namespace, data: ImageData, checksum: int) -> Tr
     """Model, optimizer and loop of the recipe; prints how many parameters are trained."""
     torch.manual_seed(args.seed)
     built = build(args)
-    print(f"{args.model}: {_count(built[0])}", flush=True)
-    recipe = recipe_values(args, Recipe)
-    recipe |= {name: getattr(args, name) for name in ("hyper", "z_dim", "hidden_dim", "subset")}
+    print(f"{called(args)}: {_count(built[0])}", flush=True)
+    recipe = recipe_values(args, Recipe) | {"hyper": args.hyper, "subset": args.subset or "all"}
+    recipe |= {name: getattr(args, name) for name in ("z_dim", "hidden_dim") if getattr(args, name)}
     recipe |= {"validation_images": _validation(args), "label_checksum": checksum}
     schedule = SCHEDULES[args.schedule](args, len(data.train[1]) // args.batch_size)
     return command.make_trainer(args, data, built, schedule, recipe)
+
+
+def called(args: argparse.Namespace) -> str:
+    """The network in words."""
+    return args.model if args.hyper == "none" else f"{args.model}, {args.hyper} hypernetwork"
 
 
 def _count(model: nn.Module) -> str:
@@ -225,7 +232,7 @@ def load_trained(folder: Path) -> nn.Module:
 
 def published(args: argparse.Namespace) -> report.Published | None:
     """What was reported of the model, None for a hypernetwork and for a part of the data."""
-    return None if args.hyper or args.subset else PUBLISHED[args.model]
+    return None if args.hyper != "none" or args.subset else PUBLISHED[args.model]
 
 
 def published_table(trainer: Trainer, args: argparse.Namespace) -> str:
@@ -239,11 +246,10 @@ def published_table(trainer: Trainer, args: argparse.Namespace) -> str:
             [name, f"{theirs.train_accuracy:.2f} %", f"{theirs.accuracy:.2f} %", counted, f"{true:,}"]
         )
         if name == args.model:
-            name = f"{name}, {args.hyper} hypernetwork" if args.hyper else name
             last, best = trainer.history[-1], trainer.best
             figures = [trainer.metric.cell(last, "train"), trainer.metric.cell(best, "test")]
             rows.append(
-                [f"**{name}, this run**", *figures, "", f"{parameter_counts(trainer.model)['total']:,}"]
+                [f"**{called(args)}, this run**", *figures, "", f"{parameter_counts(trainer.model)['total']:,}"]
             )
     header = ["model", "train accuracy, last epoch", "test accuracy, best epoch", "parameters, published"]
     note = (
@@ -262,6 +268,7 @@ COMMAND = Command(
     make_trainer=lambda args: make_trainer(args, *load_data(args)),
     published=published,
     extra=published_table,
+    called=called,
 )
 main, run = COMMAND.main, COMMAND.run
 

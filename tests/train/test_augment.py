@@ -14,6 +14,7 @@ from train.augment import Augment, Box, Jitter
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 OPTIONS = "crop_padding flip degrees brightness contrast saturation hue erasing".split()
+CPU = torch.device("cpu")
 SIZES = [(32, 32), (17, 24), (5, 1)]
 
 
@@ -224,6 +225,64 @@ class TestSamplers:
         assert not augment.sample_erasing(100, 1, 1, 1.0, seeded()).height.any()
 
 
+class TestCutout:
+    @pytest.mark.parametrize(("height", "width"), SIZES)
+    @pytest.mark.parametrize("size", [1, 4, 16])
+    def test_hole(self, height, width, size):
+        """As in the authors' code, but that an odd size is that odd size."""
+        n = 60
+        row, column = augment.sample_pixel(n, height, width, seeded())
+        got = augment.inside(augment.sample_cutout(n, height, width, size, seeded()), height, width, CPU)
+        for i, (y, x) in enumerate(zip(row.tolist(), column.tolist(), strict=True)):
+            want = torch.zeros(height, width, dtype=torch.bool)
+            top, left = y - size // 2, x - size // 2
+            want[max(top, 0) : top + size, max(left, 0) : left + size] = True
+            assert torch.equal(got[i, 0], want) and want[y, x]
+
+    def test_the_centre_is_uniform(self):
+        n, height, width = 40_000, 8, 5
+        box = augment.sample_cutout(n, height, width, 4, seeded())
+        counts = ((box.top + 2) * width + box.left + 2).bincount(minlength=height * width)
+        mean = n / (height * width)
+        assert len(counts) == height * width and (counts - mean).abs().max() < 4.5 * math.sqrt(mean)
+
+    def test_share_of_erased_pixels(self):
+        """Against all centres one by one: 32 pixels, of a hole of 16 on average 14 in each direction."""
+        n, side = 1500, 32
+        within = sum(min(c + 8, side) - max(c - 8, 0) for c in range(side)) / side
+        assert within == 14
+        images = torch.full((n, 3, side, side), 200, dtype=torch.uint8)
+        got = Augment(MEAN, STD, **dict.fromkeys(OPTIONS, 0), cutout=16)(images, seeded()) == 0
+        share = got.flatten(1).double().mean(1)
+        assert abs(share.mean() - (within / side) ** 2) < 4.5 * share.std() / math.sqrt(n)
+        assert share.max() == 0.25 and share.min() == (8 / side) ** 2
+        assert torch.equal(got, got[:, :1].expand_as(got))
+
+    def test_rest_is_kept(self):
+        images = random_images(20)
+        plain, cut = Augment(MEAN, STD), Augment(MEAN, STD, cutout=6)
+        want, got = plain(images, seeded()), cut(images, seeded())
+        assert ((got == want) | (got == 0)).all() and (got != want).flatten(1).any(1).all()
+
+
+def test_a_policy_comes_after_moving_and_before_colours():
+    seen = []
+
+    def policy(images, generator):
+        seen.append(images.clone())
+        return torch.rand(images.shape, generator=generator).mul(255).to(torch.uint8)
+
+    options, images = dict.fromkeys(OPTIONS, 0) | {"crop_padding": 4, "flip": 0.5}, random_images(6)
+    moved = Augment((0, 0, 0), (1, 1, 1), **options)(images, seeded()).mul(255).round().to(torch.uint8)
+    got = Augment(MEAN, STD, **options, policy=policy)(images, seeded())
+    assert torch.equal(seen[0], moved)
+    generator = seeded()
+    augment.sample_crop(6, 4, generator), augment.sample_flip(6, 0.5, generator)
+    augment.sample_angle(6, 0, generator)
+    want = augment.normalize(policy(images, generator), MEAN, STD)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
 class TestAugment:
     def test_composition_equals_torchvision(self):
         """The recipe's order, with the parameters that the samplers give from the same seed."""
@@ -376,6 +435,8 @@ class TestAugment:
             {"saturation": -1},
             {"hue": 0.6},
             {"erasing": -0.1},
+            {"cutout": -1},
+            {"cutout": 1.5},
         ],
     )
     def test_bad_options(self, options):

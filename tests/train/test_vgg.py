@@ -258,8 +258,8 @@ def test_defaults_are_the_reports(name):
     args = vgg.parse(["--model", name])
     wanted = {"optimizer": "sgd", "lr": 0.01 if name == "vgg_a" else 0.02, "weight_decay": 5e-4, "epochs": 30,
               "batch_size": 128, "schedule": "steps", "loss": "cross_entropy", "augment": "crop_flip",
-              "patience": 0, "clip": 100.0, "hyper": None, "subset": None, "fused": True, "seed": 42,
-              "precision": "fp32", "state_dtype": "fp32", "init": None}  # fmt: skip
+              "patience": 0, "clip": 100.0, "hyper": "none", "subset": None, "fused": True, "seed": 42,
+              "precision": "fp32", "state_dtype": "fp32", "init": "xavier"}  # fmt: skip
     assert {key: getattr(args, key) for key in wanted} == wanted
     assert str(args.out) == f"runs/vgg_{name}" and vgg.VALIDATION == 5000
     assert vgg.MEAN == vgg.STD == (0.5, 0.5, 0.5) and command.MOMENTUM == 0.9
@@ -470,12 +470,16 @@ def test_resume_of_another_recipe_is_refused(small, tmp_path, capsys):
 def test_hypernetworks(small, tmp_path, capsys, hyper):
     assert run(tmp_path / "a", "--hyper", hyper, "--z-dim", "4", "--save-frozen") == 0
     text, out = (tmp_path / "a" / "report.md").read_text(), capsys.readouterr().out
+    assert f"# CIFAR-10, vgg_a_bn, {hyper} hypernetwork" in text
     assert f"**vgg_a_bn, {hyper} hypernetwork, this run**" in text and "| published" not in text
     assert "z.png" in text and "expansion" in text
     model = vgg.load_trained(tmp_path / "a")
     counts = parameter_counts(model)
     assert counts["generated"] == 108 + 40 and counts["other"] == 4 + 8 + 10
-    assert f"vgg_a_bn: {counts['total']} parameters (generator {counts['generator']}, " in out
+    assert (
+        f"vgg_a_bn, {hyper} hypernetwork: {counts['total']} parameters (generator {counts['generator']}, "
+        in out
+    )
     assert ", 170 in the main network" in out
     state = safetensors.torch.load_file(tmp_path / "a" / "frozen.safetensors")
     plain = TinyNet()
