@@ -242,6 +242,12 @@ def test_a_fused_activation_is_one():
     statistics = analysis.activation_statistics(nn.Sequential(nn.Conv2d(3, 3, 1), norm), batches)
     assert [layer.kind for layer in statistics.layers] == ["BatchNormReLUMaxPool2d"]
 
+    class Norm(hyperfast.nn.BatchNormReLUMaxPool2d):
+        forward = nn.BatchNorm2d.forward
+
+    statistics = analysis.activation_statistics(nn.Sequential(Norm(3), nn.ReLU()), batches)
+    assert [layer.kind for layer in statistics.layers] == ["ReLU"]
+
 
 @pytest.mark.parametrize("layers", [None, ["0", "2"]])
 def test_a_hypernetwork_is_its_plain_network(layers):

@@ -82,10 +82,15 @@ def test_largest_difference_of_a_quadratic():
 
 
 def test_largest_difference_does_not_move_a_parameter_without_gradient():
-    model = Quadratic()
-    model.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    class AtRest(Quadratic):
+        def forward(self, c):
+            return super().forward(c) + self.rest["zero"].square().sum()
+
+    model = AtRest()
+    model.rest["zero"] = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    model.rest["unused"] = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     found = analysis.max_gradient_difference(model, *scales(1.0), value, distances=[0.5, 0.1])
-    model.unused = None
+    model.forward = super(AtRest, model).forward
     close(
         found.differences,
         analysis.max_gradient_difference(model, *scales(1.0), value, [0.5, 0.1]).differences,
@@ -233,18 +238,23 @@ def test_activation_checkpoints_meet_the_moved_parameters():
     assert a.changes > 0.01
 
 
-def test_gradients_of_two_parameters_may_be_one_tensor():
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+class Cubic(nn.Module):
+    """(a + b)^3, whose gradients in a and b are one tensor."""
 
-        def forward(self, x):
-            return (x + self.a + self.b).pow(3).sum()
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
 
-    found = analysis.gradient_predictiveness(
-        Sum(), [(torch.zeros(2, dtype=torch.float64), None)], value, 0.01
-    )
+    def forward(self, x):
+        return (x + self.a + self.b).pow(3).sum()
+
+
+def test_steps_go_down_the_gradient():
+    batch = torch.zeros(2, dtype=torch.float64), None
+    down = 0.3 / math.sqrt(2)  # of every number
+    found = analysis.max_gradient_difference(Cubic(), batch, value, distances=[0.3])
+    close(found.differences, [12 - 3 * (2 - 2 * down) ** 2])
+    found = analysis.gradient_predictiveness(Cubic(), [batch], value, step=0.01)
     close(found.norms, [12.0 * 2])  # 3 (a + b)^2 for each of four
     close(found.changes, [2 * (12 - 3 * (2 - 0.24) ** 2)])
 
@@ -281,14 +291,17 @@ def test_buffers_are_those_of_the_model_for_every_gradient():
             super().__init__()
             self.linear = nn.Linear(3, 2)
             self.register_buffer("scale", torch.ones(()))
+            self.register_buffer("other", torch.ones(()))
 
         def forward(self, x):
-            self.scale = self.scale * 2
-            return self.linear(x) * self.scale
+            self.scale.mul_(2)
+            self.other = self.other * 3
+            return self.linear(x) * (self.scale + self.other)
 
     model, batches = Moving(), [(torch.randn(4, 3), None)] * 2
     found = analysis.gradient_predictiveness(model, batches, lambda y, _: y.mean())
-    assert not found.changes.any() and found.norms[0] == found.norms[1] and model.scale == 1
+    assert not found.changes.any() and found.norms[0] == found.norms[1]
+    assert model.scale == model.other == 1
 
 
 # -- what is left behind -------------------------------------------------------------------------
@@ -377,13 +390,14 @@ def test_tables_and_rows():
 @pytest.mark.parametrize(
     ("error", "words", "call"),
     [
-        (ValueError, "batches is empty", lambda m, b: analysis.gradient_health(m, [])),
+        (ValueError, "at least one batch, got none", lambda m, b: analysis.gradient_health(m, [])),
         (ValueError, "limit must be at least 1, got 0", lambda m, b: analysis.gradient_health(m, b, limit=0)),
         (
             ValueError,
             r"one number, got \[6\]",
             lambda m, b: analysis.gradient_health(m, b, lambda y, t: y[:, 0]),
         ),
+        (ValueError, "one number, got float", lambda m, b: analysis.gradient_health(m, b, lambda y, t: 0.5)),
         (ValueError, "no parameter", lambda m, b: analysis.gradient_health(m.requires_grad_(False), b)),
         (ValueError, "distances", lambda m, b: analysis.max_gradient_difference(m, b[0], distances=[])),
         (ValueError, "noise must be above 0", lambda m, b: analysis.gradient_smoothness(m, b, noise=0.0)),

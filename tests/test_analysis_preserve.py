@@ -26,12 +26,15 @@ def disturb(model, module):
         model(x).square().sum().backward()
         optimizer.step()
     model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        module.zeros.neg_()
     module.head.requires_grad_(True)
     module.head.weight = nn.Parameter(torch.zeros(3, 4))
     module.mean = torch.tensor([7.0])
     module.norm.bias.data = torch.ones(4)
     module.second.bias.data.fill_(3.0)
     del module.second.bias
+    module.drop = nn.Identity()
     module.eval()
     torch.randn(3)
 

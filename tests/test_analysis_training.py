@@ -64,7 +64,7 @@ def test_range_test_on_a_quadratic(L):
     assert result.diverged == rates[-1] > 2 / L and losses[-1] > losses[0] > losses[-2]
     # steepest descent of the known losses over the logarithm of the rate
     slopes = losses[2:] - losses[:-2]
-    assert result.suggestion == rates[1:-1][slopes.argmin()] < 1 / L
+    assert result.suggestion == rates[1:-1][slopes[: bottom - 1].argmin()] < 1 / L
 
 
 def test_smoothing_is_the_corrected_running_average():
@@ -77,6 +77,20 @@ def test_smoothing_is_the_corrected_running_average():
         average = (w * result.losses[: i + 1]).sum() / w.sum()
         assert result.smoothed[i].item() == pytest.approx(average.item(), rel=1e-12)
     assert result.diverged is None and result.rates[-1].item() == pytest.approx(1)
+
+
+def noisy(x, target):
+    return quadratic(x, 1.0) + target  # the gradient is that without noise
+
+
+def test_the_suggestion_neither_lags_nor_follows_noise():
+    options = {"low": 1e-5, "high": 10, "steps": 120}
+    exact = analysis.lr_range_test(Point(3.0), of_curvature(1.0), loss=quadratic, smoothing=1, **options)
+    smooth = analysis.lr_range_test(Point(3.0), of_curvature(1.0), loss=quadratic, **options)
+    assert exact.suggestion / 2 < smooth.suggestion < 2 * exact.suggestion < smooth.lowest / 4
+    noise = [(torch.zeros(1), torch.rand((), dtype=torch.float64)) for _ in range(120)]
+    found = analysis.lr_range_test(Point(3.0), noise, loss=noisy, **options)
+    assert exact.suggestion / 2 < found.suggestion < 2 * exact.suggestion
 
 
 def test_a_loss_that_is_not_finite_ends_the_test():

@@ -1,5 +1,5 @@
-"""Looking at a network: activations, weights, how it trains. Of a hypernetwork also: embeddings, the filters
-it makes, what its generators cost."""
+"""Looking at a network: activations, gradients, weights, how it trains. Of a hypernetwork also: embeddings,
+the filters it makes, what its generators cost."""
 
 from hyperfast.analysis.activations import ActivationStatistics, LayerActivations, activation_statistics
 from hyperfast.analysis.costs import Cost, CostReport, generator_costs

@@ -23,7 +23,7 @@ from hyperfast.nn.weights import plain_namer
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid,
-    nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.GLU, BatchNormReLUMaxPool2d,
+    nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.GLU,
 )  # fmt: skip
 
 
@@ -154,8 +154,16 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
         return {name: known[name] for name in layers}
     inside = {id(part) for m in model.modules() if isinstance(m, Generator) for part in m.modules()}
     modules = {_shown(plain(name)): m for name, m in model.named_modules() if id(m) not in inside}
-    found = {name: m for name, m in modules.items() if isinstance(m, ACTIVATIONS)}
+    found = {name: m for name, m in modules.items() if _is_activation(m)}
     return found or {n: m for n, m in modules.items() if all(id(child) in inside for child in m.children())}
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Of the kinds that are more than a function, those that have not put another forward in its place."""
+    fused = BatchNormReLUMaxPool2d
+    return isinstance(module, ACTIVATIONS) or (
+        isinstance(module, fused) and type(module).forward is fused.forward
+    )
 
 
 def _shown(name: str) -> str:

@@ -15,24 +15,23 @@ grouped convolutions; it holds all points at once, and fused layers run plain Py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from hyperfast.analysis.batches import on_device, take
 from hyperfast.analysis.preserve import preserved, same_random_numbers
 from hyperfast.analysis.table import table
+from hyperfast.analysis.training import Batches, Loss
 from hyperfast.factored import is_stand_in
 from hyperfast.nn import LinearGenerator
 
 Batch = tuple[Any, Any]
-Loss = Callable[[Any, Any], Tensor]
 DISTANCES = tuple(0.5 * i / 9 for i in range(10))
 
 
@@ -229,7 +228,7 @@ class GradientHealth:
 
 def gradient_predictiveness(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Batches,
     loss: Loss = F.cross_entropy,
     step: float = 0.1,
     limit: int | None = 50,
@@ -240,11 +239,12 @@ def gradient_predictiveness(
 
     batches: (inputs, targets), of which at most `limit` are taken (None: all), moved to the model's device;
     loss(model(inputs), targets): one number. The model is left as it was. Raises ValueError without batches
-    or parameters that learn, and for a loss of more than one number. Santurkar et al. (2018), section 3.1.
+    or parameters that learn, and for a loss of more than one number. Santurkar et al. (2018), section 3.
     """
     with _gradients_of(model, loss) as gradient:
         found = []
-        for batch in _taken(batches, limit, gradient.device):
+        for batch in take(batches, limit):
+            batch = on_device(model, batch)
             with same_random_numbers(model):
                 before = gradient(batch)
             after = gradient(batch, torch._foreach_sub(gradient.parameters, before, alpha=step))
@@ -265,14 +265,15 @@ def max_gradient_difference(
     |g_i(p - d u) - g_i(p)| over all elements i, where u is the gradient g(p) with every parameter's part
     normalised to 1 (and zero where that part is zero).
 
-    batch: (inputs, targets); the rest as in `gradient_predictiveness`. distances: by default 10 from 0 to 0.5.
-    Raises ValueError without distances. After Santurkar et al. (2018), section 3.1, who take the largest
-    change along the gradient for an effective smoothness.
+    batch: (inputs, targets); the rest as in `gradient_predictiveness`. distances: 10 from 0 to 0.5, if not
+    given. Raises ValueError without distances. After the effective smoothness of Santurkar et al. (2018),
+    section 3: the largest change of the gradient along it.
     """
-    if not len(distances):
+    distances = [float(distance) for distance in distances]
+    if not distances:
         raise ValueError("distances must be at least one number, got none")
     with _gradients_of(model, loss) as gradient:
-        batch = _ready(batch, gradient.device)
+        batch = on_device(model, batch)
         with same_random_numbers(model):
             before = gradient(batch)
         norms = [torch.linalg.vector_norm(g) for g in before]
@@ -292,7 +293,7 @@ def max_gradient_difference(
 
 def gradient_smoothness(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Batches,
     loss: Loss = F.cross_entropy,
     noise: float = 0.01,
     limit: int | None = 10,
@@ -300,8 +301,8 @@ def gradient_smoothness(
 ) -> Smoothness:
     """How far the gradient changes when noise is added to the inputs: for each batch
     |g(x + e) - g(x)| / mean_b |e_b| with the gradient g in the parameters and noise e of independent normal
-    numbers of mean 0 and standard deviation `noise`, e_b that of sample b. An estimate from below of a
-    Lipschitz constant of the gradient, along random directions.
+    numbers of mean 0 and standard deviation `noise`, e_b that of sample b. Where samples do not meet in the
+    network, as they do in batch norm, it is at most the largest Lipschitz constant of one sample's gradient.
 
     inputs: a floating-point tensor [B, ...]; the noise comes from `seed`, the same on every device. The rest
     as in `gradient_predictiveness`. Raises TypeError for other inputs, ValueError for noise that is not above
@@ -312,7 +313,8 @@ def gradient_smoothness(
     generator = torch.Generator().manual_seed(seed)
     with _gradients_of(model, loss) as gradient:
         found = []
-        for inputs, targets in _taken(batches, limit, gradient.device):
+        for batch in take(batches, limit):
+            inputs, targets = on_device(model, batch)
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
                 kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
                 raise TypeError(f"inputs must be a floating-point tensor to add noise to, got {kind}")
@@ -321,13 +323,13 @@ def gradient_smoothness(
             with same_random_numbers(model):
                 before = gradient((inputs, targets))
             after = gradient((inputs + e.to(inputs), targets))
-            found.append(torch.stack([_change(before, after), sizes.mean().to(gradient.device)]))
+            found.append(_together([_change(before, after), sizes.mean()]))
         return Smoothness(noise, seed, *_columns(found))
 
 
 def gradient_health(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Batches,
     loss: Loss = F.cross_entropy,
     vanishing: float = 1e-7,
     exploding: float = 1.0,
@@ -338,8 +340,8 @@ def gradient_health(
     that the loss does not depend on has the gradient zero. The rest as in `gradient_predictiveness`."""
     with _gradients_of(model, loss) as gradient:
         below, above, norms = [], [], []
-        for batch in _taken(batches, limit, gradient.device):
-            sizes = [g.abs() for g in gradient(batch)]
+        for batch in take(batches, limit):
+            sizes = [g.abs() for g in gradient(on_device(model, batch))]
             below.append(_together([(size < vanishing).sum() for size in sizes]))
             above.append(_together([(~(size <= exploding)).sum() for size in sizes]))
             norms.append(_together([torch.linalg.vector_norm(size, dtype=torch.float64) for size in sizes]))
@@ -382,7 +384,6 @@ class _Gradients:
             raise ValueError("the model has no parameter that requires a gradient")
         self.names = tuple(learned)
         self.parameters = [p.detach() for p in learned.values()]
-        self.device = self.parameters[0].device
         self.model, self.run = model, _Pass(model, loss)
 
     def __call__(self, batch: Batch, parameters: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -405,29 +406,6 @@ def _gradients_of(model: nn.Module, loss: Loss) -> Iterator[_Gradients]:
             if isinstance(module, LinearGenerator):
                 module.factored = False  # gradients of their weights are made, as of any other
         yield _Gradients(model, loss)
-
-
-def _taken(batches: Iterable[Batch], limit: int | None, device: torch.device) -> Iterator[Batch]:
-    """At most `limit` batches, ready; ValueError where there is none."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
-    empty = True
-    for batch in islice(batches, limit):
-        empty = False
-        yield _ready(batch, device)
-    if empty:
-        raise ValueError("batches is empty: there is nothing to take gradients of")
-
-
-def _ready(batch: Batch, device: torch.device) -> Batch:
-    """On the device, and fit for a backward wherever it was made."""
-    inputs, targets = batch
-
-    def moved(t: Tensor) -> Tensor:
-        t = t.detach().to(device)
-        return t.clone() if t.is_inference() else t
-
-    return tree_map_only(Tensor, moved, (inputs, targets))
 
 
 def _together(numbers: Sequence[Tensor]) -> Tensor:

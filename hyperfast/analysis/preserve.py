@@ -15,8 +15,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """On leaving, by an error too, `model` and the random numbers are as they were on entering.
 
     Put back: values and memory of parameters and buffers (BatchNorm's running statistics and counts among
-    them), `.grad` (the same tensors), `requires_grad`, every attribute of every module (its training flag, and
-    which tensor is which parameter), and the state of the random number generators of the CPU and of the
+    them), `.grad` (the same tensors), `requires_grad`, every attribute of every module (its training flag,
+    and which tensor is which parameter), and the state of the random number generators of the CPU and of the
     model's devices. Within it `.grad` is None everywhere, the gradients of before are put aside, and
     gradients are recorded even where the caller is in `torch.no_grad` or `torch.inference_mode`.
 
@@ -26,8 +26,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     again where parameters were changed.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # torch.no_grad ends with it
         stack.enter_context(same_random_numbers(model))
         owns = [own for m in model.modules() for own in (vars(m), m._parameters, m._buffers, m._modules)]
         before = [dict(own) for own in owns]

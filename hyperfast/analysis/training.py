@@ -29,10 +29,13 @@ class LRRange:
     """Losses of a training whose learning rate grows with every step.
 
     rates, losses, smoothed float64 [steps]: losses[i] is that of a batch before its step with rates[i], which
-    shows in losses[i + 1]; inf where it was not finite. suggestion: the rate of the steepest descent, where
-    the slope of the smoothed loss over the logarithm of the rate, by central differences, is lowest; None
-    where it nowhere falls or fewer than three losses are finite. lowest: the rate at which the smoothed loss
-    is lowest. diverged: the rate at which training stopped since it diverged, None where it did not.
+    shows in losses[i + 1]; inf where it was not finite. lowest: the rate at which the smoothed loss is
+    lowest. diverged: the rate at which training stopped since it diverged, None where it did not.
+
+    suggestion: the rate of steepest descent, None where the loss nowhere falls. Up to the lowest smoothed
+    loss, the slope is that of an average to both sides, with weights (1 - smoothing)^distance, over the
+    logarithm of the rate, by central differences: `smoothed`, which looks back only, lags by about
+    1 / smoothing steps and at first follows single batches.
     """
 
     rates: Tensor
@@ -61,7 +64,7 @@ class LRRange:
 
         tested = f"{self.rates[0]:.3g} to {self.rates[-1]:.3g} in {self.batches} steps"
         rows = [
-            ["suggestion: steepest descent of the smoothed loss", shown(self.suggestion)],
+            ["suggestion: steepest descent", shown(self.suggestion)],
             ["lowest smoothed loss", shown(self.lowest)],
             ["training diverged at", shown(self.diverged)],
             ["rates tested, one batch each", tested],
@@ -110,18 +113,18 @@ def lr_range_test(
     used = rates[: len(losses)]
     lowest = used[smoothed.index(min(smoothed))]
     columns = (torch.tensor(column, dtype=torch.float64) for column in (used, losses, smoothed))
-    return LRRange(*columns, _steepest(used, smoothed), lowest, diverged)
+    return LRRange(*columns, _steepest(used, losses[: 1 + used.index(lowest)], smoothing), lowest, diverged)
 
 
-def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The rate where the loss falls fastest over the logarithm of the rate, whose steps are equal."""
-    slopes = {
-        rate: after - before
-        for rate, before, after in zip(rates[1:-1], losses[:-2], losses[2:], strict=True)
-        if math.isfinite(after)
-    }
-    best = min(slopes, key=slopes.__getitem__, default=None)
-    return best if best is not None and slopes[best] < 0 else None
+def _steepest(rates: Sequence[float], losses: Sequence[float], smoothing: float) -> float | None:
+    """`LRRange.suggestion`; the rates are at equal distances in the logarithm."""
+    if len(losses) < 3:
+        return None
+    step = torch.arange(len(losses), dtype=torch.float64)
+    weights = (1 - smoothing) ** (step - step.unsqueeze(1)).abs()
+    average = weights @ torch.tensor(losses, dtype=torch.float64) / weights.sum(1)
+    slope, place = (average[2:] - average[:-2]).min(0)
+    return rates[1 + int(place)] if slope < 0 else None
 
 
 @dataclass(frozen=True)
