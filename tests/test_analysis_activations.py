@@ -1,6 +1,7 @@
 """hyperfast.analysis: activations, against their definition and on networks whose answer is known."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -308,6 +309,18 @@ def test_the_mode_is_that_of_the_model():
     assert abs(training.values.mean) < 0.1 and evaluation.values.mean > 0.9
 
 
+def test_no_activations_are_kept():
+    class Watch(nn.ReLU):
+        def forward(self, x):
+            assert not any(before() is not None for before in seen)
+            seen.append(weakref.ref(out := F.relu(x)))
+            return out
+
+    seen = []
+    analysis.activation_statistics(nn.Sequential(Watch(), nn.Linear(4, 2)), batches_of(3, 4))
+    assert len(seen) == 3
+
+
 def test_what_is_not_finite_is_counted_and_said():
     x = torch.tensor([[1.0, math.nan, 0], [math.inf, 2, 0]])
     statistics = analysis.activation_statistics(nn.ReLU(), [(x, None)])
@@ -340,6 +353,8 @@ def test_bad_input():
         analysis.activation_statistics(model, batches, layers=["con"])
     with pytest.raises(TypeError, match="layers must be a list"):
         analysis.activation_statistics(model, batches, layers="conv")
+    with pytest.raises(ValueError, match="at least one module"):
+        analysis.activation_statistics(model, batches, layers=[])
     with pytest.raises(ValueError, match="at least one batch"):
         analysis.activation_statistics(model, [])
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):

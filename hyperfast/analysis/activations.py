@@ -117,8 +117,8 @@ def activation_statistics(
     running statistics and no dropout. It is the same afterwards, running statistics and random numbers
     included (`preserved`). A compiled model runs without being compiled.
 
-    Raises ValueError for no batches, a limit below 1, unknown layers, layers that no forward called, a module
-    whose number of units changes from batch to batch, and an output without dimension `unit_dim`.
+    Raises ValueError for no batches, a limit below 1, no or unknown layers, layers that no forward called, a
+    module whose number of units changes from batch to batch, and an output without dimension `unit_dim`.
     """
     modules = _chosen(model, layers)
     recorder = _Recorder(threshold, unit_dim)
@@ -148,6 +148,8 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
             raise TypeError(f"layers must be a list of names, got the string {layers!r}")
         known = {_shown(plain(name)): m for name, m in model.named_modules(remove_duplicate=False)}
         layers = list(layers)
+        if not layers:
+            raise ValueError("layers must name at least one module, got none")
         for name in layers:
             if name not in known:
                 raise ValueError(f"model has no module {name!r}; it has {', '.join(filter(None, known))}")

@@ -49,8 +49,8 @@ class Tally:
     Moments in float64: of a chunk about its own mean, chunks and tensors merged as Chan, Golub and LeVeque,
     "Updating formulae and a pairwise algorithm for computing sample variances" (1979). The histogram needs no
     range beforehand: it goes from -2^e to 2^e, and where a number lies outside, e grows and bins merge in
-    pairs, so that it is the one that the last range would have counted. On a GPU the host waits once or twice
-    for each tensor.
+    pairs, so that it is the one that the last range would have counted. On a GPU the host waits for each
+    tensor.
     """
 
     def __init__(self, threshold: float):
