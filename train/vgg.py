@@ -249,7 +249,12 @@ def published_table(trainer: Trainer, args: argparse.Namespace) -> str:
             last, best = trainer.history[-1], trainer.best
             figures = [trainer.metric.cell(last, "train"), trainer.metric.cell(best, "test")]
             rows.append(
-                [f"**{called(args)}, this run**", *figures, "", f"{parameter_counts(trainer.model)['total']:,}"]
+                [
+                    f"**{called(args)}, this run**",
+                    *figures,
+                    "",
+                    f"{parameter_counts(trainer.model)['total']:,}",
+                ]
             )
     header = ["model", "train accuracy, last epoch", "test accuracy, best epoch", "parameters, published"]
     note = (

@@ -415,6 +415,7 @@ def test_pictures_of_gradients():
 def test_pictures_of_layers():
     figure = pictures.health(measured(lambda net, batches: analysis.gradient_health(net, batches)))
     assert legend_fits(figure) and len(figure.axes) == 4
+    assert [len(line.get_xdata()) for line in curves(figure.axes[0])] == [2, 2]  # not of the norm
     results = measured(lambda net, batches: analysis.activation_statistics(net, batches))
     figure = pictures.activations(results)
     share = 100 * results["trained"]["vgg_a"].layers[0].values.near_zero

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import hyperfast
 from hyperfast import analysis
 from hyperfast.analysis import table
-from hyperfast.nn.weights import plain_namer
 from train import vgg
 from train.data import batches
 from train.loop import derive_seed, write_csv
@@ -34,6 +33,7 @@ from train.studies.verdict import STATES, Quantity, Values
 Results = dict[str, dict[str, Any]]  # by state and model
 Batches = Sequence[tuple[Tensor, Tensor]]
 MOMENTUM, DECAY = 0.9, 5e-4
+AVERAGED = 5  # 0.05 for 100 steps of the range test: the share of the range that the loss is averaged over
 
 
 class Subjects:
@@ -171,7 +171,8 @@ def _sgd(parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
 
 
 def _test_range(network: nn.Module, subjects: Subjects) -> analysis.LRRange:
-    return analysis.lr_range_test(network, subjects.batches, _sgd, steps=subjects.effort.range_steps)
+    steps = subjects.effort.range_steps
+    return analysis.lr_range_test(network, subjects.batches, _sgd, steps=steps, smoothing=AVERAGED / steps)
 
 
 LR_FINDER = Analysis(
@@ -300,10 +301,8 @@ HEALTH = Analysis(
 
 
 def _watch(network: nn.Module, subjects: Subjects) -> analysis.ActivationStatistics:
-    plain = plain_namer(network)
-    layers = [plain(name) for name, m in network.named_modules() if isinstance(m, nn.ReLU | nn.GELU)]
     limit = subjects.effort.activation_batches
-    return analysis.activation_statistics(network, subjects.batches, limit=limit, layers=layers)
+    return analysis.activation_statistics(network, subjects.batches, limit=limit)
 
 
 ACTIVATIONS = Analysis(

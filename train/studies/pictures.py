@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from hyperfast.analysis.pictures import style
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hyperfast.analysis.activations import LayerActivations
+    from hyperfast.analysis.gradients import GradientHealth
     from hyperfast.analysis.weights import LayerWeights, WeightStatistics
 
 Results = Mapping[str, Mapping[str, Any]]  # by state and model
@@ -30,20 +32,21 @@ HATCHES = ("////", "....", "\\\\\\\\", "xxxx")
 
 @contextlib.contextmanager
 def panels(
-    results: Results, rows: Sequence[str], height: float = 2.9, sharey: bool | str = "row"
+    results: Results, rows: Sequence[str], height: float = 2.9, more: Sequence[Line2D] = ()
 ) -> Iterator[tuple[Figure, Any]]:
     """A figure with a column for each state and a row for each label of a y-axis: figure and axes [rows,
-    states], of which the legend is drawn at the end."""
+    states], of which the legend is drawn at the end, with `more` in it."""
     with style() as figure_class:
         figure = figure_class(figsize=(3.7 * len(results) + 0.3, height * len(rows)), layout="constrained")
-        axes = figure.subplots(len(rows), len(results), squeeze=False, sharey=sharey)
+        axes = figure.subplots(len(rows), len(results), squeeze=False, sharey="row")
         for column, state in enumerate(results):
             axes[0, column].set_title(STATES[state], fontsize=9)
         for row, label in zip(axes, rows, strict=True):
             row[0].set_ylabel(label)
         yield figure, axes
         handles, names = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+        names += [handle.get_label() for handle in more]
+        figure.legend([*handles, *more], names, loc="outside upper center", ncols=min(4, len(names)))
 
 
 def each(results: Results, axes: Any) -> Iterator[tuple[Any, int, str, Any]]:
@@ -60,7 +63,13 @@ def curve(axis: Axes, i: int, of: int, x: Sequence[float], y: Sequence[float], *
 
 def lr_finder(results: Results) -> Figure:
     """Loss over learning rate, raw and smoothed; a vertical line at the suggestion."""
-    with panels(results, ["loss"]) as (figure, axes):
+    more = [
+        Line2D([], [], color="0.5", linewidth=0.7, label="single batches"),
+        Line2D(
+            [], [], color="0.5", linewidth=0.9, marker="|", markersize=9, linestyle="none", label="suggestion"
+        ),
+    ]
+    with panels(results, ["loss"], more=more) as (figure, axes):
         for (axis,), i, model, found in each(results, axes):
             rates, color = found.rates.tolist(), look(i)["color"]
             axis.plot(rates, found.losses.tolist(), color=color, linewidth=0.7, alpha=0.4)
@@ -130,9 +139,7 @@ def health(results: Results) -> Figure:
     rows = ["|g| below $10^{-7}$ (%)", "|g| above 1 (%)"]
     with panels(results, rows, height=2.2) as (figure, axes):
         for column, i, model, found in each(results, axes):
-            layers = [
-                row for row in found.rows() if row["parameter"].endswith(".weight") and row["size"] > 512
-            ]
+            layers = _layers(found)
             for axis, key in zip(column, ("vanishing", "exploding"), strict=True):
                 values = [100 * row[key] for row in layers]
                 options = {"label": model, "markevery": 1, "clip_on": False}
@@ -142,6 +149,17 @@ def health(results: Results) -> Figure:
         for axis in axes.flat:
             axis.set_ylim(0, max(1, axis.get_ylim()[1]))
     return figure
+
+
+def _layers(found: GradientHealth) -> list[dict[str, Any]]:
+    """The rows of weights, but those of norms, which are as large as their biases."""
+    sizes = dict(zip(found.names, found.sizes, strict=True))
+    return [
+        row
+        for row in found.rows()
+        if (layer := row["parameter"].removesuffix(".weight")) != row["parameter"]
+        and row["size"] > sizes.get(f"{layer}.bias", 0)
+    ]
 
 
 def activations(results: Results) -> Figure:
