@@ -135,13 +135,9 @@ class Analysis:
         values = figures["values"]
         shown = {q.key: q for q in self.quantities}
         words = {q.key: q.words for q in self.quantities} | dict(self.columns)
-        counted = (
-            ["batches"] if any("batches" in own for by in values.values() for own in by.values()) else []
-        )
-        header = ["network", "", *words.values(), *counted]
+        header = ["network", "", *words.values()]
         rows = [
             [model, STATES[state], *(_text(shown.get(key), own[key]) for key in words)]
-            + [own[key] for key in counted]
             for state, by_model in values.items()
             for model, own in by_model.items()
         ]
@@ -164,6 +160,8 @@ class Part:
 
 
 # -- the analyses --------------------------------------------------------------------------------
+
+BATCHES = {"batches": f"batches of {BATCH}"}
 
 
 def _sgd(parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
@@ -189,7 +187,7 @@ LR_FINDER = Analysis(
         "batches": found.batches,
     },
     pictures.lr_finder,
-    columns={"suggestion": "suggestion", "lowest": "lowest loss at", "diverged": "diverged at"},
+    columns={"suggestion": "suggestion", "lowest": "lowest loss at", "diverged": "diverged at"} | BATCHES,
 )
 
 
@@ -208,7 +206,7 @@ LANDSCAPE = Analysis(
     lambda found: {"width": found.width(), "diverged": len(found.diverged()), "batches": found.batches},
     pictures.landscape,
     (Quantity("width", "mean width of the band", "narrower band of losses"),),
-    {"diverged": "rates that diverged"},
+    {"diverged": "rates that diverged"} | BATCHES,
 )
 
 
@@ -231,7 +229,7 @@ PREDICTIVENESS = Analysis(
     },
     pictures.predictiveness,
     (Quantity("change", "norm of the change", "more predictive gradients"),),
-    {"norm": "norm of the gradient", "ratio": "change / norm", "cosine": "cosine before and after"},
+    {"norm": "norm of the gradient", "ratio": "change / norm", "cosine": "cosine before and after"} | BATCHES,
 )
 
 
@@ -254,6 +252,7 @@ MAX_DIFFERENCE = Analysis(
         ),
         Quantity("farthest", "at 0.5", "smaller maximum difference", report=(0.78, 0.18)),
     ),
+    BATCHES,
 )  # fmt: skip
 
 
@@ -275,6 +274,7 @@ SMOOTHNESS = Analysis(
             report=(2.8471, 1.2359), notebook=(0.9079, 0.9291),
         ),
     ),
+    BATCHES,
 )  # fmt: skip
 
 
@@ -297,6 +297,7 @@ HEALTH = Analysis(
         Quantity("vanishing", "vanishing", "fewer vanishing gradients", (15.2, 3.8), unit="%"),
         Quantity("exploding", "exploding", "fewer exploding gradients", (8.1, 1.2), unit="%"),
     ),
+    BATCHES,
 )
 
 
@@ -324,7 +325,7 @@ ACTIVATIONS = Analysis(
         Quantity("dead", "dead", "fewer dead neurons", (45.2, 18.7), unit="%"),
         Quantity("near_zero", "near zero", "fewer dead neurons", (45.2, 18.7), unit="%"),
     ),
-    {"mean": "mean", "std": "std"},
+    {"mean": "mean", "std": "std"} | BATCHES,
 )
 
 

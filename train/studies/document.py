@@ -9,7 +9,7 @@ from pathlib import Path
 from hyperfast.analysis import table
 from train.checkpoint import write_atomically
 from train.studies.analyses import Part
-from train.studies.study import Study
+from train.studies.study import Figures, Study
 from train.studies.trainings import Trainings
 from train.studies.verdict import Quantity, Values, sentences, summary
 
@@ -34,6 +34,7 @@ class Section:
     text: str
     quantities: Sequence[Quantity]
     values: Values
+    figures: Figures
 
 
 def write(study: Study, trainings: Sequence[Trainings], parts: Sequence[Part]) -> Path:
@@ -52,6 +53,8 @@ def write(study: Study, trainings: Sequence[Trainings], parts: Sequence[Part]) -
         lines.append("\n\n".join(filter(None, own)))
     if missing:
         lines.append(f"## Not done yet\n\n{', '.join(missing)}.")
+    if found:
+        lines.append(_time(found))
     lines.append(f"## Command\n\n```\n{study.command}\n```\n")
     path = study.out / FILE
     write_atomically(path, lambda file: file.write("\n\n".join(lines).encode()))
@@ -64,6 +67,8 @@ SOURCES = (
     "images of our own."
 )
 
+SECONDS = "Of trainings all their epochs without evaluation; some are in several parts."
+
 
 def _trainings(study: Study, trainings: Sequence[Trainings], missing: list[str]) -> Iterator[Section]:
     for part in trainings:
@@ -71,7 +76,7 @@ def _trainings(study: Study, trainings: Sequence[Trainings], missing: list[str])
         if figures is None or not figures["complete"]:
             missing.append(part.name)
         if figures is not None:
-            yield Section(part.title, part.section(figures), part.quantities, part.values(figures))
+            yield Section(part.title, part.section(figures), part.quantities, part.values(figures), figures)
 
 
 def _analyses(study: Study, parts: Sequence[Part], missing: list[str]) -> Iterator[Section]:
@@ -82,9 +87,17 @@ def _analyses(study: Study, parts: Sequence[Part], missing: list[str]) -> Iterat
         if figures is None:
             missing.append(name)
         else:
-            yield Section(
-                analysis.title, analysis.section(part, figures), analysis.quantities, figures["values"]
-            )
+            text = analysis.section(part, figures)
+            yield Section(analysis.title, text, analysis.quantities, analysis.values(figures), figures)
+
+
+def _time(found: Sequence[Section]) -> str:
+    rows = [
+        [section.title, f"{own['seconds']:.0f}", own["device"], own["threads"], own["torch"]]
+        for section in found
+        for own in (section.figures,)
+    ]
+    return f"## Time\n\n{table(['', 'seconds', 'machine', 'threads', 'torch'], rows)}\n\n{SECONDS}"
 
 
 def _standing(study: Study) -> str:

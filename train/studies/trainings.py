@@ -24,6 +24,10 @@ from train.studies.verdict import Quantity
 from train.summary import Run
 
 WITHIN = 1.0  # percent of accuracy from the best: converged
+CONVERGED = (
+    "Train: after the last epoch; validation and test: after the best one. Converged: the first epoch whose "
+    f"validation accuracy is within {WITHIN:g} point of the best."
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Trainings:
     choices: tuple[Choice, ...]
     quantities: tuple[Quantity, ...] = ()
 
+    def folder(self, choice: Choice) -> str:
+        """Of a run, in the study's."""
+        return choice.folder or f"{self.name}/{choice.name}"
+
     def run(self, study: Study, report: Callable[[], Any]) -> dict[str, str]:
         """Train what is not trained; why a run failed, by name. report(): called after every run.
 
@@ -66,11 +74,7 @@ class Trainings:
         figures = study.figures(self.name, self.name)
         if figures is not None and figures["complete"]:
             return {}
-        choices = {choice.name: choice for choice in self.choices}
-        plans = [
-            study.plan(choice.folder or f"{self.name}/{name}", name, choice.arguments)
-            for name, choice in choices.items()
-        ]
+        plans = [study.plan(self.folder(own), own.name, own.arguments) for own in self.choices]
 
         def write(finished: list[Run], failures: dict[str, str]) -> None:
             runs = {plan.name: run for plan in plans for run in finished if run.folder == plan.folder}
@@ -81,18 +85,18 @@ class Trainings:
         return compare.train_all(plans, write, stops=lambda plan: not plan.started)[1]
 
     def _write(self, study: Study, runs: dict[str, Run], failures: dict[str, str]) -> None:
-        done = [choice for choice in self.choices if choice.name in runs]
         rows = [
-            result(choice, runs[choice.name]) | {"folder": choice.folder or f"{self.name}/{choice.name}"}
-            for choice in done
+            {"run": own.name, "folder": self.folder(own)} | result(own, runs[own.name])
+            for own in self.choices
+            if own.name in runs
         ]
-        folder = study.out / self.name
-        folder.mkdir(exist_ok=True)
+        (study.out / self.name).mkdir(exist_ok=True)
         if runs:
             write_csv(study.path(self.name, self.name, "csv"), rows)
             save_figure(picture(self.choices, runs), study.path(self.name, self.name, "png"))
+        seconds = sum(row["seconds"] for row in rows)
         figures = {"complete": len(runs) == len(self.choices), "runs": rows, "failures": failures}
-        study.save(self.name, self.name, figures)
+        study.save(self.name, self.name, figures | {"seconds": seconds})
 
     def values(self, figures: Figures) -> dict[str, dict[str, dict[str, float]]]:
         """For `Quantity`: its figures by state and model."""
@@ -111,7 +115,7 @@ class Trainings:
                 table(["not finished", "reason"], [list(item) for item in figures["failures"].items()])
             )
         if rows:
-            parts.append(f"![{self.title}]({self.name}/{self.name}.png)")
+            parts += [CONVERGED, f"![{self.title}]({self.name}/{self.name}.png)"]
         return "\n\n".join(parts)
 
 
@@ -125,7 +129,6 @@ def result(choice: Choice, run: Run) -> Row:
                 f"{source}_{key}": value for key, value in vars(theirs).items() if value is not None
             }
     return {
-        "run": choice.name,
         "epochs": len(run.history),
         "best_epoch": best["epoch"],
         "train_accuracy": last["train_accuracy"],
