@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 
 import pytest
 import torch
@@ -36,16 +37,21 @@ class Tiny(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+def shrink(patch):
+    """The training command on tiny networks and data; patch(module, name, value)."""
+    data = ImageSet(*images(40, 0), *images(10, 1), [])
+    patch(vgg, "load_images", lambda name, root: data)
+    patch(vgg, "build_vgg", lambda name, *own, **options: Tiny(norm=name != "vgg_a"))
+    patch(vgg, "VALIDATION", 10)
+    recipes = {name: dataclasses.replace(own, batch_size=8) for name, own in vgg.RECIPES["report"].items()}
+    patch(vgg, "RECIPES", {"report": recipes})
+
+
 @pytest.fixture
 def trained(monkeypatch):
-    """Names of the runs that were trained, by the real command with tiny networks and data."""
+    """Names of the runs that were trained, in this process."""
     monkeypatch.delenv("HYPERFAST_DATA", raising=False)
-    data = ImageSet(*images(40, 0), *images(10, 1), [])
-    monkeypatch.setattr(vgg, "load_images", lambda name, root: data)
-    monkeypatch.setattr(vgg, "build_vgg", lambda name, *own, **options: Tiny(norm=name != "vgg_a"))
-    monkeypatch.setattr(vgg, "VALIDATION", 10)
-    recipes = {name: dataclasses.replace(own, batch_size=8) for name, own in vgg.RECIPES["report"].items()}
-    monkeypatch.setattr(vgg, "RECIPES", {"report": recipes})
+    shrink(monkeypatch.setattr)
     monkeypatch.setattr(analyses, "BATCH", 8)
     monkeypatch.setattr(study, "FULL", study.Effort(3, 2, 4, 5))
     for module in (report, trainings, analyses):  # drawing takes most of the time
@@ -252,6 +258,27 @@ def test_data_that_are_missing_stop_the_study_at_once(trained, tmp_path, capsys,
     assert one_line(capsys) == "error: no cifar10 data\n"
     monkeypatch.setattr(vgg, "load_images", real)
     assert run("models", tmp_path / "s", "--seed", "7") == 0  # nothing was there that had another one
+
+
+CHILD = """
+import sys
+from tests.train.test_vgg_study import shrink, vgg
+shrink(setattr)
+sys.exit(vgg.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_all_in_processes_of_their_own(tmp_path, monkeypatch):
+    shrink(monkeypatch.setattr)
+    monkeypatch.setattr(analyses, "BATCH", 8)
+    monkeypatch.setattr(study, "FULL", study.Effort(3, 2, 4, 5))
+    monkeypatch.setattr(compare, "program", lambda training: [sys.executable, "-c", CHILD])
+    assert run("all", tmp_path / "s") == 0
+    pictures = {str(path.relative_to(tmp_path / "s").with_suffix("")) for path in tmp_path.glob("s/*/*.png")}
+    compared = {f"{name}/{name}" for name in ("models", "optimizers", "losses", "augmentations")}
+    assert pictures == ANALYSES | compared
+    assert "Not done yet" not in (tmp_path / "s" / "report.md").read_text()
 
 
 # ---- what is trained ----
