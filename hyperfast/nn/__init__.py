@@ -23,6 +23,7 @@ from hyperfast.ops.generate import penalize_l2
 from hyperfast.reference import LSTMState
 
 __all__ = [
+    "LSTM",
     "BatchNormReLUMaxPool2d",
     "ChunkedGenerator",
     "Conv2d",
@@ -33,7 +34,6 @@ __all__ = [
     "HyperLayer",
     "HyperLinear",
     "HyperModule",
-    "LSTM",
     "LSTMCell",
     "LSTMState",
     "Linear",
