@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperfast
+from hyperfast.nn import named_generators
 from hyperfast.nn.init import DEFAULT, INITIALISATIONS
 from train import report, summary
 from train.allocator import keep_freed_memory
@@ -30,13 +31,35 @@ from train.checkpoint import CheckpointError, write_atomically
 from train.data import DataError, ImageSet, split
 from train.images import ImageData
 from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
+from train.losses import WithCenters
+from train.optimizers import NesterovSGD
 from train.task import Task
 
 BETAS = (0.9, 0.999)
 PARENT = "HYPERFAST_TRAIN_PARENT"  # set where another command runs this one: that one says how to go on
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"}
-OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}  # both in hyperfast.optim and in torch.optim
+MOMENTUM = 0.9
 Built = tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor | float]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer of `torch.optim` by its name there. options: its own; graph: what it needs in a CUDA graph
+    beside; fused: whether `hyperfast.optim` has it."""
+
+    name: str
+    options: dict[str, Any]
+    graph: dict[str, Any]
+    fused: bool = True
+
+
+OPTIMIZERS = {
+    "adamw": Rule("AdamW", {"betas": BETAS}, {"capturable": True, "fused": True}),
+    "adam": Rule("Adam", {"betas": BETAS}, {"capturable": True, "fused": True}),
+    "sgd": Rule("SGD", {"momentum": MOMENTUM}, {"fused": True}),
+    "nesterov": Rule("SGD", {"momentum": MOMENTUM, "nesterov": True}, {}),  # of factored gradients
+    "rmsprop": Rule("RMSprop", {}, {"capturable": True, "foreach": True}, fused=False),
+}
 
 
 @dataclass(frozen=True)
@@ -156,15 +179,16 @@ def add_recipe_options(
     schedules: Collection[str],
     patience: str = "--patience",
     figure: str = "accuracy",
+    optimizers: Collection[str] = ("adamw", "adam"),
 ) -> Callable[..., argparse.Action]:
     """The options of `Recipe`, None where the recipe decides; returns what adds more of them.
 
     help: what the `recipes` are; the first is the default. patience: the option's name; figure: what is
-    waited for.
+    waited for. optimizers: names in OPTIMIZERS.
     """
     add = p.add_argument_group("recipe (each model has its own, see below)").add_argument
     add("--recipe", choices=list(recipes), default=next(iter(recipes)), help=help)
-    add("--optimizer", choices=list(OPTIMIZERS))
+    add("--optimizer", choices=list(optimizers))
     add("--schedule", choices=list(schedules), help="of the learning rate")
     add("--epochs", type=COUNT)
     add("--batch-size", type=COUNT)
@@ -274,22 +298,27 @@ def make_optimizer(
 
     groups: of all parameters, where their options differ. In a CUDA graph both leave the norm on the device.
     The fused one then skips a step without a finite norm instead of raising; the plain one takes it, as it
-    does without a graph.
+    does without a graph. Without factored gradients "nesterov" is `NesterovSGD`, fused or not.
     """
-    options: dict[str, Any] = {"lr": args.lr, "betas": BETAS, "weight_decay": args.weight_decay}
+    rule = OPTIMIZERS[args.optimizer]
+    options: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, **rule.options}
     trained = groups or list(model.parameters())
-    if args.fused:
+    own = args.optimizer == "nesterov" and not any(g.factored for _, g in named_generators(model))
+    if args.fused and rule.fused and not own:
         capturable = {"capturable": True, "nonfinite": "skip"} if args.cuda_graph else {}
         options |= {"max_grad_norm": args.clip, "state_dtype": STATE_DTYPES[args.state_dtype]}
-        fused = getattr(hyperfast.optim, OPTIMIZERS[args.optimizer])(trained, **options, **capturable)
+        fused = getattr(hyperfast.optim, rule.name)(trained, **options, **capturable)
 
         def fused_step() -> Tensor | float:
             fused.step()
             return fused.grad_norm
 
         return fused, fused_step
-    capturable = {"capturable": True, "fused": True} if args.cuda_graph else {}
-    plain = getattr(torch.optim, OPTIMIZERS[args.optimizer])(trained, **options, **capturable)
+    if own:
+        del options["nesterov"]
+        plain = NesterovSGD(trained, **options, capturable=args.cuda_graph)
+    else:
+        plain = getattr(torch.optim, rule.name)(trained, **options, **(rule.graph if args.cuda_graph else {}))
 
     def plain_step() -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -346,6 +375,7 @@ def recipe_values(args: argparse.Namespace, kind: type[Recipe]) -> dict[str, Any
 
 def save_frozen(model: nn.Module, path: Path) -> None:
     """The plain network as safetensors: generated weights under their layers' names, float32."""
+    model = model.network if isinstance(model, WithCenters) else model
     content = safetensors.torch.save(hyperfast.nn.plain_state_dict(model), {"format": "pt"})
     write_atomically(path, lambda file: file.write(content))
 
@@ -361,6 +391,7 @@ class Command:
     builds the loop; it may raise CheckpointError, DataError, RunError. published(args): what was reported of
     this very model, if anything. extra(trainer, args): sections of report.md, Markdown, of a run that has
     ended; pictures go into trainer.out. alone: options with which it trains the one model and no other.
+    called(args): what it trains, in the report's title.
     """
 
     name: str
@@ -372,6 +403,7 @@ class Command:
     published: Callable[[argparse.Namespace], report.Published | None]
     extra: Callable[[Trainer, argparse.Namespace], str] = lambda trainer, args: ""
     alone: tuple[str, ...] = ()
+    called: Callable[[argparse.Namespace], str] = lambda args: args.model
 
     def line(self, arguments: Sequence[str]) -> str:
         """The command that has these arguments, as it stands in reports."""
@@ -410,7 +442,7 @@ class Command:
         frozen = args.out / "frozen.safetensors" if getattr(args, "save_frozen", False) else None
         if frozen:
             save_frozen(trainer.model, frozen)
-        title = f"{self.title}, {args.model}"
+        title = f"{self.title}, {self.called(args)}"
         extra = self.extra(trainer, args)
         path = report.write(trainer, title, reason, command, self.published(args), frozen, extra)
         metric, best, part = trainer.metric, trainer.best, trainer.reported

@@ -23,10 +23,10 @@ from types import FrameType
 from train import comparison
 from train.checkpoint import CheckpointError
 from train.command import PARENT, Command, Parser
-from train.loop import Interrupted, RunError
+from train.loop import Interrupted, RunError, make_folder
 from train.summary import FILE, Run, load_run
 
-COMMANDS = ("cifar100", "cifar10", "conditional", "mnist", "charlm")
+COMMANDS = ("cifar100", "cifar10", "vgg", "conditional", "mnist", "charlm")
 
 
 def training_command(name: str) -> Command:
@@ -45,10 +45,11 @@ class Refused(RunError):
 
 @dataclass
 class Plan:
-    """A model to train: its run's folder, and the arguments of the training command but `--resume`."""
+    """A run to make: what it is called, its folder, and the arguments of the training command but
+    `--resume`."""
 
     training: Command
-    model: str
+    name: str
     folder: Path
     arguments: list[str]
 
@@ -126,7 +127,7 @@ def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
 
 
 def train(p: Plan) -> tuple[int, int | None]:
-    """Train one model in a process of its own: its exit status, and the signal that came meanwhile, if any.
+    """Make one run in a process of its own: its exit status, and the signal that came meanwhile, if any.
 
     Its process group is its own too: a signal reaches it once, from here, and it stops after a whole step.
     """
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
     """
     earlier = [load_run(folder) for folder in args.runs]
     plans = plan(args, options)
-    _make(args.out)
+    make_folder(args.out)
 
     def write(finished: list[Run], failures: dict[str, str]) -> None:
         if finished or earlier:
@@ -173,18 +174,20 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
 
 
 def train_all(
-    plans: list[Plan], write: Callable[[list[Run], dict[str, str]], None], together: bool = False
+    plans: list[Plan],
+    write: Callable[[list[Run], dict[str, str]], None],
+    stops: Callable[[Plan], bool] = lambda plan: False,
 ) -> tuple[list[Run], dict[str, str]]:
-    """Train what is not finished, one after the other: the runs, and why a model has none, by name.
+    """Train what is not finished, one after the other: the runs, and why a plan has none, by name.
 
-    write(runs, failures) after each with what there is so far. together: the models have the same options,
-    and what one refuses is no use to the next. Raises Interrupted, CheckpointError; Refused if `together`.
+    write(runs, failures) after each with what there is so far. stops(plan): what this one refuses is no use
+    to the next. Raises Interrupted, CheckpointError; Refused where it stops.
     """
     before = [p.finished() for p in plans]
     finished: list[Run] = []
     failures: dict[str, str] = {}
     for i, (p, done) in enumerate(zip(plans, before, strict=True), start=1):
-        print(f"\n== {p.model}, {i} of {len(plans)}: {'finished before' if done else p.command}", flush=True)
+        print(f"\n== {p.name}, {i} of {len(plans)}: {'finished before' if done else p.command}", flush=True)
         if done is None:
             status, stopped = train(p)
             if stopped is not None:
@@ -193,9 +196,9 @@ def train_all(
             try:
                 done = _outcome(p, status)
             except (RunError, CheckpointError) as error:
-                if together and isinstance(error, Refused):
+                if isinstance(error, Refused) and stops(p):
                     raise
-                failures[p.model] = str(error)
+                failures[p.name] = str(error)
         if done is not None:
             finished.append(done)
         write(finished, failures)
@@ -213,13 +216,6 @@ def _outcome(p: Plan, status: int) -> Run:
         ending = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
         raise RunError(f"{ending}; continue with: {p.command}")
     return load_run(p.folder)
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {out}: cannot be written, {error.strerror or error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

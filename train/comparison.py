@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,30 +239,37 @@ def look(i: int) -> dict[str, Any]:
 
 def curves(named: Labelled) -> Figure:
     """The training figure of every run and the one that it reports, over its epochs."""
-    metric, parts = _metric(named), {name: ("train", run.reported) for name, run in named.items()}
-    labels = "training", " or ".join(_reported(named))
-    longest = max(len(run.history) for run in named.values())
+    metric = _metric(named)
+    parts = {
+        "training": lambda run: f"train_{metric.name}",
+        " or ".join(_reported(named)): lambda run: f"{run.reported}_{metric.name}",
+    }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.1), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
-        for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-            for i, (name, run) in enumerate(named.items()):
-                beside = 0.1 * (i - (len(named) - 1) / 2) if longest == 1 else 0  # not on top of each other
-                epochs = [row["epoch"] + beside for row in run.history]
-                values = [metric.of(row, parts[name][k]) for row in run.history]
-                axis.plot(
-                    epochs, values, label=name, markevery=marks(len(epochs), i, len(named)), linewidth=1.3,
-                    **look(i)
-                )  # fmt: skip
-            axis.set(xlabel="epoch", ylabel=f"{label} {metric.axis}")
-            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-            axis.set_xlim(*((0, 2) if longest == 1 else (None, None)))
+        for axis, (label, column) in zip(axes, parts.items(), strict=True):
+            epoch_panel(axis, named, column)
+            axis.set_ylabel(f"{label} {metric.axis}")
         shown = [
-            metric.of(row, part) for name, run in named.items() for row in run.history for part in parts[name]
+            row[column(run)] for run in named.values() for row in run.history for column in parts.values()
         ]
         axes[0].set_ylim(bottom=_bottom(metric, shown))
         _legend(figure, *axes[0].get_legend_handles_labels())
     return figure
+
+
+def epoch_panel(axis: Axes, named: Labelled, column: Callable[[Run], str]) -> None:
+    """A column of every run's epochs; where all have one epoch alone, they stand side by side."""
+    longest = max(len(run.history) for run in named.values())
+    for i, (name, run) in enumerate(named.items()):
+        beside = 0.1 * (i - (len(named) - 1) / 2) if longest == 1 else 0
+        epochs = [row["epoch"] + beside for row in run.history]
+        values = [row[column(run)] for row in run.history]
+        every = marks(len(epochs), i, len(named))
+        axis.plot(epochs, values, label=name, markevery=every, linewidth=1.3, **look(i))
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axis.set_xlim(*((0, 2) if longest == 1 else (None, None)))
 
 
 def _bottom(metric: Metric, figures: list[float]) -> float | None:

@@ -389,6 +389,11 @@ def open_run(out: Path, resume: bool) -> None:
         raise RunError(f"--resume: no run in {out} (no last.pt)")
     if exists and not resume:
         raise RunError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+    make_folder(out)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out`, sure that it can be written. Raises RunError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".probe"
@@ -479,13 +484,13 @@ def z_statistics(model: nn.Module) -> Row:
     return {f"z/{name}/{key}": value for name, own in by_layer.items() for key, value in own.items()}
 
 
-def write_csv(path: Path, history: list[Row]) -> None:
-    """One line per epoch, written whole and atomically: a resumed run leaves no duplicate. Empty where an
-    epoch has no such figure."""
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line per row, as of an epoch, written whole and atomically: a resumed run leaves no duplicate.
+    Empty where a row has no such figure."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in history for k in row)), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
     checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 

@@ -208,7 +208,7 @@ def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> 
     plans = compare.plan(runs, options)
     if args.resume and not any(plan.started for plan in plans):
         raise RunError(f"--resume: no run in {args.out}")
-    finished, failures = compare.train_all(plans, lambda finished, failures: None, together=True)
+    finished, failures = compare.train_all(plans, lambda finished, failures: None, stops=lambda plan: True)
     if not failures:
         models = [load_trained(run.folder) for run in finished]
         path = twins.write(finished, models, [PUBLISHED[name] for name in pair], args.out, line)

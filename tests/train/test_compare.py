@@ -55,7 +55,7 @@ def trained(monkeypatch):
     names = []
 
     def train(plan):
-        names.append(plan.model)
+        names.append(plan.name)
         return cifar100.main([*plan.arguments, *plan.resume]), None
 
     monkeypatch.setattr(compare, "train", train)
@@ -287,7 +287,7 @@ def test_command_line_errors(options, message, trained, tmp_path, capsys):
 @pytest.mark.parametrize("name", compare.COMMANDS)
 def test_all_models_by_default(name, tmp_path):
     args, options = compare.parser().parse_known_args(["--command", name, "--out", str(tmp_path)])
-    assert [p.model for p in compare.plan(args, options)] == list(compare.training_command(name).models)
+    assert [p.name for p in compare.plan(args, options)] == list(compare.training_command(name).models)
 
 
 def test_an_existing_comparison_is_not_overwritten(trained, tmp_path, capsys):
@@ -429,7 +429,7 @@ def test_an_interruption_stops_all_and_says_how_to_go_on(trained, tmp_path, caps
     real = compare.train
 
     def stopped(plan):
-        return real(plan) if plan.model == "full" else (130, signal.SIGINT)
+        return real(plan) if plan.name == "full" else (130, signal.SIGINT)
 
     monkeypatch.setattr(compare, "train", stopped)
     assert run(tmp_path / "c", models="full,standard_deep") == 130
@@ -452,7 +452,7 @@ def test_an_interruption_while_drawing(trained, tmp_path, capsys, monkeypatch):
 
 def test_a_killed_training_is_a_failure(trained, tmp_path, capsys, monkeypatch):
     real = compare.train
-    monkeypatch.setattr(compare, "train", lambda p: (-9, None) if p.model == "full" else real(p))
+    monkeypatch.setattr(compare, "train", lambda p: (-9, None) if p.name == "full" else real(p))
     assert run(tmp_path / "c") == 1
     assert (
         "error: full: killed by SIGKILL; continue with: python -m train.cifar100" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def trained(small, monkeypatch):
     names = []
 
     def train(plan):
-        names.append(plan.model)
+        names.append(plan.name)
         return mnist.main([*plan.arguments, *plan.resume]), None
 
     monkeypatch.setattr(compare, "train", train)
@@ -278,7 +278,7 @@ def test_exports_z_and_loadable_models(trained, tmp_path):
 def test_stopped_and_resumed_twins(trained, tmp_path, capsys, monkeypatch):
     """The second model is stopped: the first is not trained again, and the report comes at the end."""
     out, real = tmp_path / "pair", compare.train
-    monkeypatch.setattr(compare, "train", lambda p: real(p) if p.model == "shared" else (0, 2))
+    monkeypatch.setattr(compare, "train", lambda p: real(p) if p.name == "shared" else (0, 2))
     assert run(out) == 130
     assert "continue with: python -m train.mnist" in one_line(capsys) and not (out / "report.md").exists()
     monkeypatch.setattr(compare, "train", real)
@@ -327,7 +327,7 @@ def test_refused_input_ends_the_pair_with_one_message(trained, tmp_path, capsys,
 
 def test_a_failed_model_is_an_exit_status(trained, tmp_path, capsys, monkeypatch):
     real = compare.train
-    monkeypatch.setattr(compare, "train", lambda p: real(p) if p.model == "shared" else (3, None))
+    monkeypatch.setattr(compare, "train", lambda p: real(p) if p.name == "shared" else (3, None))
     assert run(tmp_path / "pair") == 1
     assert "shared_plain: exit status 3" in capsys.readouterr().err
     assert not (tmp_path / "pair" / "report.md").exists()

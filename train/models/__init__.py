@@ -9,6 +9,7 @@ from torch import nn
 
 import hyperfast
 from hyperfast.nn import Generator, LinearGenerator, TwoLayerGenerator
+from train.models import vgg
 from train.models.fixed import FixedNet
 from train.models.full import FullNet
 from train.models.layers import Layers
@@ -49,17 +50,22 @@ def build_model(
     generated: Collection[str] | None = None,
     z_dim: int | Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """The network `name` of `MODELS`: images float [B, 3, 32, 32] -> logits [B, num_classes].
+    """The network `name` of `MODELS` or of `train.models.vgg.MODELS`: images float [B, 3, 32, 32] -> logits
+    [B, num_classes].
 
     fused: factored gradients and fused kernels, to be trained with `hyperfast.optim`; otherwise the plain
     PyTorch expressions of `hyperfast.reference` with dense gradients, for any optimizer. init: a name in
     `hyperfast.nn.init.INITIALISATIONS`; "report" also starts the ordinary weights as published, any other
     leaves them at He's. generated: names of the layers with generated weights instead of the model's own.
-    z_dim: size of the embeddings instead of the model's, for all layers or by name. Raises ValueError for an
-    unknown model, initialisation or layer.
+    z_dim: size of the embeddings instead of the model's, for all layers or by name. (VGG's own: Xavier's
+    initialisation, which linear generators keep, and no generated layer; `build_vgg` knows more of them.)
+    Raises ValueError for an unknown model, initialisation or layer.
     """
+    if name in vgg.MODELS:
+        hyper = "linear" if generated else None
+        return vgg.build_vgg(name, num_classes, fused, hyper, z_dim, init=init, targets=generated)
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join([*MODELS, *vgg.MODELS])}")
     model = MODELS[name]
     generated = model.generated if generated is None else generated
     sizes = z_dim if isinstance(z_dim, Mapping) else {}
