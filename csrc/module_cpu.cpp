@@ -440,15 +440,17 @@ DType lstm_dtype(const std::string& dtype) {
 // Addresses of LstmPacked's parts and of the scratch.
 using LstmMemory = std::array<int64_t, 3>;
 
-LstmMemory lstm_memory(const std::array<int64_t, 6>& sizes, bool backward, bool whole,
+LstmMemory lstm_memory(const std::array<int64_t, 6>& sizes, bool backward, bool keeps_or_normed,
                        const std::string& dtype, int threads) {
   const auto [T, N, B, H, M, Z] = sizes;
   const LstmSizes s{T, N, B, H, M, Z, nullptr};
   const DType type = lstm_dtype(dtype);
+  threads = lstm_threads(s, threads);
   const LstmPackedBytes packed =
       backward ? lstm_backward_packed_bytes(s, type) : lstm_packed_bytes(s, element_size(type));
   return {packed.weights, packed.scales,
-          backward ? lstm_backward_scratch(s, whole, type, threads) : lstm_scratch(s, whole, type, threads)};
+          backward ? lstm_backward_scratch(s, keeps_or_normed, type, threads)
+                   : lstm_scratch(s, keeps_or_normed, type, threads)};
 }
 
 void lstm_pack(const std::array<int64_t, 6>& sizes, const std::array<int64_t, 15>& weights, bool backward,
@@ -595,11 +597,12 @@ PYBIND11_MODULE(_cpu, m) {
   };
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
-  m.def("lstm_memory", &lstm_memory, py::arg("sizes"), py::arg("backward"), py::arg("whole"),
-        py::arg("dtype"), py::arg("threads"),
-        "Bytes (of packed weights, of packed scales, of scratch) for a sequence of these sizes, (T, N, B, H, "
-        "M, Z), and any part of it; 0 where nothing is packed. whole: the gates are kept (forward), there "
-        "are norms (backward).");
+  m.def(
+      "lstm_memory", &lstm_memory, py::arg("sizes"), py::arg("backward"), py::arg("keeps_or_normed"),
+      py::arg("dtype"), py::arg("threads"),
+      "Bytes (of packed weights, of packed scales, of scratch) for a sequence of these sizes, (T, N, B, H, "
+      "M, Z), and any part of it; 0 where nothing is packed. keeps_or_normed: the gates are kept (forward), "
+      "there are norms (backward).");
   m.def("lstm_pack", &lstm_pack, py::arg("sizes"), py::arg("weights"), py::arg("backward"), py::arg("memory"),
         py::arg("dtype"), py::arg("threads"),
         "Packs the weights into memory, addresses as lstm_memory counts them, for all parts of a sequence.");

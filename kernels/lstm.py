@@ -45,7 +45,7 @@ PROGRAMS = 2 * 132  # from where on a program takes several rows
 Z_ROWS = 132  # of a step, up to which the hyper LSTM's kernels make its products with z_weight
 Z_ELEMENTS = 8192  # of a tile of it
 MOST_WARPS = 16
-CHUNK_BYTES = 1 << 27  # of what the backward makes for all rows of some steps
+CHUNK_BYTES = 1 << 29  # of what is made for all rows of some steps
 STEP = ("start", "before", "rows")
 
 
@@ -361,7 +361,7 @@ class Sizes(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """As `hyperfast.reference.lstm` has them; None for what there is not."""
+    """As `hyperfast.reference.lstm` has them, for all parts of a sequence; None for what there is not."""
 
     weight_hh: Tensor
     bias: Tensor
@@ -378,13 +378,16 @@ class Weights(NamedTuple):
     hyper_gates_bias: Tensor | None
     hyper_cell_weight: Tensor | None
     hyper_cell_bias: Tensor | None
+    recurrent: Tensor  # [4H + 4M, H + M]: all that is multiplied with h and hyper_h, in one product
 
-    def recurrent(self) -> Tensor:
-        """[4H + 4M, H + M]: all that is multiplied with h and hyper_h, in one product."""
-        if self.hyper_weight_hh is None:
-            return self.weight_hh
-        upper = torch.nn.functional.pad(self.weight_hh, (0, self.hyper_weight_hh.shape[1]))
-        return torch.cat((upper, torch.cat((self.hyper_weight_xh, self.hyper_weight_hh), 1)))
+    @classmethod
+    def of(cls, weights: Sequence[Tensor | None]) -> Weights:
+        """`recurrent` made of the others."""
+        weight_hh, _, weight_xh, hyper_weight_hh, *_ = weights
+        if hyper_weight_hh is None:
+            return cls(*weights, weight_hh)
+        upper = torch.nn.functional.pad(weight_hh, (0, hyper_weight_hh.shape[1]))
+        return cls(*weights, torch.cat((upper, torch.cat((weight_xh, hyper_weight_hh), 1))))
 
     def norms(self, hyper: bool) -> dict[str, Tensor | None]:
         names = ("gates_weight", "gates_bias", "cell_weight", "cell_bias")
@@ -470,13 +473,15 @@ def _shares(norms: bool, hyper: bool) -> int:
     return 10 * norms + (0 if hyper else 4)
 
 
-def most_rows(sizes: Sequence[int], dtype: torch.dtype) -> int:
-    """Rows of a sequence to be taken at once, so that what the backward makes for each of them is not more
-    than `CHUNK_BYTES`: its gates and their gradients, d and dd, and the shares of sums."""
+def most_rows(sizes: Sequence[int], dtype: torch.dtype, backward: bool) -> int:
+    """Rows of a sequence to be taken at once, so that what is made for each of them is not more than
+    `CHUNK_BYTES`: the input's part of the gates, and in the backward its gradient and that of the recurrent
+    part, d and dd, and the shares of sums."""
     _, _, _, H, M, Z = sizes
-    wide = max(dtype.itemsize, 4)
+    if not backward:
+        return CHUNK_BYTES // (4 * dtype.itemsize * (H + M))
     of_row = dtype.itemsize * (8 * H + (28 * H + 4 * M + 24 * Z) * bool(M))
-    of_row += wide * (_shares(True, False) * H + _shares(True, True) * M)
+    of_row += max(dtype.itemsize, 4) * (_shares(True, False) * H + _shares(True, True) * M)
     return CHUNK_BYTES // of_row
 
 
@@ -484,7 +489,7 @@ class Forward:
     """Memory and launches of a call, by the arguments of `run`."""
 
     def __init__(self, sizes, weights, dropout, eps, tensors):
-        self.sizes, self.weights = Sizes(*sizes), Weights(*weights)
+        self.sizes, self.weights = Sizes(*sizes), weights
         self.tensors, self.options = tensors, (dropout, eps)
         T, N, B, H, M, Z = self.sizes
         h0, hyper_h0 = tensors[2], tensors[4]
@@ -521,7 +526,7 @@ class Forward:
         if not steps:
             return
         cell, *hyper = map(_per_step, self.launches())
-        recurrent = self.weights.recurrent().t()
+        recurrent = self.weights.recurrent.t()
         d_weight = self.weights.d_weight.transpose(1, 2) if hyper else None
         z_weight = self.weights.z_weight.t() if hyper else None
         seen = None
@@ -545,7 +550,7 @@ class Backward:
     """Memory and launches of a call, by the arguments of `run_backward`."""
 
     def __init__(self, sizes, weights, dropout, eps, inputs, outputs):
-        self.sizes, self.weights = Sizes(*sizes), Weights(*weights)
+        self.sizes, self.weights = Sizes(*sizes), weights
         self.inputs, self.outputs, self.options = inputs, outputs, (dropout, eps)
         T, N, B, H, M, Z = self.sizes
         like = self.weights.weight_hh
@@ -596,7 +601,7 @@ class Backward:
         if not steps:
             return self._write(None)
         cell, *hyper = map(_per_step, self.launches())
-        recurrent, dd_weight = self.weights.recurrent(), None
+        recurrent, dd_weight = self.weights.recurrent, None
         if hyper:
             d_weight, dz_rows = self.weights.d_weight, self.outputs[3]
             z, dz = (t.view(-1, 12, self.sizes.Z).transpose(0, 1) for t in (self.inputs[7], dz_rows))
@@ -644,7 +649,7 @@ class Backward:
 
 @torch.no_grad()
 def run(sizes, batch_sizes, weights, key, dropout, first_row, eps, tensors) -> None:
-    """The forward. sizes (T, N, B, H, M, Z); batch_sizes int64 [T] on the CPU; weights as `Weights`; key
+    """The forward. sizes (T, N, B, H, M, Z); batch_sizes int64 [T] on the CPU; weights: `Weights`; key
     int64 [1], read on the device; first_row: see `Dropout`; tensors x_gates [N, 4H], hyper_x_gates [N, 4M],
     h0, c0 [B, H], hyper_h0, hyper_c0 [B, M], then what is written: h, c [N, H], hyper_h, hyper_c [N, M],
     h_gates [N, 4H], hyper_gates [N, 4M]; these two may be None, and what belongs to the hyper LSTM is where
@@ -681,7 +686,7 @@ def _example(H: int, M: int, Z: int, norms: bool, dtype: torch.dtype, B: int, dr
     gates, hyper_gates = empty(N, 4 * H), empty(N, 4 * M)
     state = [empty(B, H), empty(B, H, dtype=wide), empty(B, M), empty(B, M, dtype=wide)]
     tensors = [gates, hyper_gates, *state, *of_step, gates, hyper_gates]
-    options = (2, N, B, H, M, Z), weights, Dropout(key, dropout, 0), 1e-5
+    options = (2, N, B, H, M, Z), Weights.of(weights), Dropout(key, dropout, 0), 1e-5
     z, c0, hyper_c0, c, hyper_c = empty(N, 12 * Z), state[1], state[3], of_step[1], of_step[3]
     inputs = [gates, c0, hyper_c0, c, hyper_c, gates, hyper_gates, z, of_step[0], *state]
     outputs = [gates, gates if M else None, hyper_gates, z, *state, weights[1], *weights[6:]]

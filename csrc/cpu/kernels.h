@@ -211,12 +211,12 @@ inline int64_t rows_per_block(int64_t K) {
 }
 inline int64_t num_blocks(int64_t N, int64_t K) { return (N + rows_per_block(K) - 1) / rows_per_block(K); }
 
-// An LSTM over a sequence; float32 or float64.
 // Weights as the kernels multiply by them, packed once for all parts of a sequence (lstm.h, lstm_backward.h).
 // Null: they are multiplied by as they lie.
 struct LstmPacked {
   const void *weights, *scales;
 };
+// An LSTM over a part of a sequence; float32 or float64.
 struct Lstm {
   LstmSizes sizes;
   LstmWeights weights;

@@ -1,7 +1,7 @@
-// An LSTM, layer-norm LSTM or HyperLSTM over a whole packed sequence; equations: hyperfast/reference.py.
+// An LSTM, layer-norm LSTM or HyperLSTM over a part of a packed sequence; equations: hyperfast/reference.py.
 // Floor of a step of b rows: 2 b (4 H H + 4 M (H + M)) flops of recurrent products and 2 b 12 Z (M + H) of
 // embeddings and scales, and the weights read once from the cache that holds them (5.7 MB in float32 at H
-// 512, M 128, Z 16). One parallel region covers the sequence. A step has two phases with a barrier after
+// 512, M 128, Z 16). One parallel region covers the part. A step has two phases with a barrier after
 // each: the products, of which every thread makes the columns of the panels it owns, and everything else, row
 // by row; the 12 H scales and offsets of a row live in registers only. At those sizes, 32 rows, layer norm,
 // AVX-512, two cores: products 0.30 ms (290 GFLOPS), the rest 0.09.

@@ -1,6 +1,5 @@
 // What the forward and the backward of an LSTM share: packed weights, layer norm's statistics, walks over
-// columns. Products are in panels.h, the gates' functions in activations.h, dropout in
-// philox.h.
+// columns. Products are in panels.h, the gates' functions in activations.h, dropout in philox.h.
 #pragma once
 #include <algorithm>
 

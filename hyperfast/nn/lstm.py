@@ -383,7 +383,7 @@ class HyperLSTM(_Layers):
     Input [T, B, I] ([B, T, I] with batch_first), [T, I] or packed; state: `LSTMState` of h and c [num_layers,
     B, H] and hyper_h and hyper_c [num_layers, B, M], a tuple of these four or of h and c alone, or None
     (zeros) -> output like the input with H features, last `LSTMState`. Runs all steps of a layer in one op,
-    forward and backward; for a row of a step it keeps 10 H + 10 M numbers. dropout: between layers, in
+    forward and backward; for a row of a step it keeps 6 H + 6 M numbers. dropout: between layers, in
     training. recurrent_dropout draws its key from torch's generator, so `torch.manual_seed` repeats it.
     """
 

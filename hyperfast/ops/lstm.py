@@ -98,7 +98,8 @@ def _differentiable_backward(tensors, given: tuple, grads: Sequence[Tensor | Non
     # views: a tensor may be among them twice, or be made of another
     leaves = [None if t is None else t.view_as(t) for t in tensors]
     wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
-    used = [(o, d) for o, d in zip(_expression(leaves, *given), grads, strict=True) if d is not None]
+    made_again = zip(_expression(leaves, *given), grads, strict=True)
+    used = [(o, d) for o, d in made_again if d is not None and o.requires_grad]
     made: list[Tensor | None] = [None] * len(leaves)
     if not used:
         return made
@@ -160,15 +161,20 @@ class _Chunk(NamedTuple):
 def _chunks(steps: Sequence[int], most: int) -> list[_Chunk]:
     """All steps, in chunks of at most `most` rows, or of one step."""
     chunks: list[_Chunk] = []
-    last = -1  # first row of the step before
-    for start, size in zip(_starts(steps), steps, strict=True):
-        if chunks and start + size - chunks[-1].start <= most:
-            chunks[-1].steps.append(size)
-            chunks[-1] = chunks[-1]._replace(stop=start + size)
-        else:
-            chunks.append(_Chunk([size], start, start + size, last))
-        last = start
+    first = start = stop = 0  # of the chunk: step, row, the row after
+    for t, size in enumerate(steps):
+        if t > first and stop + size - start > most:
+            chunks.append(_chunk(steps, first, t, start, stop))
+            first, start = t, stop
+        stop += size
+    if steps:
+        chunks.append(_chunk(steps, first, len(steps), start, stop))
     return chunks
+
+
+def _chunk(steps: Sequence[int], first: int, end: int, start: int, stop: int) -> _Chunk:
+    """Steps `first` to `end` of all."""
+    return _Chunk(list(steps[first:end]), start, stop, start - steps[first - 1] if first else -1)
 
 
 def _before(chunk: _Chunk, first: Tensor, rows: Tensor) -> list[tuple[slice, Tensor]]:
@@ -204,7 +210,7 @@ class _Call:
     weight_hh, bias, hyper_weight_xh, hyper_weight_hh, z_weight, z_bias, d_weight, norms (4), hyper norms (4);
     of_x: weight_ih, and what the hyper LSTM has for x, [4M, I] and [4M]."""
 
-    def __init__(self, x, state, weights, steps, key, dropout, eps, backward: bool, whole: bool):
+    def __init__(self, x, state, weights, steps, key, dropout, eps, backward: bool, keeps_or_normed: bool):
         I = x.shape[1]
         M, Z = (0, 0) if weights[8] is None else (weights[4].shape[1], weights[8].shape[2])
         self.sizes = len(steps), len(x), *state[0].shape, M, Z
@@ -215,25 +221,29 @@ class _Call:
         self.weights = [weights[1], weights[2], weight_xh, weights[4], *weights[6:]]
         self.key, self.dropout, self.eps = key if dropout else None, dropout, eps
         self.engine = _engine(x, self.sizes, torch.tensor(steps, dtype=torch.int64), backward)
+        self.threads = torch.get_num_threads()
         self.in_place = self.engine == "cpu"  # on a GPU a late warp could read what another had written
         self.memory: list[Tensor | None] = [None] * 3
         most = len(x)  # rows of a chunk
         if self.engine == "cpu":
             most = CPU_ROWS
-            self._pack(x, backward, whole)
+            self._pack(x, backward, keeps_or_normed)
         elif self.engine == "triton":
-            most = triton_kernels("lstm").most_rows(self.sizes, x.dtype)
+            kernels = triton_kernels("lstm")
+            most = kernels.most_rows(self.sizes, x.dtype, backward)
+            self.weights = kernels.Weights.of(self.weights)
         self.chunks = _chunks(steps, most)
         self.most = max((c.stop - c.start for c in self.chunks), default=0)
 
-    def _pack(self, x: Tensor, backward: bool, whole: bool) -> None:
-        """The CPU kernels' scratch, and the weights as they multiply by them. whole: the gates are kept, or
-        there are norms."""
-        options = dtype_name(x), torch.get_num_threads()
-        counts = _cpu.lstm_memory(self.sizes, backward, whole, *options)
+    def _pack(self, x: Tensor, backward: bool, keeps_or_normed: bool) -> None:
+        """The CPU kernels' scratch, and the weights as they multiply by them. keeps_or_normed: the gates are
+        kept (forward), there are norms (backward)."""
+        options = dtype_name(x), self.threads
+        counts = _cpu.lstm_memory(self.sizes, backward, keeps_or_normed, *options)
         self.memory = [x.new_empty(n, dtype=torch.uint8) if n else None for n in counts]
-        addresses = _addresses(self.memory)
-        _cpu.lstm_pack(self.sizes, _addresses(self.weights), backward, addresses, *options)
+        if any(counts[:2]):
+            addresses = _addresses(self.memory)
+            _cpu.lstm_pack(self.sizes, _addresses(self.weights), backward, addresses, *options)
 
     def of_chunk(self, chunk: _Chunk) -> tuple[tuple[int, ...], Tensor, int]:
         """Its sizes, step sizes and first row, as engines take them."""
@@ -316,7 +326,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 def _run_cpu(kernel: Callable, call: _Call, sizes, step_sizes, first_row, *tensors) -> None:
     given = _addresses(call.weights), _addresses(call.memory), address(call.key)
     numbers = call.dropout, first_row, call.eps
-    options = *map(_addresses, tensors), dtype_name(tensors[0][0]), torch.get_num_threads()
+    options = *map(_addresses, tensors), dtype_name(tensors[0][0]), call.threads
     kernel(sizes, step_sizes.data_ptr(), *given, *numbers, *options)
 
 
@@ -458,7 +468,7 @@ class _Backward:
         n, H, M, Z = call.most, *call.sizes[3:]
         self.x_gates = x.new_empty(n, 4 * H)
         self.dx_gates = self.x_gates if call.in_place else torch.empty_like(self.x_gates)
-        self.parts = [None if t is None else torch.empty_like(t) for t in self.results[: len(self.sums)]]
+        self.parts = [None if t is None else torch.empty_like(t) for t in self.sums]
         self.z = self.dz = self.dh_gates = self.dhyper_gates = None
         if hyper:
             self.dh_gates, self.dhyper_gates = torch.empty_like(self.x_gates), x.new_empty(n, 4 * M)

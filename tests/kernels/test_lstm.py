@@ -34,12 +34,13 @@ class Case(lstm_problem.Case):
 
 def write(p: Problem, rows: Rows) -> None:
     options = p.key, p.dropout, p.first_row, p.eps
-    kernels.run(p.sizes, p.batch_sizes, p.weights(), *options, p.tensors(rows))
+    kernels.run(p.sizes, p.batch_sizes, kernels.Weights.of(p.weights()), *options, p.tensors(rows))
 
 
 def write_gradients(p: Problem, rows: Rows, outputs: list[Tensor | None]) -> None:
     options = p.key, p.dropout, p.first_row, p.eps
-    kernels.run_backward(p.sizes, p.batch_sizes, p.weights(), *options, p.inputs(rows), outputs)
+    weights = kernels.Weights.of(p.weights())
+    kernels.run_backward(p.sizes, p.batch_sizes, weights, *options, p.inputs(rows), outputs)
 
 
 def forward(p: Problem, keep: bool = True) -> Rows:
@@ -130,16 +131,16 @@ def test_parts_equal_the_reference_of_the_whole(rows_of_z, device, configured, a
     check(case.problem(torch.float32, device), assert_accurate, cuts=(0, 1, 3))
 
 
-def test_the_op_in_chunks(device, configured, monkeypatch, assert_accurate):
-    """Of one step and of two, against the reference of the whole."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_op_in_chunks(device, configured, monkeypatch, assert_accurate, dtype):
+    """Of one step and of two, against the reference of the whole; of bfloat16 sums go through float32."""
     case = Case((2, 2, 1), 5, 3, 2, dropout=0.3)
     configured(case)
-    p = case.problem(torch.float32, device)
-    x, weight_ih, weight_x = (torch.randn(n, 4).to(device) for n in (5, 20, 12))
+    p = case.problem(dtype, device)
+    x, weight_ih, weight_x = (torch.randn(n, 4).to(device, dtype) for n in (5, 20, 12))
     weight_x = torch.cat((weight_x, p.hyper.weight_ih), 1)
-    weights = weight_ih, p.weight_hh, p.bias, weight_x, p.hyper.weight_hh, torch.randn(12).to(device)
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 4200)
-    assert kernels.most_rows(p.sizes, x.dtype) == 3
+    weights = weight_ih, p.weight_hh, p.bias, weight_x, p.hyper.weight_hh, torch.randn(12).to(device, dtype)
+    monkeypatch.setattr(kernels, "most_rows", lambda sizes, dtype, backward: 3)
 
     def run(op, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in (x, *p.state, *weights, *p.hyper[3:6])]
@@ -151,9 +152,10 @@ def test_the_op_in_chunks(device, configured, monkeypatch, assert_accurate):
 
     wanted = run(reference.lstm, torch.float64)
     with use_engine("triton"):
-        made = run(ops.lstm, torch.float32)
-    for own, exact in zip(made, wanted, strict=True):
-        assert_accurate(own, exact, torch.float32)
+        made = run(ops.lstm, dtype)
+    plain = run(reference.lstm, dtype)
+    for own, exact, simple in zip(made, wanted, plain, strict=True):
+        assert_accurate(own.to(dtype), exact, dtype, simple)  # c is wider
 
 
 def test_nothing_kept_and_no_gradients_given(device, configured):

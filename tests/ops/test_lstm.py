@@ -390,6 +390,19 @@ def test_create_graph_where_one_input_is_made_of_another():
         torch.testing.assert_close(a, b)
 
 
+def test_create_graph_where_a_result_needs_no_gradient():
+    """One step: hyper_h does not depend on the main LSTM's bias."""
+    case = Case((2,), 3, 2, 1)
+    results = []
+    tensors = make(case)
+    bias = tensors[7].requires_grad_()
+    for function in (ops.lstm, reference.lstm):
+        made = run(function, case, tensors)
+        loss = sum(m.square().sum() for m in made)
+        results.append(torch.autograd.grad(loss, bias, create_graph=True))
+    torch.testing.assert_close(*results)
+
+
 class WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
