@@ -177,7 +177,9 @@ def picture(choices: Sequence[Choice], runs: dict[str, Run]) -> Figure:
         epoch_panel(accuracy, named, lambda run: "validation_accuracy")
         loss.set_ylabel("training loss")
         accuracy.set_ylabel("validation accuracy (%)")
-        accuracy.set_ylim(bottom=0)
+        accuracy.set_ylim(
+            0, 1.1 * max(row["validation_accuracy"] for run in done.values() for row in run.history)
+        )
         for i, (choice, run) in enumerate(done.items()):
             dots = [(run.result, {}, 4)]
             dots += [(theirs.accuracy, hollow, 3) for theirs, hollow in _published(choice)]
