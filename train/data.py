@@ -96,30 +96,32 @@ class ImageSet:
     classes: list[str]
 
 
-def load_images(name: str, root: str | Path | None = None) -> ImageSet:
+def load_images(name: str, root: str | Path | None = None, part: tuple[int, int] | None = None) -> ImageSet:
     """Load "cifar10", "cifar100" or "mnist" from the folder root, else from HYPERFAST_DATA, else by
     downloading.
 
-    Raises ValueError for an unknown name, DataError for every fault of the data.
+    part: (n, seed) for `subset(data, n, seed)`; of the hub's layout those images alone are decoded. Raises
+    ValueError for an unknown name, DataError for every fault of the data.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
-    return load(DATASETS[name], root)
+    return load(DATASETS[name], root, part)
 
 
-def load(spec: DatasetSpec, root: str | Path | None = None) -> ImageSet:
+def load(spec: DatasetSpec, root: str | Path | None = None, part: tuple[int, int] | None = None) -> ImageSet:
     """Load the data set that spec describes as `load_images` does. Only without a folder is it downloaded."""
     root = root or os.environ.get("HYPERFAST_DATA")
     if not root:
-        return _load_cached(spec)
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"the data folder {root} does not exist or is not a folder")
-    data = _find(spec, root)
+        data = _load_cached(spec)
+    else:
+        root = Path(root).expanduser()
+        if not root.is_dir():
+            raise DataError(f"the data folder {root} does not exist or is not a folder")
+        data = _find(spec, root, part)
     if data is None:
         places = ", ".join(str(folder) for folder in _folders(spec, root))
         raise DataError(f"no {spec.name} data under {root}: looked for {_wanted(spec)} in {places}")
-    return data
+    return data if part is None else subset(data, *part)
 
 
 def split(n: int, validation: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -133,11 +135,16 @@ def split(n: int, validation: int, seed: int) -> tuple[Tensor, Tensor]:
 def subset(data: ImageSet, n: int, seed: int) -> ImageSet:
     """The first n training images of a seeded shuffle, and the first n test images, or all of fewer. Raises
     DataError for more than there are training images."""
-    if n > len(data.train_labels):
-        raise DataError(f"a subset of {n} images, but there are {len(data.train_labels)} for training")
-    order = torch.cat(split(len(data.train_labels), 0, seed))[:n]
+    order = _order(len(data.train_labels), n, seed)
     train = data.train_images[order], data.train_labels[order]
     return ImageSet(*train, data.test_images[:n], data.test_labels[:n], data.classes)
+
+
+def _order(total: int, n: int, seed: int) -> Tensor:
+    """The first n of a seeded shuffle of `total` indices. Raises DataError for more than there are."""
+    if n > total:
+        raise DataError(f"a subset of {n} images, but there are {total} for training")
+    return split(total, 0, seed)[0][:n]
 
 
 def batches(
@@ -174,12 +181,12 @@ def _folders(spec: DatasetSpec, root: Path) -> list[Path]:
     return [root, *(root / name for name in names)]
 
 
-def _find(spec: DatasetSpec, root: Path) -> ImageSet | None:
+def _find(spec: DatasetSpec, root: Path, part: tuple[int, int] | None) -> ImageSet | None:
     for folder in _folders(spec, root):
         if (folder / spec.folder).is_dir():
             return _read_torchvision(spec, folder)
         if any(folder.glob("train-*.parquet")) or any(folder.glob("test-*.parquet")):
-            return _read_parquet(spec, folder)
+            return _read_parquet(spec, folder, part)
         if spec.archive and (folder / spec.archive).is_file():
             return _read_archive(spec, folder / spec.archive)
     return None
@@ -293,21 +300,28 @@ class _Shard(NamedTuple):
     classes: list[str]
 
 
-def _read_parquet(spec: DatasetSpec, folder: Path) -> ImageSet:
+def _read_parquet(spec: DatasetSpec, folder: Path, part: tuple[int, int] | None) -> ImageSet:
+    """part: (n, seed) of a `subset`, outside of which images stay black."""
+    wanted = None
+    if part is not None:
+        wanted = _order(spec.train_rows, *part), torch.arange(min(part[0], spec.test_rows))
     parts = [_shards(folder, "train", spec, spec.train_rows), _shards(folder, "test", spec, spec.test_rows)]
     first, *others = [shard for shards in parts for shard in shards]
     for other in others:
         if other.classes != first.classes:
             raise DataError(f"the class names in {other.path} differ from those in {first.path}")
     tensors = []
-    for shards, rows in zip(parts, (spec.train_rows, spec.test_rows), strict=True):
-        images = torch.empty((rows, *spec.image_shape), dtype=torch.uint8)
+    for i, (shards, rows) in enumerate(zip(parts, (spec.train_rows, spec.test_rows), strict=True)):
+        images = torch.zeros((rows, *spec.image_shape), dtype=torch.uint8)
         labels = torch.empty(rows, dtype=torch.int64)
+        decoded = torch.ones(rows, dtype=torch.bool)
+        if wanted is not None:
+            decoded = torch.zeros_like(decoded).index_fill_(0, wanted[i], True)
         start = 0
         for shard in shards:
-            stop = start + shard.file.metadata.num_rows
-            _read_shard(spec, shard, images[start:stop], labels[start:stop])
-            start = stop
+            own = slice(start, start + shard.file.metadata.num_rows)
+            _read_shard(spec, shard, images[own], labels[own], decoded[own].tolist())
+            start = own.stop
         tensors.append((images, labels))
     return ImageSet(*tensors[0], *tensors[1], first.classes)
 
@@ -360,8 +374,11 @@ def _class_names(spec: DatasetSpec, path: Path, metadata: dict[bytes, bytes] | N
     return _check_classes(names, spec, path)
 
 
-def _read_shard(spec: DatasetSpec, shard: _Shard, images: Tensor, labels: Tensor) -> None:
-    """Decode a shard into images and labels. In one thread: PIL holds Python's lock while it decodes."""
+def _read_shard(
+    spec: DatasetSpec, shard: _Shard, images: Tensor, labels: Tensor, decoded: list[bool]
+) -> None:
+    """Decode a shard's images, those that are to be, and labels. In one thread: PIL holds Python's lock while
+    it decodes."""
     pixels, row = images.numpy(), 0
     try:
         for batch in shard.file.iter_batches(ROWS_AT_ONCE, columns=[shard.image_column, spec.label]):
@@ -370,7 +387,8 @@ def _read_shard(spec: DatasetSpec, shard: _Shard, images: Tensor, labels: Tensor
                 raise DataError(f"{shard.path}: column {spec.label} has empty rows")
             labels[row : row + len(batch)] = torch.from_numpy(column.cast(pa.int64()).to_numpy().copy())
             for cell in batch.column(shard.image_column).to_pylist():
-                _decode(cell, pixels[row], f"{shard.path}, row {row}")
+                if decoded[row]:
+                    _decode(cell, pixels[row], f"{shard.path}, row {row}")
                 row += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {shard.path}: {error}") from error

@@ -38,7 +38,7 @@ from train.command import (
     number,
     recipe_values,
 )
-from train.data import load_images, subset
+from train.data import load_images
 from train.images import ImageData
 from train.loop import Trainer, constant, cosine, piecewise
 from train.losses import LOSSES, WithCenters
@@ -105,7 +105,8 @@ def parser() -> Parser:
     p = Parser(
         "python -m train.vgg",
         description="Train VGG-A on CIFAR-10, with and without batch norm, plain or with generated weights.",
-        epilog="Recipes. " + command.describe_recipes(RECIPES),
+        epilog="Recipes. " + command.describe_recipes(RECIPES) + " The learning rate of adam, adamw and "
+        "rmsprop is 1e-3 unless given, adamw's weight decay 0.01.",
     )
     inits = ("keep", *INITIALISATIONS)
     command.add_run_options(p, "CIFAR-10", MODELS, "vgg_a_bn", "runs/vgg_MODEL", inits, init=None)
@@ -161,9 +162,8 @@ def _check_hyper(args: argparse.Namespace, options: Parser) -> None:
 
 def load_data(args: argparse.Namespace) -> tuple[ImageData, int]:
     """The three parts of CIFAR-10, or of a subset of it, and a check sum of the labels."""
-    data = load_images("cifar10", args.data)
-    if args.subset:
-        data = subset(data, args.subset, args.seed)
+    part = {"part": (args.subset, args.seed)} if args.subset else {}
+    data = load_images("cifar10", args.data, **part)
     augment, plain = AUGMENTATIONS[args.augment](MEAN, STD), partial(normalize, mean=MEAN, std=STD)
     mix = MIXES[args.augment](CLASSES) if args.augment in MIXES else None
     options = {"criterion": LOSSES[args.loss](), "mix": mix}

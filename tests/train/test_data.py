@@ -138,6 +138,20 @@ class TestHubLayout:
         check(data.load(tiny, hub.parent))
         check(data.load(tiny, str(hub)))
 
+    @pytest.mark.parametrize("n", [1, TEST + 3, TRAIN])
+    def test_a_part_is_the_subset_and_nothing_else_is_decoded(self, tiny, hub, monkeypatch, n):
+        decoded, decode = [], data._decode
+        monkeypatch.setattr(data, "_decode", lambda cell, *own: decoded.append(cell) or decode(cell, *own))
+        wanted = data.subset(data.load(tiny, hub), n, 5)
+        del decoded[:]
+        got = data.load(tiny, hub, (n, 5))
+        assert len(decoded) == n + min(n, TEST)
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            assert torch.equal(getattr(got, name), getattr(wanted, name))
+        assert got.classes == CLASSES
+        with pytest.raises(DataError, match=f"a subset of 99 images, but there are {TRAIN}"):
+            data.load(tiny, hub, (99, 5))
+
     def test_environment_variable(self, tiny, hub, monkeypatch):
         monkeypatch.setenv("HYPERFAST_DATA", str(hub.parent))
         check(data.load(tiny))
