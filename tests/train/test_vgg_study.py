@@ -151,7 +151,7 @@ def test_figures_are_those_of_the_networks_of_the_runs(trained, tmp_path):
 
 
 def make_study(out, subset=None, models=("vgg_a", "vgg_a_bn"), epochs=1):
-    options = study.Options(models, None, epochs, subset, 42)
+    options = study.Options(models, None, epochs, subset, "bf16", 42)
     return study.Study(out, options, None, "cpu", None, "the command")
 
 
@@ -311,6 +311,7 @@ def test_every_choice_is_what_its_name_says(tmp_path):
             recipe = {"loss": "cross_entropy", "augment": "crop_flip"} | {key: name}
             assert {k: getattr(args, k) for k in recipe} == recipe
             assert (args.model, args.lr, args.epochs, args.seed) == ("vgg_a_bn", 0.02, 15, 42)
+            assert args.precision == "bf16"
     quick = vgg.parse(make_study(tmp_path, subset=300).plan("x", "x", ["--model", "vgg_a"]).arguments)
     assert quick.subset == 300
     defaults = vgg_study.parse(["all"]), vgg_study.parse(["all", "--subset", "300"])
