@@ -85,12 +85,15 @@ def run(args: argparse.Namespace, command: str) -> int:
     set_up_device(argparse.Namespace(**vars(args) | {"precision": "fp32"}))  # in which networks are looked at
     options = Options(args.models, args.hyper, args.epochs, args.subset, args.precision, args.seed)
     study = Study(args.out, options, args.data, args.device, args.threads, command)
-    make_folder(args.out)
-    study.begin()
     trainings = {part.name: part for part in (models(args.models), *COMPARED)}
     wanted = NAMES if args.part == "all" else (args.part,)
     if any(name not in trainings for name in wanted):
         wanted = tuple(dict.fromkeys(("models", *wanted)))  # the others look at these networks
+
+    for name in trainings.keys() & set(wanted):
+        trainings[name].plans(study)  # bad options are seen before anything is written
+    make_folder(args.out)
+    study.begin()
 
     def report() -> Path:
         return document.write(study, [*trainings.values()], PARTS)

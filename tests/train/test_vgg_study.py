@@ -222,6 +222,7 @@ def test_ctrl_c_leaves_a_study_that_goes_on(trained, tmp_path, capsys, monkeypat
         (["all", "--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["all", "--lr", "1"], "unrecognized arguments: --lr 1"),
         (["all", "--device", "gpu"], "--device gpu: "),
+        (["all", "--precision", "tf32", "--device", "cpu"], "--precision tf32 needs --device cuda"),
     ],
 )
 def test_command_line_errors(arguments, message, trained, tmp_path, capsys):

@@ -66,6 +66,10 @@ class Trainings:
         """Of a run, in the study's."""
         return choice.folder or f"{self.name}/{choice.name}"
 
+    def plans(self, study: Study) -> list[compare.Plan]:
+        """The runs. Exits with one line where the study's options do not fit them."""
+        return [study.plan(self.folder(own), own.name, own.arguments) for own in self.choices]
+
     def run(self, study: Study, report: Callable[[], Any]) -> dict[str, str]:
         """Train what is not trained; why a run failed, by name. report(): called after every run.
 
@@ -74,7 +78,7 @@ class Trainings:
         figures = study.figures(self.name, self.name)
         if figures is not None and figures["complete"]:
             return {}
-        plans = [study.plan(self.folder(own), own.name, own.arguments) for own in self.choices]
+        plans = self.plans(study)
 
         def write(finished: list[Run], failures: dict[str, str]) -> None:
             runs = {plan.name: run for plan in plans for run in finished if run.folder == plan.folder}
