@@ -25,6 +25,7 @@ struct LstmWeights {
 struct LstmDropout {   // recurrent, by hyperfast.reference.dropout_scale
   const int64_t* key;  // [1]
   double share;        // 0: none, key null
+  int64_t first_row;   // the number of these rows' first among those of the whole sequence
 };
 
 }  // namespace hyperfast

@@ -437,14 +437,42 @@ DType lstm_dtype(const std::string& dtype) {
   return type;
 }
 
+// Addresses of LstmPacked's parts and of the scratch.
+using LstmMemory = std::array<int64_t, 3>;
+
+LstmMemory lstm_memory(const std::array<int64_t, 6>& sizes, bool backward, bool whole,
+                       const std::string& dtype, int threads) {
+  const auto [T, N, B, H, M, Z] = sizes;
+  const LstmSizes s{T, N, B, H, M, Z, nullptr};
+  const DType type = lstm_dtype(dtype);
+  const LstmPackedBytes packed =
+      backward ? lstm_backward_packed_bytes(s, type) : lstm_packed_bytes(s, element_size(type));
+  return {packed.weights, packed.scales,
+          backward ? lstm_backward_scratch(s, whole, type, threads) : lstm_scratch(s, whole, type, threads)};
+}
+
+void lstm_pack(const std::array<int64_t, 6>& sizes, const std::array<int64_t, 15>& weights, bool backward,
+               const LstmMemory& memory, const std::string& dtype, int threads) {
+  const auto [T, N, B, H, M, Z] = sizes;
+  const LstmSizes s{T, N, B, H, M, Z, nullptr};
+  const DType type = lstm_dtype(dtype);
+  for (const int64_t address : weights) check_aligned(address, element_size(type));
+  for (const int64_t address : memory) check_aligned(address, int64_t(kLine));
+  const auto pack = backward ? kernels().lstm_backward_pack : kernels().lstm_pack;
+  const LstmWeights given = lstm_weights(weights);
+  py::gil_scoped_release release;
+  pack(s, given, pointer(memory[0]), pointer(memory[1]), type, threads);
+}
+
 void lstm(const std::array<int64_t, 6>& sizes, int64_t batch_sizes, const std::array<int64_t, 15>& weights,
-          int64_t key, double dropout, double eps, const std::array<int64_t, 12>& tensors,
-          const std::string& dtype, int threads) {
+          const LstmMemory& memory, int64_t key, double dropout, int64_t first_row, double eps,
+          const std::array<int64_t, 12>& tensors, const std::string& dtype, int threads) {
   const auto& [x_gates, hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates,
                hyper_gates] = tensors;
   const Lstm call{lstm_sizes(sizes, batch_sizes, threads),
                   lstm_weights(weights),
-                  {pointer<int64_t>(key), dropout},
+                  {pointer(memory[0]), pointer(memory[1])},
+                  {pointer<int64_t>(key), dropout, first_row},
                   eps,
                   pointer(x_gates),
                   pointer(hyper_x_gates),
@@ -461,16 +489,15 @@ void lstm(const std::array<int64_t, 6>& sizes, int64_t batch_sizes, const std::a
   const DType type = lstm_dtype(dtype);
   for (const int64_t address : weights) check_aligned(address, element_size(type));
   for (const int64_t address : tensors) check_aligned(address, element_size(type));
+  for (const int64_t address : memory) check_aligned(address, int64_t(kLine));
   py::gil_scoped_release release;
-  threads = lstm_threads(call.sizes, threads);
-  const auto scratch = scratch_of(lstm_scratch(call.sizes, call.h_gates, type, threads));
-  kernels().lstm(call, type, scratch.get(), threads);
+  kernels().lstm(call, type, pointer(memory[2]), lstm_threads(call.sizes, threads));
 }
 
 void lstm_backward(const std::array<int64_t, 6>& sizes, int64_t batch_sizes,
-                   const std::array<int64_t, 15>& weights, int64_t key, double dropout, double eps,
-                   const std::array<int64_t, 13>& inputs, const std::array<int64_t, 18>& outputs,
-                   const std::string& dtype, int threads) {
+                   const std::array<int64_t, 15>& weights, const LstmMemory& memory, int64_t key,
+                   double dropout, int64_t first_row, double eps, const std::array<int64_t, 13>& inputs,
+                   const std::array<int64_t, 18>& outputs, const std::string& dtype, int threads) {
   const auto& [x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last,
                dhyper_h_last, dhyper_c_last] = inputs;
   const auto norms = [&](int i) {
@@ -479,7 +506,8 @@ void lstm_backward(const std::array<int64_t, 6>& sizes, int64_t batch_sizes,
   };
   LstmBackward call{lstm_sizes(sizes, batch_sizes, threads),
                     lstm_weights(weights),
-                    {pointer<int64_t>(key), dropout},
+                    {pointer(memory[0]), pointer(memory[1])},
+                    {pointer<int64_t>(key), dropout, first_row},
                     eps,
                     pointer(x_gates),
                     pointer(c0),
@@ -510,11 +538,9 @@ void lstm_backward(const std::array<int64_t, 6>& sizes, int64_t batch_sizes,
   for (const int64_t address : weights) check_aligned(address, element_size(type));
   for (const int64_t address : inputs) check_aligned(address, element_size(type));
   for (const int64_t address : outputs) check_aligned(address, element_size(type));
+  for (const int64_t address : memory) check_aligned(address, int64_t(kLine));
   py::gil_scoped_release release;
-  threads = lstm_threads(call.sizes, threads);
-  const auto scratch =
-      scratch_of(lstm_backward_scratch(call.sizes, call.weights.norms.gates_weight, type, threads));
-  kernels().lstm_backward(call, type, scratch.get(), threads);
+  kernels().lstm_backward(call, type, pointer(memory[2]), lstm_threads(call.sizes, threads));
 }
 
 std::vector<std::string> isas() {
@@ -569,16 +595,25 @@ PYBIND11_MODULE(_cpu, m) {
   };
   def_columns("im2col", &columns<&Kernels::im2col>, "Writes the columns of a convolution.");
   def_columns("col2im", &columns<&Kernels::col2im>, "Adds columns up to an image, which is overwritten.");
-  m.def(
-      "lstm", &lstm, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"), py::arg("key"),
-      py::arg("dropout"), py::arg("eps"), py::arg("tensors"), py::arg("dtype"), py::arg("threads"),
-      "sizes: (T, N, B, H, M, Z); batch_sizes: int64 [T]; weights: (weight_hh, bias, hyper_weight_xh, "
-      "hyper_weight_hh, z_weight, z_bias, d_weight, four of norms, four of hyper_norms), tensors: (x_gates, "
-      "hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates, hyper_gates), the last "
-      "two both or neither; 0 for what is not there; key: int64 [1] or 0.");
-  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"),
-        py::arg("key"), py::arg("dropout"), py::arg("eps"), py::arg("inputs"), py::arg("outputs"),
+  m.def("lstm_memory", &lstm_memory, py::arg("sizes"), py::arg("backward"), py::arg("whole"),
         py::arg("dtype"), py::arg("threads"),
+        "Bytes (of packed weights, of packed scales, of scratch) for a sequence of these sizes, (T, N, B, H, "
+        "M, Z), and any part of it; 0 where nothing is packed. whole: the gates are kept (forward), there "
+        "are norms (backward).");
+  m.def("lstm_pack", &lstm_pack, py::arg("sizes"), py::arg("weights"), py::arg("backward"), py::arg("memory"),
+        py::arg("dtype"), py::arg("threads"),
+        "Packs the weights into memory, addresses as lstm_memory counts them, for all parts of a sequence.");
+  m.def("lstm", &lstm, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"), py::arg("memory"),
+        py::arg("key"), py::arg("dropout"), py::arg("first_row"), py::arg("eps"), py::arg("tensors"),
+        py::arg("dtype"), py::arg("threads"),
+        "sizes: (T, N, B, H, M, Z); batch_sizes: int64 [T]; weights: (weight_hh, bias, hyper_weight_xh, "
+        "hyper_weight_hh, z_weight, z_bias, d_weight, four of norms, four of hyper_norms); memory: packed by "
+        "lstm_pack; key: int64 [1] or 0; first_row: the first row's number for dropout; tensors: (x_gates, "
+        "hyper_x_gates, h0, c0, hyper_h0, hyper_c0, h, c, hyper_h, hyper_c, h_gates, hyper_gates), the last "
+        "two both or neither; 0 for what is not there.");
+  m.def("lstm_backward", &lstm_backward, py::arg("sizes"), py::arg("batch_sizes"), py::arg("weights"),
+        py::arg("memory"), py::arg("key"), py::arg("dropout"), py::arg("first_row"), py::arg("eps"),
+        py::arg("inputs"), py::arg("outputs"), py::arg("dtype"), py::arg("threads"),
         "As lstm; inputs: (x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z, dh, dh_last, dc_last, "
         "dhyper_h_last, dhyper_c_last), the last five may be 0; outputs: (dx_gates, dh_gates, dhyper_gates, "
         "dz, "

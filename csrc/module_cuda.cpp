@@ -272,7 +272,7 @@ LstmDropout lstm_dropout(int64_t key, double dropout) {
   if (!(dropout >= 0 && dropout < 1)) throw py::value_error("dropout must be at least 0 and below 1");
   if ((key != 0) != (dropout > 0)) throw py::value_error("key and dropout come together");
   check_aligned("", {key}, sizeof(int64_t));
-  return {pointer<int64_t>(key), dropout};
+  return {pointer<int64_t>(key), dropout, 0};
 }
 
 // What both kernels take last; refusals of theirs are errors here.

@@ -348,15 +348,15 @@ class HyperCell(NamedTuple):
     """What modulates the rows of an LSTM of H units: the hyper LSTM of M units and the two linear maps from
     its output to the scales and offsets of the 4 H gates, by embeddings of Z numbers.
 
-    x_gates [N, 4M]: its input's part of the gates, bias included. weight_xh [4M, H], weight_hh [4M, M]: what
-    multiplies h and its own output. z_weight [12Z, M], z_bias [12Z]: embeddings of three places (input path,
-    recurrent path, bias), each for four gates (i, f, g, o). d_weight [12, H, Z]: from embedding to scale or
-    offset, in the same order. norms: of the hyper LSTM, or None.
+    weight_ih [4M, I + H]: what multiplies its input, x and after it h. weight_hh [4M, M], bias [4M]: as of
+    any LSTM. z_weight [12Z, M], z_bias [12Z]: embeddings of three places (input path, recurrent path, bias),
+    each for four gates (i, f, g, o). d_weight [12, H, Z]: from embedding to scale or offset, in the same
+    order. norms: of the hyper LSTM, or None.
     """
 
-    x_gates: Tensor
-    weight_xh: Tensor
+    weight_ih: Tensor
     weight_hh: Tensor
+    bias: Tensor
     z_weight: Tensor
     z_bias: Tensor
     d_weight: Tensor
@@ -438,6 +438,7 @@ def _lstm_step(
 
 def lstm_step(
     x_gates: Tensor,
+    hyper_x_gates: Tensor | None,
     state: LSTMState,
     weight_hh: Tensor,
     bias: Tensor,
@@ -448,14 +449,14 @@ def lstm_step(
     dropout: float,
     eps: float,
 ) -> LSTMState:
-    """One time step of `lstm`: x_gates [B, 4H], hyper.x_gates [B, 4M], rows [B]: the numbers of these rows
-    among all N."""
+    """One time step of `lstm_steps`: x_gates [B, 4H], hyper_x_gates [B, 4M], rows [B]: the numbers of these
+    rows among all N."""
     scale = _step_scale(key, rows, state.c, 0, dropout)
     h_gates = state.h @ weight_hh.mT
     if hyper is None:
         gates = x_gates + h_gates + bias
         return LSTMState(*_lstm_step(gates, state.c, norms, scale, eps))
-    gates = hyper.x_gates + state.h @ hyper.weight_xh.mT + state.hyper_h @ hyper.weight_hh.mT
+    gates = hyper_x_gates + state.h @ _weight_xh(hyper, state.h).mT + state.hyper_h @ hyper.weight_hh.mT
     hyper_scale = _step_scale(key, rows, state.hyper_c, 1, dropout)
     hyper_h, hyper_c = _lstm_step(gates, state.hyper_c, hyper.norms, hyper_scale, eps)
     d_x, d_h, d_b = modulation(F.linear(hyper_h, hyper.z_weight, hyper.z_bias), hyper.d_weight)
@@ -463,9 +464,51 @@ def lstm_step(
     return LSTMState(*_lstm_step(gates, state.c, norms, scale, eps), hyper_h, hyper_c)
 
 
-def lstm(
+def _weight_xh(hyper: HyperCell, h: Tensor) -> Tensor:
+    """What multiplies h in the hyper LSTM [4M, H]."""
+    return hyper.weight_ih[:, -h.shape[1] :]
+
+
+def lstm_steps(
     x_gates: Tensor,
+    hyper_x_gates: Tensor | None,
     state: LSTMState,
+    weight_hh: Tensor,
+    bias: Tensor,
+    norms: Norms | None = None,
+    hyper: HyperCell | None = None,
+    batch_sizes: Tensor | None = None,
+    key: Tensor | None = None,
+    dropout: float = 0.0,
+    eps: float = 1e-5,
+) -> tuple[Tensor, LSTMState]:
+    """`lstm` from the input's part of the gates on: x_gates [N, 4H] = x weight_ih^T, hyper_x_gates [N, 4M]
+    the same for the hyper LSTM, its bias included (that of `hyper` is not read, and of its weight_ih the last
+    H columns)."""
+    N, B = len(x_gates), len(state.h)
+    sizes = [B] * (N // B if B else 0) if batch_sizes is None else batch_sizes.tolist()
+    outputs, ended, start = [], [], 0
+    for size in sizes:
+        if size < len(state.h):
+            ended.append(map_state(state, lambda s, size=size: s[size:]))
+            state = map_state(state, lambda s, size=size: s[:size])
+        now = slice(start, start + size)
+        rows = torch.arange(start, start + size, device=x_gates.device)
+        hyper_x = None if hyper is None else hyper_x_gates[now]
+        state = lstm_step(
+            x_gates[now], hyper_x, state, weight_hh, bias, norms, hyper, rows, key, dropout, eps
+        )
+        outputs.append(state.h)
+        start += size
+    parts = zip(state, *reversed(ended), strict=True)
+    last = LSTMState(*(None if own[0] is None else torch.cat(own) for own in parts))
+    return torch.cat(outputs) if outputs else x_gates.new_empty(0, state.h.shape[1]), last
+
+
+def lstm(
+    x: Tensor,
+    state: LSTMState,
+    weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor,
     norms: Norms | None = None,
@@ -477,11 +520,11 @@ def lstm(
 ) -> tuple[Tensor, LSTMState]:
     """One layer of an LSTM, or HyperLSTM, over a sequence: h of every step [N, H] and the last state.
 
-    x_gates [N, 4H] = x weight_ih^T, gates in the order i, f, g, o; weight_hh [4H, H], bias [4H]. Rows are in
-    the order of `PackedSequence.data`, step by step; batch_sizes int64 [T], on the CPU, counts them, falling;
+    x [N, I]; weight_ih [4H, I], weight_hh [4H, H], bias [4H], gates in the order i, f, g, o. Rows are in the
+    order of `PackedSequence.data`, step by step; batch_sizes int64 [T], on the CPU, counts them, falling;
     None: every step has B. The last state of a sequence is that of its own last step.
 
-        gates = d_x * x_gates + d_h * (weight_hh h) + d_b + bias       (without hyper: d_x = d_h = 1, d_b = 0)
+        gates = d_x * (weight_ih x) + d_h * (weight_hh h) + d_b + bias (without hyper: d_x = d_h = 1, d_b = 0)
         i, f, g, o = layer norm of each (where there are norms)
         c = sigmoid(f) c + sigmoid(i) dropout(tanh(g)),    h = sigmoid(o) tanh(layer norm of c)
 
@@ -490,22 +533,11 @@ def lstm(
     and Barth, 2016, on the candidates alone, with a mask for every step). dropout: the share dropped, by
     `key` (`dropout_scale`, stream 0, the hyper LSTM 1).
     """
-    N, B = len(x_gates), len(state.h)
-    sizes = [B] * (N // B if B else 0) if batch_sizes is None else batch_sizes.tolist()
-    outputs, ended, start = [], [], 0
-    for size in sizes:
-        if size < len(state.h):
-            ended.append(map_state(state, lambda s, size=size: s[size:]))
-            state = map_state(state, lambda s, size=size: s[:size])
-        rows = torch.arange(start, start + size, device=x_gates.device)
-        now = None if hyper is None else hyper._replace(x_gates=hyper.x_gates[start : start + size])
-        x_now = x_gates[start : start + size]
-        state = lstm_step(x_now, state, weight_hh, bias, norms, now, rows, key, dropout, eps)
-        outputs.append(state.h)
-        start += size
-    parts = zip(state, *reversed(ended), strict=True)
-    last = LSTMState(*(None if own[0] is None else torch.cat(own) for own in parts))
-    return torch.cat(outputs) if outputs else x_gates.new_empty(0, state.h.shape[1]), last
+    hyper_x_gates = None
+    if hyper is not None:
+        hyper_x_gates = F.linear(x, hyper.weight_ih[:, : x.shape[1]], hyper.bias)
+    weights = weight_hh, bias, norms, hyper
+    return lstm_steps(F.linear(x, weight_ih), hyper_x_gates, state, *weights, batch_sizes, key, dropout, eps)
 
 
 class LSTMGradients(NamedTuple):
@@ -608,10 +640,10 @@ def lstm_backward(
     dh: Tensor,
     dlast: LSTMState,
 ) -> LSTMGradients:
-    """The gradients of `lstm` that need its steps in turn, from the last to the first; those of the matrices
-    multiplied with h, hyper_h and x are products over all rows of what this gives.
+    """The gradients of `lstm_steps` that need its steps in turn, from the last to the first; those of the
+    matrices multiplied with h, hyper_h and x are products over all rows of what this gives.
 
-    batch_sizes to eps as there (hyper.x_gates is not read). From every step: c [N, H], hyper_c [N, M],
+    batch_sizes to eps as there. From every step: c [N, H], hyper_c [N, M],
     h_gates [N, 4H] = weight_hh h of the step before, hyper_gates [N, 4M] before normalisation, z [N, 12Z] =
     z_weight hyper_h + z_bias. dh [N, H]: gradient of the output; dlast: of the last state of each sequence.
 
@@ -659,7 +691,7 @@ def lstm_backward(
             dhyper_gates[now] = dgates
             state.hyper_h.copy_(dgates @ hyper.weight_hh)
             state.hyper_c.copy_(dc)
-            dh_by_hyper = dgates @ hyper.weight_xh
+            dh_by_hyper = dgates @ _weight_xh(hyper, state.h)
         state.h.copy_(dh_gates[now] @ weight_hh + dh_by_hyper)
         end = start
     return LSTMGradients(dx_gates, dh_gates, dhyper_gates, dz, dstate, dbias, dd_weight, dnorms, dhyper_norms)

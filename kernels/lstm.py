@@ -29,7 +29,7 @@ Rows of up to 2048 columns compile without spills.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,8 +45,8 @@ PROGRAMS = 2 * 132  # from where on a program takes several rows
 Z_ROWS = 132  # of a step, up to which the hyper LSTM's kernels make its products with z_weight
 Z_ELEMENTS = 8192  # of a tile of it
 MOST_WARPS = 16
-CHUNK_BYTES = 1 << 26  # of what the backward keeps for all rows of some steps
-STEP = ("start", "before", "rows", "place")
+CHUNK_BYTES = 1 << 27  # of what the backward makes for all rows of some steps
+STEP = ("start", "before", "rows")
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def _gate(inputs, norm, kept_ptr, at, eps, GATE: tl.constexpr, n: tl.constexpr, 
         return y + _load(norm_bias_ptr, GATE * n + offs_n, in_n, COMPUTE), xhat, inverse
 
 
-@triton.jit(do_not_specialize=["start", "before", "rows", "place", "threshold"])
+@triton.jit(do_not_specialize=["start", "before", "rows", "first_row", "threshold"])
 def lstm_fwd_kernel(
     x_ptr,  # [N, 4n]: the input's part of the gates
     r_ptr,  # [B, R_WIDTH]: of this step, what the products with h, and hyper_h, gave
@@ -162,7 +162,7 @@ def lstm_fwd_kernel(
     start,  # the step's first row among all N
     before,  # that of the step before; -1: none
     rows,  # of the step
-    place,  # of its first row in d
+    first_row,  # what dropout adds to a row's number
     threshold,
     scale: tl.float64,
     eps: tl.float64,
@@ -180,7 +180,7 @@ def lstm_fwd_kernel(
     offs_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     in_n, row = offs_n < n, start + offs_b
     mask = (offs_b < rows) & in_n
-    of_d = (place + offs_b) * (12 * n) + offs_n
+    of_d = offs_b * (12 * n) + offs_n
     at = (row * (4 * n) + offs_n, offs_b * R_WIDTH + offs_n, of_d, offs_n, in_n, mask)
     inputs, norm = (x_ptr, r_ptr, bias_ptr, d_ptr), (gates_weight_ptr, gates_bias_ptr)
     eps = tl.full((1,), eps, COMPUTE)
@@ -191,7 +191,7 @@ def lstm_fwd_kernel(
     o, _, _ = _gate(inputs, norm, kept_ptr, at, eps, 3, n, COMPUTE)
     g = _tanh(g)
     if key_ptr is not None:
-        g *= _drop_scale(key_ptr, row, offs_n, threshold, scale, STREAM, COMPUTE)
+        g *= _drop_scale(key_ptr, first_row + row, offs_n, threshold, scale, STREAM, COMPUTE)
     c = _sigmoid(f) * _previous(c_ptr, c0_ptr, before, offs_b, offs_n, mask, n, COMPUTE) + _sigmoid(i) * g
     _store(c_ptr, row * n + offs_n, c, mask)
     if cell_weight_ptr is not None:
@@ -244,12 +244,12 @@ def _gate_backward(
     _store(dgates_ptr, of_dgates + GATE * n, dr, mask)
 
 
-@triton.jit(do_not_specialize=["start", "before", "rows", "place", "threshold"])
+@triton.jit(do_not_specialize=["start", "before", "rows", "first_row", "threshold"])
 def lstm_bwd_kernel(
     x_ptr,  # [N, 4n]: x_gates; of the hyper LSTM all of its gates before normalisation
     r_ptr,  # [N, 4n]: h_gates; None for the hyper LSTM
     bias_ptr,  # as in the forward, to state_ptr
-    d_ptr,  # [rows of some steps, 12, n]
+    d_ptr,  # [N, 12, n]
     c0_ptr,
     c_ptr,
     dh_ptr,  # [N, n] or None
@@ -266,11 +266,11 @@ def lstm_bwd_kernel(
     dr_ptr,  # [N, 4n] or None
     dgates_ptr,  # [B, R_WIDTH]: dr again, for the product that gives dstate
     dd_ptr,  # like d
-    shares_ptr,  # [rows of some steps, SHARES, n]: each row's of the gradients of vectors
+    shares_ptr,  # [N, SHARES, n]: each row's of the gradients of vectors
     start,
     before,
     rows,
-    place,  # of the step's first row in d and shares
+    first_row,
     threshold,
     scale: tl.float64,
     eps: tl.float64,
@@ -290,7 +290,7 @@ def lstm_bwd_kernel(
     in_n, row = offs_n < n, start + offs_b
     mask = (offs_b < rows) & in_n
     of_x, of_c = row * (4 * n) + offs_n, row * n + offs_n
-    of_d, of_shares = (place + offs_b) * (12 * n) + offs_n, (place + offs_b) * (SHARES * n) + offs_n
+    of_d, of_shares = row * (12 * n) + offs_n, row * (SHARES * n) + offs_n
     at = (of_x, of_x, of_d, offs_n, in_n, mask)
     inputs, norm = (x_ptr, r_ptr, bias_ptr, d_ptr), (gates_weight_ptr, gates_bias_ptr)
     eps = tl.full((1,), eps, COMPUTE)
@@ -328,7 +328,7 @@ def lstm_bwd_kernel(
     _store(dc_ptr, offs_b * n + offs_n, dc * f, mask)
     di, dg = dc * g * i * (1.0 - i), dc * i * (1.0 - g * g)
     if key_ptr is not None:
-        scales = _drop_scale(key_ptr, row, offs_n, threshold, scale, STREAM, COMPUTE)
+        scales = _drop_scale(key_ptr, first_row + row, offs_n, threshold, scale, STREAM, COMPUTE)
         di *= scales
         dg *= scales
     c_before = _previous(c_ptr, c0_ptr, before, offs_b, offs_n, mask, n, COMPUTE)
@@ -431,36 +431,61 @@ def _launch(kernel, sizes: Sizes, hyper: bool, whole: bool, **arguments) -> Laun
     each = 4 if whole and arguments["COMPUTE"] == tl.float32 else 2  # elsewhere Triton 3.6 spills with 4
     tile, warps, columns = _tile(sizes.B, n, Q, whole, each)
     arguments |= tile | {"n": n, "Q": Q, "STREAM": int(hyper)}
-    arguments |= {"start": 0, "before": -1, "rows": sizes.B, "place": 0}
+    arguments |= {"start": 0, "before": -1, "rows": sizes.B}
     arguments |= {"R_WIDTH": 4 * (sizes.H + sizes.M), "STATE_WIDTH": sizes.H + sizes.M}
     return Launch(kernel, (triton.cdiv(sizes.B, tile["BLOCK_B"]), columns, 1), arguments, num_warps=warps)
 
 
-def _shared(weights: Weights, hyper: bool, key: Tensor | None, dropout: float, eps: float) -> dict:
+class Dropout(NamedTuple):
+    """Its key, the share that it drops, and the number of the first row among those of the sequence."""
+
+    key: Tensor | None
+    share: float
+    first_row: int
+
+
+def _shared(weights: Weights, hyper: bool, dropout: Dropout, eps: float) -> dict:
     """Arguments that forward and backward have."""
     COMPUTE = compute_type(weights.weight_hh.dtype)
     made = weights.norms(hyper) | {"bias_ptr": None if hyper else weights.bias, "eps": eps}
-    made |= {"key_ptr": key if dropout else None, "threshold": int(dropout * 2**32)}
-    return made | {"scale": 1 / (1 - dropout), "COMPUTE": COMPUTE}
+    made |= {"key_ptr": dropout.key if dropout.share else None, "first_row": dropout.first_row}
+    made |= {"threshold": int(dropout.share * 2**32), "scale": 1 / (1 - dropout.share)}
+    return made | {"COMPUTE": COMPUTE}
 
 
-def _per_step(launch: Launch) -> Callable[[Step, int], None]:
-    """A function that makes the launch for a step, whose first row is `place` of d."""
+def _per_step(launch: Launch) -> Callable[[Step], None]:
+    """A function that makes the launch for a step."""
     call = launch.repeated(*STEP)
     BLOCK_B, columns = launch.arguments["BLOCK_B"], launch.grid[1]
 
-    def run(step: Step, place: int) -> None:
-        call((triton.cdiv(step.rows, BLOCK_B), columns, 1), *step, place)
+    def run(step: Step) -> None:
+        call((triton.cdiv(step.rows, BLOCK_B), columns, 1), *step)
 
     return run
+
+
+def _shares(norms: bool, hyper: bool) -> int:
+    """Numbers of a unit that a row of the backward adds to the gradients of vectors: of the bias, which the
+    hyper LSTM has in its input, and of the norms."""
+    return 10 * norms + (0 if hyper else 4)
+
+
+def most_rows(sizes: Sequence[int], dtype: torch.dtype) -> int:
+    """Rows of a sequence to be taken at once, so that what the backward makes for each of them is not more
+    than `CHUNK_BYTES`: its gates and their gradients, d and dd, and the shares of sums."""
+    _, _, _, H, M, Z = sizes
+    wide = max(dtype.itemsize, 4)
+    of_row = dtype.itemsize * (8 * H + (28 * H + 4 * M + 24 * Z) * bool(M))
+    of_row += wide * (_shares(True, False) * H + _shares(True, True) * M)
+    return CHUNK_BYTES // of_row
 
 
 class Forward:
     """Memory and launches of a call, by the arguments of `run`."""
 
-    def __init__(self, sizes, weights, key, dropout, eps, tensors):
+    def __init__(self, sizes, weights, dropout, eps, tensors):
         self.sizes, self.weights = Sizes(*sizes), Weights(*weights)
-        self.tensors, self.options = tensors, (key, dropout, eps)
+        self.tensors, self.options = tensors, (dropout, eps)
         T, N, B, H, M, Z = self.sizes
         h0, hyper_h0 = tensors[2], tensors[4]
         self.state = h0.clone() if hyper_h0 is None else torch.cat((h0, hyper_h0), 1)
@@ -507,21 +532,21 @@ class Forward:
                 z, d = self.z[:seen].transpose(0, 1), self.d[:seen].transpose(0, 1)
             torch.mm(state, recurrent, out=gates)
             if hyper:
-                hyper[0](step, 0)
+                hyper[0](step)
                 if not self.makes_z:
                     torch.addmm(
                         self.weights.z_bias, state[:, self.sizes.H :], z_weight, out=self.z[:seen].flatten(1)
                     )
                 torch.bmm(z, d_weight, out=d)
-            cell(step, 0)
+            cell(step)
 
 
 class Backward:
     """Memory and launches of a call, by the arguments of `run_backward`."""
 
-    def __init__(self, sizes, weights, key, dropout, eps, inputs, outputs):
+    def __init__(self, sizes, weights, dropout, eps, inputs, outputs):
         self.sizes, self.weights = Sizes(*sizes), Weights(*weights)
-        self.inputs, self.outputs, self.options = inputs, outputs, (key, dropout, eps)
+        self.inputs, self.outputs, self.options = inputs, outputs, (dropout, eps)
         T, N, B, H, M, Z = self.sizes
         like = self.weights.weight_hh
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -529,15 +554,11 @@ class Backward:
         self.dgates = like.new_empty(B, 4 * (H + M))
         self.dcs = [like.new_zeros(B, n, dtype=wide) for n in (H, M)]
         normed, hyper_normed = (self.weights.norms(h)["gates_weight_ptr"] is not None for h in (False, True))
-        self.widths = 4 + 10 * normed, 10 * hyper_normed
+        self.widths = _shares(normed, False), _shares(hyper_normed, True)
         columns = self.widths[0] * H, self.widths[1] * M
-        of_row = 24 * (H if M else 0) * like.itemsize + sum(columns) * wide.itemsize
-        self.rows = min(N, max(B, CHUNK_BYTES // max(of_row, 1)))
-        self.d, self.dd = (like.new_empty(self.rows, 12, H if M else 0) for _ in range(2))
-        self.shares = [like.new_empty(self.rows, width, dtype=wide) for width in columns]
-        self.totals = [like.new_zeros(width, dtype=wide) for width in columns]
+        self.d, self.dd = (like.new_empty(N, 12, H if M else 0) for _ in range(2))
+        self.shares = [like.new_empty(N, width, dtype=wide) for width in columns]
         self.takes_z = B <= Z_ROWS
-        self.dd_weight = like.new_zeros((12, H if M else 0, Z), dtype=wide)
 
     def launches(self) -> list[Launch]:
         """Those of a step, each by itself: of the LSTM, and of its hyper LSTM where there is one."""
@@ -568,13 +589,32 @@ class Backward:
         return _launch(lstm_bwd_kernel, self.sizes, hyper, whole, **arguments)
 
     def run(self, batch_sizes: Tensor) -> None:
+        """The steps, the last first, with all rows' d made at once before and the gradients summed at once
+        after."""
         self._take_last()
-        if steps := steps_of(batch_sizes):
-            calls = list(map(_per_step, self.launches()))
-            recurrent = self.weights.recurrent()
-            for chunk in self._chunks(steps):
-                self._run_steps(chunk, calls, recurrent)
-        self._write()
+        steps = steps_of(batch_sizes)
+        if not steps:
+            return self._write(None)
+        cell, *hyper = map(_per_step, self.launches())
+        recurrent, dd_weight = self.weights.recurrent(), None
+        if hyper:
+            d_weight, dz_rows = self.weights.d_weight, self.outputs[3]
+            z, dz = (t.view(-1, 12, self.sizes.Z).transpose(0, 1) for t in (self.inputs[7], dz_rows))
+            d, dd = self.d.transpose(0, 1), self.dd.transpose(0, 1)
+            torch.bmm(z, d_weight.transpose(1, 2), out=d)
+        for step in reversed(steps):
+            cell(step)
+            if hyper:
+                rows = slice(step.start, step.start + step.rows)
+                torch.bmm(dd[:, rows], d_weight, out=dz[:, rows])
+                if not self.takes_z:
+                    dhyper_h = self.state[: step.rows, self.sizes.H :]
+                    dhyper_h.addmm_(dz_rows[rows], self.weights.z_weight)
+                hyper[0](step)
+            torch.mm(self.dgates[: step.rows], recurrent, out=self.state[: step.rows])
+        if hyper:
+            dd_weight = torch.bmm(dd.transpose(1, 2), z, out=torch.empty_like(d_weight))
+        self._write(dd_weight)
 
     def _take_last(self) -> None:
         """What comes from the last states. Rows of sequences that ended keep it until their own last step."""
@@ -584,80 +624,44 @@ class Backward:
             if last is not None:
                 place.copy_(last)
 
-    def _chunks(self, steps: list[Step]) -> Iterator[list[Step]]:
-        """Steps whose rows fit d, from the last to the first."""
-        chunk: list[Step] = []
-        for step in reversed(steps):
-            if chunk and chunk[0].start + chunk[0].rows - step.start > self.rows:
-                yield chunk
-                chunk = []
-            chunk.append(step)
-        if chunk:
-            yield chunk
-
-    def _run_steps(self, steps: list[Step], calls: list[Callable], recurrent: Tensor) -> None:
-        """Some steps, the last first, with all of their rows' d made at once before and the gradients summed
-        at once after."""
-        cell, *hyper = calls
-        first, end = steps[-1].start, steps[0].start + steps[0].rows
-        if hyper:
-            d_weight = self.weights.d_weight
-            z, dz = (
-                t.view(-1, 12, self.sizes.Z)[first:end].transpose(0, 1)
-                for t in (self.inputs[7], self.outputs[3])
-            )
-            d, dd = (t[: end - first].transpose(0, 1) for t in (self.d, self.dd))
-            torch.bmm(z, d_weight.transpose(1, 2), out=d)
-        for step in steps:
-            place = step.start - first
-            cell(step, place)
-            if hyper:
-                torch.bmm(dd[:, place : place + step.rows], d_weight, out=dz[:, place : place + step.rows])
-                if not self.takes_z:
-                    part = self.outputs[3][step.start : step.start + step.rows]
-                    self.state[: step.rows, self.sizes.H :].addmm_(part, self.weights.z_weight)
-                hyper[0](step, place)
-            torch.mm(self.dgates[: step.rows], recurrent, out=self.state[: step.rows])
-        for total, shares in zip(self.totals, self.shares, strict=True):
-            total += shares[: end - first].sum(0)
-        if hyper:
-            self.dd_weight += torch.bmm(dd.transpose(1, 2), z, out=torch.empty_like(d_weight))
-
-    def _write(self) -> None:
-        """What was summed, where it is wanted."""
+    def _write(self, dd_weight: Tensor | None) -> None:
+        """What was summed, where it is wanted; dd_weight None: zero."""
         H = self.sizes.H
-        dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight, *dnorms = self.outputs[4:]
-        parts = self.state[:, :H], self.dcs[0], self.state[:, H:], self.dcs[1], self.dd_weight
-        for out, part in zip((dh0, dc0, dhyper_h0, dhyper_c0, dd_weight), parts, strict=True):
+        dh0, dc0, dhyper_h0, dhyper_c0, dbias, dd_weight_out, *dnorms = self.outputs[4:]
+        parts = self.state[:, :H], self.dcs[0], self.state[:, H:], self.dcs[1]
+        for out, part in zip((dh0, dc0, dhyper_h0, dhyper_c0), parts, strict=True):
             if out is not None:
                 out.copy_(part)
+        if dd_weight_out is not None:
+            dd_weight_out.zero_() if dd_weight is None else dd_weight_out.copy_(dd_weight)
         wanted = [[dbias, *dnorms[:4]], dnorms[4:]]
-        for total, outputs in zip(self.totals, wanted, strict=True):
+        for shares, outputs in zip(self.shares, wanted, strict=True):
             outputs = [out for out in outputs if out is not None]
-            parts = total.split([len(out) for out in outputs]) if outputs else ()
+            parts = shares.sum(0).split([len(out) for out in outputs]) if outputs else ()
             for out, part in zip(outputs, parts, strict=True):
                 out.copy_(part)
 
 
 @torch.no_grad()
-def run(sizes, batch_sizes, weights, key, dropout, eps, tensors) -> None:
+def run(sizes, batch_sizes, weights, key, dropout, first_row, eps, tensors) -> None:
     """The forward. sizes (T, N, B, H, M, Z); batch_sizes int64 [T] on the CPU; weights as `Weights`; key
-    int64 [1], read on the device; tensors x_gates [N, 4H], hyper_x_gates [N, 4M], h0, c0 [B, H], hyper_h0,
-    hyper_c0 [B, M], then what is written: h, c [N, H], hyper_h, hyper_c [N, M], h_gates [N, 4H], hyper_gates
-    [N, 4M]; these two may be None, and what belongs to the hyper LSTM is where there is none. All
-    contiguous."""
+    int64 [1], read on the device; first_row: see `Dropout`; tensors x_gates [N, 4H], hyper_x_gates [N, 4M],
+    h0, c0 [B, H], hyper_h0, hyper_c0 [B, M], then what is written: h, c [N, H], hyper_h, hyper_c [N, M],
+    h_gates [N, 4H], hyper_gates [N, 4M]; these two may be None, and what belongs to the hyper LSTM is where
+    there is none. All contiguous."""
     with on_device(tensors[0]):
-        Forward(sizes, weights, key, dropout, eps, tensors).run(batch_sizes)
+        Forward(sizes, weights, Dropout(key, dropout, first_row), eps, tensors).run(batch_sizes)
 
 
 @torch.no_grad()
-def run_backward(sizes, batch_sizes, weights, key, dropout, eps, inputs, outputs) -> None:
+def run_backward(sizes, batch_sizes, weights, key, dropout, first_row, eps, inputs, outputs) -> None:
     """The backward, as `run`. inputs x_gates, c0, hyper_c0, c, hyper_c, h_gates, hyper_gates, z [N, 12Z], and
     the gradients dh [N, H], dh_last, dc_last [B, H], dhyper_h_last, dhyper_c_last [B, M], each None where it
     is zero; outputs dx_gates, dh_gates (None without hyper LSTM), dhyper_gates, dz, dh0, dc0, dhyper_h0,
-    dhyper_c0, dbias, dd_weight and the gradients of the eight vectors of normalisation."""
+    dhyper_c0, which may be those of the last states, dbias, dd_weight and the gradients of the eight vectors
+    of normalisation."""
     with on_device(inputs[0]):
-        Backward(sizes, weights, key, dropout, eps, inputs, outputs).run(batch_sizes)
+        Backward(sizes, weights, Dropout(key, dropout, first_row), eps, inputs, outputs).run(batch_sizes)
 
 
 def _example(H: int, M: int, Z: int, norms: bool, dtype: torch.dtype, B: int, dropout: float) -> list[Launch]:
@@ -677,7 +681,7 @@ def _example(H: int, M: int, Z: int, norms: bool, dtype: torch.dtype, B: int, dr
     gates, hyper_gates = empty(N, 4 * H), empty(N, 4 * M)
     state = [empty(B, H), empty(B, H, dtype=wide), empty(B, M), empty(B, M, dtype=wide)]
     tensors = [gates, hyper_gates, *state, *of_step, gates, hyper_gates]
-    options = (2, N, B, H, M, Z), weights, key, dropout, 1e-5
+    options = (2, N, B, H, M, Z), weights, Dropout(key, dropout, 0), 1e-5
     z, c0, hyper_c0, c, hyper_c = empty(N, 12 * Z), state[1], state[3], of_step[1], of_step[3]
     inputs = [gates, c0, hyper_c0, c, hyper_c, gates, hyper_gates, z, of_step[0], *state]
     outputs = [gates, gates if M else None, hyper_gates, z, *state, weights[1], *weights[6:]]

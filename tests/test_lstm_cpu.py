@@ -1,160 +1,155 @@
 """The CPU kernels of lstm and lstm_backward where their sizes matter: packed weights and weights as they lie,
-blocks of columns and rows, results kept or not, gradients given or not. tests/ops/test_lstm.py has the op."""
+blocks of columns and rows, results kept or not, gradients given or not, a sequence in parts, results over
+inputs. tests/ops/test_lstm.py has the op."""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from hyperfast import reference
 from hyperfast.ops._library import _cpu, address, dtype_name
-from hyperfast.reference import HyperCell, LSTMState, Norms
+from hyperfast.reference import LSTMState, map_state
+from tests.lstm_problem import (
+    FIRST_STATE,
+    FIRST_SUM,
+    Case,
+    Problem,
+    Rows,
+    assert_equal,
+    backward_in_parts,
+    clones,
+    forward_in_parts,
+    there,
+    to,
+)
 
-KEY = torch.tensor([0x123456789ABCDEF])
-DROPOUT, EPS = 0.25, 1e-5
-# (rows of each step, H, M, Z): steps of one row; few rows; many rows in one step and in several, with more
-# columns and rows than a block has; no hyper LSTM
+DTYPES = [torch.float32, torch.float64]
+# steps of one row; few rows; many rows in one step and in several, with more columns and rows than a block
+# has; no hyper LSTM
 CASES = {
-    "one_row": ((1,) * 20, 33, 17, 5),
-    "few_rows": ((7, 2, 2, 1), 130, 9, 16),
-    "one_step": ((40,), 47, 16, 3),
-    "blocks": ((14, 14, 13, 13, 9, 3, 1), 300, 37, 7),
-    "many_rows": ((133, 131), 65, 140, 2),
-    "no_hyper": ((10,) * 7, 270, 0, 0),
+    "one_row": Case((1,) * 20, 33, 17, 5, dropout=0.25),
+    "few_rows": Case((7, 2, 2, 1), 130, 9, 16, dropout=0.25),
+    "one_step": Case((40,), 47, 16, 3, dropout=0.25),
+    "blocks": Case((14, 14, 13, 13, 9, 3, 1), 300, 37, 7, dropout=0.25),
+    "many_rows": Case((133, 131), 65, 140, 2, dropout=0.25),
+    "no_hyper": Case((10,) * 7, 270, dropout=0.25),
 }
+# Steps at which parts begin. Every other step the backward adds up the pieces of packed weights from the last
+# to the first, so that bits are equal where parts of several pieces begin after an even number of steps.
+CUTS = {"one_row": (0, 1, 20), "few_rows": (0, 1, 3, 4), "blocks": (0, 2, 4, 7), "no_hyper": (0, 4, 7)}
 
 
-def make(sizes: tuple[int, ...], H: int, M: int, Z: int, norms: bool) -> list:
-    """The arguments of `reference.lstm` up to batch_sizes, in float64."""
-    N, B = sum(sizes), sizes[0]
+class Kernels:
+    """The kernels for a whole sequence or parts of it, with what they pack and their scratch made once."""
 
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64) * scale
+    def __init__(self, p: Problem, threads: int = 1, keep: bool = True):
+        self.threads, self.keep, self.dtype = threads, keep, dtype_name(p.x_gates)
+        self.memory = [self._pack(p, False, keep), self._pack(p, True, p.norms is not None)]
 
-    def draw_norms(n: int) -> Norms | None:
-        return Norms(1 + draw(4 * n) / 8, draw(4 * n), 1 + draw(n) / 8, draw(n)) if norms else None
+    def _pack(self, p: Problem, backward: bool, whole: bool) -> list[Tensor | None]:
+        counts = _cpu.lstm_memory(p.sizes, backward, whole, self.dtype, self.threads)
+        memory = [torch.full((n,), 255, dtype=torch.uint8) if n else None for n in counts]  # NaN
+        weights = [address(t) for t in p.weights()]
+        _cpu.lstm_pack(p.sizes, weights, backward, [address(t) for t in memory], self.dtype, self.threads)
+        return memory
 
-    hyper, states = None, [draw(B, H), draw(B, H), None, None]
-    if M:
-        states[2:] = draw(B, M), draw(B, M)
-        recurrent = draw(4 * M, H, scale=H**-0.5), draw(4 * M, M, scale=M**-0.5)
-        z_map = draw(12 * Z, M, scale=M**-0.5), 1 + draw(12 * Z)
-        hyper = HyperCell(draw(N, 4 * M), *recurrent, *z_map, draw(12, H, Z, scale=Z**-0.5), draw_norms(M))
-    weight, batch_sizes = draw(4 * H, H, scale=H**-0.5), torch.tensor(sizes)
-    return [draw(N, 4 * H), LSTMState(*states), weight, draw(4 * H), draw_norms(H), hyper, batch_sizes]
+    def _run(self, kernel, p: Problem, memory, *tensors) -> None:
+        kernel(
+            p.sizes, address(p.batch_sizes), [address(t) for t in p.weights()], [address(t) for t in memory],
+            address(p.key), p.dropout, p.first_row, p.eps, *([address(t) for t in own] for own in tensors),
+            self.dtype, self.threads,
+        )  # fmt: skip
 
+    def write(self, p: Problem, rows: Rows) -> None:
+        self._run(_cpu.lstm, p, self.memory[0], p.tensors(rows))
 
-def convert(value, dtype: torch.dtype):
-    """Every floating-point tensor of nested tuples in dtype."""
-    if isinstance(value, tuple):
-        return type(value)(*(convert(v, dtype) for v in value))
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def write_gradients(self, p: Problem, rows: Rows, outputs: list[Tensor | None]) -> None:
+        self._run(_cpu.lstm_backward, p, self.memory[1], p.inputs(rows), outputs)
 
+    def forward(self, p: Problem) -> Rows:
+        rows = p.empty_rows(self.keep)
+        self.write(p, rows)
+        return p.with_z(rows)
 
-def run(arguments: list, threads: int, keep: bool = True) -> dict[str, Tensor]:
-    """What the kernel writes, by name."""
-    x_gates, state, weight, bias, norms, hyper, batch_sizes = arguments
-    N, (B, H) = len(x_gates), state.h.shape
-    M, Z = (hyper.weight_hh.shape[1], hyper.d_weight.shape[2]) if hyper else (0, 0)
-    written = dict(h=H, c=H, hyper_h=M, hyper_c=M) | (dict(h_gates=4 * H, hyper_gates=4 * M) if keep else {})
-    results = {name: x_gates.new_full((N, n), float("nan")) for name, n in written.items()}
-    none = [None] * 4
-    weights = [weight, bias, *(hyper[1:6] if hyper else [None] * 5)]
-    weights += [*(norms or none), *(hyper and hyper.norms or none)]
-    tensors = [x_gates, hyper and hyper.x_gates, *state, *results.values(), *([] if keep else [None] * 2)]
-    sizes, options = (len(batch_sizes), N, B, H, M, Z), (address(KEY), DROPOUT, EPS)
-    _cpu.lstm(
-        sizes, address(batch_sizes), [address(t) for t in weights], *options,
-        [address(t) for t in tensors], dtype_name(x_gates), threads,
-    )  # fmt: skip
-    return results
+    def backward(self, p: Problem, rows: Rows) -> list[Tensor | None]:
+        outputs = p.empty_gradients()
+        self.write_gradients(p, rows, outputs)
+        return outputs
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(assert_accurate, name, dtype, norms):
-    arguments = [convert(a, dtype) for a in make(*CASES[name], norms)]
-    exact = [convert(a, torch.float64) for a in arguments]
-    output, _ = reference.lstm(*exact, KEY, DROPOUT, EPS)
-    made = run(arguments, 1)
-    assert_accurate(made["h"], output, dtype)
-    sizes = CASES[name][0]
-    before = [exact[1].h, *output.split(sizes)]  # h that each step goes on from
-    h_gates = torch.cat([h[:size] @ exact[2].T for h, size in zip(before, sizes, strict=False)])
-    assert_accurate(made["h_gates"], h_gates, dtype)
+    p = replace(CASES[name], norms=norms).problem(dtype)
+    rows = Kernels(p).forward(p)
+    for made, wanted in zip(there(rows), there(to(p, torch.float64).expected_rows()), strict=True):
+        assert_accurate(made, wanted, dtype)
     for threads in (2, 3):
-        for key, again in run(arguments, threads).items():
-            assert torch.equal(again, made[key]), (threads, key)
-    for key, again in run(arguments, 1, keep=False).items():
-        assert torch.equal(again, made[key]), key
-
-
-def run_backward(arguments: list, kept: dict[str, Tensor], dh: Tensor, dlast: list, threads: int) -> list:
-    """What the kernel writes, in the order of the binding; None for what there is not."""
-    x_gates, state, weight, bias, norms, hyper, batch_sizes = arguments
-    N, (B, H) = len(x_gates), state.h.shape
-    M, Z = (hyper.weight_hh.shape[1], hyper.d_weight.shape[2]) if hyper else (0, 0)
-
-    def like(*tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if t is None else torch.full_like(t, float("nan")) for t in tensors]
-
-    none = [None] * 4
-    weights = [weight, bias, *(hyper[1:6] if hyper else [None] * 5)]
-    both_norms = [*(norms or none), *(hyper and hyper.norms or none)]
-    read = (kept[k] for k in ("c", "hyper_c", "h_gates", "hyper_gates", "z"))
-    inputs = [x_gates, state.c, state.hyper_c, *(t if t.numel() else None for t in read), dh, *dlast]
-    outputs = like(x_gates, x_gates if M else None, *inputs[6:8], state.h, *state[1:2], *state[2:], bias)
-    outputs += like(hyper and hyper.d_weight, *both_norms)
-    _cpu.lstm_backward(
-        (len(batch_sizes), N, B, H, M, Z), address(batch_sizes), [address(t) for t in weights + both_norms],
-        address(KEY), DROPOUT, EPS, [address(t) for t in inputs], [address(t) for t in outputs],
-        dtype_name(x_gates), threads,
-    )  # fmt: skip
-    return outputs
+        assert_equal(Kernels(p, threads).forward(p), rows)
+    assert_equal(Kernels(p, keep=False).forward(p)[:4], rows[:4])
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_backward(assert_accurate, name, dtype, norms):
-    given = norms  # gradients of the last state; without them the kernel is told that there are none
-    arguments = [convert(a, dtype) for a in make(*CASES[name], norms)]
-    x_gates, state, weight, bias, norms, hyper, batch_sizes = exact = [
-        convert(a, torch.float64) for a in arguments
-    ]
-    kept = run(exact, 1)
-    kept["z"] = torch.nn.functional.linear(kept["hyper_h"], *hyper[3:5]) if hyper else x_gates[:, :0]
-    kept = {key: t.to(dtype) for key, t in kept.items()}  # the kernel reads what the reference reads
-    wide = {key: t.double() if t.numel() else None for key, t in kept.items()}
-    dh = torch.randn_like(x_gates[:, : state.h.shape[1]]).to(dtype)
-    dlast = [None if s is None else torch.randn_like(s).to(dtype) for s in state]
-    if not given:
-        dlast = [None if s is None else torch.zeros_like(s) for s in dlast]
-    want = reference.lstm_backward(
-        batch_sizes, weight, bias, norms, hyper, KEY, DROPOUT, EPS, x_gates, state.c, state.hyper_c,
-        *(wide[key] for key in ("c", "hyper_c", "h_gates", "hyper_gates", "z")), dh.double(),
-        LSTMState(*(None if s is None else s.double() for s in dlast)),
-    )  # fmt: skip
-    made = run_backward(arguments, kept, dh, dlast if given else [None] * 4, 1)
-    none = [None] * 4
-    wanted = [want.x_gates, hyper and want.h_gates, want.hyper_gates, want.z, *want.state, want.bias]
-    wanted += [want.d_weight, *(want.norms or none), *(want.hyper_norms or none)]
+    p = replace(CASES[name], norms=norms).problem(dtype)
+    if not norms:  # the kernel is told that the last state has no gradients
+        p = p._replace(dlast=LSTMState(None, None, None, None))
+    rows = Kernels(p).forward(p)
+    wanted = to(p, torch.float64).expected_gradients(to(rows, torch.float64))
+    made = Kernels(p).backward(p, rows)
     assert [t is None for t in made] == [t is None for t in wanted]
-    pairs = [pair for pair in zip(made, wanted, strict=True) if pair[0] is not None]
-    for result, exact_result in pairs if dtype == torch.float64 else [zip(*pairs, strict=True)]:
-        assert_accurate(result, exact_result, dtype)  # in float32 all at once: some amplify rounding
+    pairs = zip(there(made), there(wanted), strict=True)
+    for result, exact in pairs if dtype == torch.float64 else [(there(made), there(wanted))]:
+        assert_accurate(result, exact, dtype)  # in float32 all at once: some amplify rounding
     for threads in (2, 3):
-        again = run_backward(arguments, kept, dh, dlast if given else [None] * 4, threads)
-        assert all(a is None or torch.equal(a, b) for a, b in zip(again, made, strict=True)), threads
+        assert_equal(Kernels(p, threads).backward(p, rows), made)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, cuts", CUTS.items(), ids=CUTS)
+def test_parts_equal_the_whole(assert_accurate, name, cuts, dtype, norms):
+    """Each goes on from the state of the one before, and from the number of its first row, which dropout
+    counts; what is packed serves all."""
+    p = replace(CASES[name], norms=norms).problem(dtype)
+    kernels = Kernels(p, threads=2 if norms else 1)
+    rows = kernels.forward(p)
+    assert_equal(forward_in_parts(p, cuts, kernels.write), rows)
+    whole = kernels.backward(p, rows)
+    parts = backward_in_parts(p, rows, cuts, kernels.write_gradients)
+    assert_equal(parts[:FIRST_SUM], whole[:FIRST_SUM])
+    assert_accurate(there(parts[FIRST_SUM:]), [t.double() for t in there(whole[FIRST_SUM:])], dtype)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("name", ["few_rows", "blocks", "no_hyper"])
+def test_results_over_inputs(name, norms):
+    """hyper_gates over hyper_x_gates; dx_gates over x_gates, and the state's gradient over the last one's."""
+    p = replace(CASES[name], norms=norms).problem(torch.float32)
+    rows = Kernels(p).forward(p)
+    gradients = Kernels(p).backward(p, rows)
+    x_gates, hyper_x_gates = clones((p.x_gates, p.hyper_x_gates))
+    q = p._replace(x_gates=x_gates, hyper_x_gates=hyper_x_gates, dlast=map_state(p.dlast, torch.clone))
+    kernels = Kernels(q, threads=2)
+    made = q.empty_rows()._replace(hyper_gates=q.hyper_x_gates)
+    kernels.write(q, made)
+    assert_equal(q.with_z(made), rows)
+    outputs = q.empty_gradients()
+    outputs[0], outputs[FIRST_STATE:FIRST_SUM] = q.x_gates, q.dlast
+    kernels.write_gradients(q, rows, outputs)
+    assert_equal(outputs, gradients)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", _cpu.isas())
 def test_every_instruction_set(isa):
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_kernel"]
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not every"]
     done = subprocess.run(command, env=os.environ | {"HYPERFAST_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -42,9 +42,9 @@ PRODUCT_SIZE = 4096
 def serves(engine: str, case: Case, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `engine` has the kernels for this case, forward and backward."""
     sizes = case.T, case.T * case.B, case.B, case.H, case.M, case.Z
-    x_gates, steps = torch.empty(1, 4 * case.H, dtype=dtype, device=device), torch.full((case.T,), case.B)
+    x, steps = torch.empty(1, case.I, dtype=dtype, device=device), torch.full((case.T,), case.B)
     with use_engine(engine):
-        return all(_engine(x_gates, sizes, steps, backward) == engine for backward in (False, True))
+        return all(_engine(x, sizes, steps, backward) == engine for backward in (False, True))
 
 
 def model_of(case: Case, dtype: torch.dtype, device: torch.device) -> HyperLSTM:

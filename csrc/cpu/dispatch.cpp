@@ -11,8 +11,8 @@ namespace hyperfast {
   Kernels {                                                                                                \
     #isa, isa::generate, isa::generate_backward, isa::update_generate, isa::hyper_linear,                  \
         isa::hyper_linear_backward, isa::generate_units, isa::generate_units_backward, isa::outer_product, \
-        isa::outer_product_backward, isa::im2col, isa::col2im, isa::lstm, isa::lstm_backward,              \
-        isa::batch_norm, isa::batch_norm_backward                                                          \
+        isa::outer_product_backward, isa::im2col, isa::col2im, isa::lstm_pack, isa::lstm,                  \
+        isa::lstm_backward_pack, isa::lstm_backward, isa::batch_norm, isa::batch_norm_backward             \
   }
 
 int supported(const Kernels** out, int capacity) {

@@ -212,12 +212,18 @@ inline int64_t rows_per_block(int64_t K) {
 inline int64_t num_blocks(int64_t N, int64_t K) { return (N + rows_per_block(K) - 1) / rows_per_block(K); }
 
 // An LSTM over a sequence; float32 or float64.
+// Weights as the kernels multiply by them, packed once for all parts of a sequence (lstm.h, lstm_backward.h).
+// Null: they are multiplied by as they lie.
+struct LstmPacked {
+  const void *weights, *scales;
+};
 struct Lstm {
   LstmSizes sizes;
   LstmWeights weights;
+  LstmPacked packed;
   LstmDropout dropout;
   double eps;
-  const void *x_gates, *hyper_x_gates;        // [N, 4H], [N, 4M]
+  const void *x_gates, *hyper_x_gates;        // [N, 4H], [N, 4M]; hyper_x_gates may be hyper_gates
   const void *h0, *c0, *hyper_h0, *hyper_c0;  // [B, H] twice, [B, M] twice
   void *h, *c, *hyper_h, *hyper_c;            // [N, H] twice, [N, M] twice: of every step
   void* h_gates;                              // [N, 4H] weight_hh h, for the backward; null: not kept
@@ -228,6 +234,7 @@ struct Lstm {
 struct LstmBackward {
   LstmSizes sizes;
   LstmWeights weights;
+  LstmPacked packed;  // its scales are always there with a hyper LSTM
   LstmDropout dropout;
   double eps;
   const void *x_gates, *c0, *hyper_c0;                            // as in Lstm
@@ -235,9 +242,9 @@ struct LstmBackward {
   const void* z;                                                  // [N, 12Z] hyper_h z_weight^T + z_bias
   const void* dh;                                                 // [N, H]
   const void *dh_last, *dc_last, *dhyper_h_last, *dhyper_c_last;  // [B, H] twice, [B, M] twice
-  void *dx_gates, *dh_gates;                // [N, 4H] twice; dh_gates null without hyper: dx_gates
-  void *dhyper_gates, *dz;                  // [N, 4M], [N, 12Z]
-  void *dh0, *dc0, *dhyper_h0, *dhyper_c0;  // [B, H] twice, [B, M] twice
+  void *dx_gates, *dh_gates;  // [N, 4H] twice; dx_gates may be x_gates; dh_gates null without hyper: dx_gates
+  void *dhyper_gates, *dz;    // [N, 4M], [N, 12Z]
+  void *dh0, *dc0, *dhyper_h0, *dhyper_c0;  // [B, H] twice, [B, M] twice; may be those of the last states
   void *dbias, *dd_weight;                  // [4H], [12, H, Z]
   std::array<void*, 4> dnorms;              // [4H], [4H], [H], [H], in the order of LstmNorms
   std::array<void*, 4> dhyper_norms;        // [4M], [4M], [M], [M]
@@ -263,9 +270,13 @@ struct Kernels {
   void (*outer_product_backward)(const OuterProductBackward&, DType, int threads);
   void (*im2col)(const Im2col&, DType, int threads);
   void (*col2im)(const Im2col&, DType, int threads);  // its transpose: image = sum of its columns
-  // dtype float32 or float64. threads: lstm_threads; scratch: lstm_scratch bytes for as many (lstm.h)
+  // dtype float32 or float64. threads: lstm_threads; scratch: lstm_scratch bytes for as many; packed by
+  // lstm_pack into memory of lstm_packed_bytes (lstm.h)
+  void (*lstm_pack)(const LstmSizes&, const LstmWeights&, void* weights, void* scales, DType, int threads);
   void (*lstm)(const Lstm&, DType, void* scratch, int threads);
-  // likewise; lstm_backward_scratch (lstm_backward.h)
+  // likewise (lstm_backward.h)
+  void (*lstm_backward_pack)(const LstmSizes&, const LstmWeights&, void* weights, void* scales, DType,
+                             int threads);
   void (*lstm_backward)(const LstmBackward&, DType, void* scratch, int threads);
   // scratch: images.scratch() doubles
   void (*batch_norm)(const BatchNormSegment&, DType, double* scratch, int threads);
@@ -285,7 +296,9 @@ struct Kernels {
   void outer_product_backward(const OuterProductBackward&, DType, int);                           \
   void im2col(const Im2col&, DType, int);                                                         \
   void col2im(const Im2col&, DType, int);                                                         \
+  void lstm_pack(const LstmSizes&, const LstmWeights&, void*, void*, DType, int);                 \
   void lstm(const Lstm&, DType, void*, int);                                                      \
+  void lstm_backward_pack(const LstmSizes&, const LstmWeights&, void*, void*, DType, int);        \
   void lstm_backward(const LstmBackward&, DType, void*, int);                                     \
   void batch_norm(const BatchNormSegment&, DType, double*, int);                                  \
   void batch_norm_backward(const BatchNormBackwardSegment&, DType, double*, int);                 \

@@ -68,6 +68,7 @@ struct Sequence {
   const Lstm& p;
   const LstmSizes& s;
   const LstmScratch<C>& scratch;
+  const LstmPackedParts<C> packed;
   const Norms<C> norms, hyper_norms;
   const DropoutScale<C> dropout, hyper_dropout;
   const DPanels d_panels;
@@ -77,10 +78,11 @@ struct Sequence {
       : p(p),
         s(p.sizes),
         scratch(scratch),
+        packed(p.sizes, p.packed.weights, p.packed.scales),
         norms(p.weights.norms),
         hyper_norms(p.weights.hyper_norms),
-        dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 0),
-        hyper_dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 1),
+        dropout(p.dropout, 0),
+        hyper_dropout(p.dropout, 1),
         d_panels(s.H, s.Z),
         hyper_panels(count_panels(4 * s.M)),
         panels(hyper_panels + count_panels(4 * s.H)) {}
@@ -121,29 +123,9 @@ struct Sequence {
     return share;
   }
 
-  C* panel_at(int64_t i) const {
+  const C* panel_at(int64_t i) const {
     const int64_t hyper = i < hyper_panels ? i : hyper_panels;
-    return scratch.weights + (hyper * (s.H + s.M) + (i - hyper) * s.H) * kPanel;
-  }
-
-  void pack(const Share& own, int64_t thread, int64_t threads) const {
-    const LstmWeights& w = p.weights;
-    for (int64_t i = own.begin; i < own.end && packs_weights(s); ++i) {
-      C* to = panel_at(i);
-      const int64_t panel = i < hyper_panels ? i : i - hyper_panels, first = panel * kPanel;
-      if (i < hyper_panels) {
-        const int64_t width = panel_width(4 * s.M, panel);
-        pack_columns(in(w.hyper_weight_xh) + first * s.H, 1, s.H, s.H, width, to);
-        pack_columns(in(w.hyper_weight_hh) + first * s.M, 1, s.M, s.M, width, to + s.H * kPanel);
-      } else {
-        pack_columns(in(w.weight_hh) + first * s.H, 1, s.H, s.H, panel_width(4 * s.H, panel), to);
-      }
-    }
-    if (!s.M || !packs_scales(s)) return;
-    const Share z(count_panels(12 * s.Z), thread, threads), d(d_panels.count(), thread, threads);
-    for (int64_t i = z.begin; i < z.end; ++i)
-      pack_panel(in(w.z_weight), 1, s.M, s.M, 12 * s.Z, i, scratch.z_weight);
-    for (int64_t i = d.begin; i < d.end; ++i) d_panels.pack(in(w.d_weight), i, scratch.d_weight);
+    return packed.weights + (hyper * (s.H + s.M) + (i - hyper) * s.H) * kPanel;
   }
 
   static int lanes_at(int64_t width, int64_t j) { return int(width - j < W ? width - j : W); }
@@ -156,7 +138,7 @@ struct Sequence {
     const auto finish = [&](int64_t b, int64_t j, auto sums) {
       store(S(), to + b * 4 * s.H + j, sums, lanes_at(width, j));
     };
-    if (packs_weights(s))
+    if (packed.weights)
       multiply_panel(S(), step.rows, {{step.h, s.H, s.H}}, panel_at(i), width, panel_at(next), finish);
     else
       multiply_columns(S(), step.rows, {{step.h, s.H, in(p.weights.weight_hh) + first * s.H, s.H, s.H}},
@@ -173,7 +155,7 @@ struct Sequence {
       const int lanes = lanes_at(width, j);
       store(S(), to + at, load(S(), x + at, lanes) + sums, lanes);
     };
-    if (packs_weights(s))
+    if (packed.weights)
       return multiply_panel(S(), step.rows, {{step.h, s.H, s.H}, {step.hyper_h, s.M, s.M}}, panel_at(panel),
                             width, panel_at(next), finish);
     const C *xh = in(p.weights.hyper_weight_xh) + first * s.H,
@@ -188,12 +170,12 @@ struct Sequence {
     const auto finish = [&](int64_t b, int64_t j, auto sums, int lanes) {
       store(S(), z + b * 12 * s.Z + j, sums + load(S(), bias + j, lanes), lanes);
     };
-    if (!packs_scales(s))
+    if (!packed.z_weight)
       return multiply_columns(
           S(), rows, {{hyper_h, s.M, in(p.weights.z_weight), s.M, s.M}}, 12 * s.Z,
           [&](int64_t b, int64_t j, auto sums) { finish(b, j, sums, lanes_at(12 * s.Z, j)); });
     for (int64_t panel = 0; panel < count_panels(12 * s.Z); ++panel)
-      multiply_panel(S(), rows, hyper_h, s.M, scratch.z_weight, s.M, 12 * s.Z, panel, finish);
+      multiply_panel(S(), rows, hyper_h, s.M, packed.z_weight, s.M, 12 * s.Z, panel, finish);
     for (int64_t b = 0; b < rows; ++b)
       for (int64_t i = 0; i < 12; ++i)
         for (int64_t k = 0; k < s.Z; ++k)
@@ -242,12 +224,12 @@ struct Sequence {
           __builtin_prefetch(h_gates + at + 2 * W);
         };
         int64_t b = 0;
-        if (!packs_scales(s))
+        if (!packed.z_weight)
           for (typename S::V d[3]; b < rows; ++b) {
             row_scales(z + b * 12 * s.Z, gate, first, d);
             finish(b, d);
           }
-        const C* d_weight = d_panels.at(scratch.d_weight, gate, first / kPanel) + first % kPanel;
+        const C* d_weight = d_panels.at(packed.d_weight, gate, first / kPanel) + first % kPanel;
         const auto block = [&](auto count) {
           for (; b + count <= rows; b += count)
             scales<count>(z_columns + (b / kZRows * 4 + gate) * s.Z * 3 * kZRows + b % kZRows, d_weight,
@@ -303,8 +285,6 @@ struct Sequence {
     C* gates = scratch.gates + thread * scratch.gates_size(s);
     C* z = scratch.z + thread * scratch.z_size(s);
     C* z_columns = scratch.z_columns + thread * scratch.z_size(s);
-    pack(own, thread, threads);
-#pragma omp barrier
     for (int64_t t = 0, start = 0, last = 0; t < s.T; ++t) {
       const Step step = step_at(t, start, last);
       const int64_t sign = t % 2 ? -1 : 1;  // there and back: some of them are still in the cache
@@ -322,9 +302,51 @@ struct Sequence {
   }
 };
 
+// What lstm_pack does of panel i among all: those of the hyper LSTM's gates, of the LSTM's, of z_weight and
+// of d_weight.
+template <class C>
+struct Packing {
+  const LstmSizes& s;
+  const LstmWeights& w;
+  const LstmPackedParts<C> to;
+  const DPanels d_panels{s.H, s.Z};
+  const int64_t hyper = to.weights ? count_panels(4 * s.M) : 0;
+  const int64_t gates = to.weights ? hyper + count_panels(4 * s.H) : 0;
+  const int64_t z = to.z_weight ? gates + count_panels(12 * s.Z) : gates;
+  const int64_t count = to.z_weight ? z + d_panels.count() : gates;
+
+  static const C* in(const void* tensor) { return static_cast<const C*>(tensor); }
+  void operator()(int64_t i) const {
+    if (i < hyper) {
+      C* panel = to.weights + i * (s.H + s.M) * kPanel;
+      const int64_t first = i * kPanel, width = panel_width(4 * s.M, i);
+      pack_columns(in(w.hyper_weight_xh) + first * s.H, 1, s.H, s.H, width, panel);
+      pack_columns(in(w.hyper_weight_hh) + first * s.M, 1, s.M, s.M, width, panel + s.H * kPanel);
+    } else if (i < gates) {
+      pack_panel(in(w.weight_hh), 1, s.H, s.H, 4 * s.H, i - hyper,
+                 to.weights + packed_size(s.H + s.M, 4 * s.M));
+    } else if (i < z) {
+      pack_panel(in(w.z_weight), 1, s.M, s.M, 12 * s.Z, i - gates, to.z_weight);
+    } else {
+      d_panels.pack(in(w.d_weight), i - z, to.d_weight);
+    }
+  }
+};
+
 }  // namespace
 
 namespace HYPERFAST_ISA {
+
+void lstm_pack(const LstmSizes& s, const LstmWeights& w, void* weights, void* scales, DType dtype,
+               int threads) {
+  const auto run = [&](auto c) {
+    const Packing<decltype(c)> pack{s, w, {s, weights, scales}};
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < pack.count; ++i) pack(i);
+  };
+  if (dtype == DType::float64) run(double());
+  else run(float());
+}
 
 void lstm(const Lstm& p, DType dtype, void* memory, int threads) {
   const auto run = [&](auto c) {

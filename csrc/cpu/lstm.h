@@ -1,5 +1,5 @@
-// What the forward and the backward of an LSTM share: the embeddings' weights packed, layer norm's
-// statistics, walks over columns. Products are in panels.h, the gates' functions in activations.h, dropout in
+// What the forward and the backward of an LSTM share: packed weights, layer norm's statistics, walks over
+// columns. Products are in panels.h, the gates' functions in activations.h, dropout in
 // philox.h.
 #pragma once
 #include <algorithm>
@@ -17,7 +17,7 @@ constexpr int64_t kZRows = 8;      // of them, rows whose embeddings lie side by
 // Whether the forward packs its weights or multiplies by them as they lie. H 512, M 128, two cores: packing
 // takes 0.8 ms, a step of 1, 8 or 32 rows then 0.13, 0.17, 0.39 ms, without it 0.10, 0.30, 0.9.
 inline bool packs_weights(const LstmSizes& s) { return s.N > 64 && s.B > 2; }
-inline bool packs_scales(const LstmSizes& s) { return s.N > 16; }
+inline bool packs_scales(const LstmSizes& s) { return s.N > 16 && s.M; }
 
 // The threads that a step has work for: kThreadProducts outweigh what a thread costs at its barriers.
 constexpr int64_t kThreadProducts = 32768;
@@ -29,21 +29,35 @@ inline int lstm_threads(const LstmSizes& s, int threads) {
 // Numbers of d_weight as DPanels packs it.
 inline int64_t d_panels_size(int64_t H, int64_t Z) { return 12 * count_panels(H) * Z * kPanel; }
 
-// Of the forward. C: the type computed with.
+// The parts of LstmPacked of the forward. C: the type computed with.
+template <class C>
+struct LstmPackedParts {
+  C* weights;              // hyper_weight_xh over hyper_weight_hh, then weight_hh
+  C *z_weight, *d_weight;  // null: not packed
+  LstmPackedParts(const LstmSizes& s, const void* weights, const void* scales)
+      : weights(static_cast<C*>(const_cast<void*>(weights))),
+        z_weight(static_cast<C*>(const_cast<void*>(scales))),
+        d_weight(scales ? z_weight + packed_size(s.M, 12 * s.Z) : nullptr) {}
+};
+
+// Bytes of LstmPacked; the sizes are those of the whole sequence.
+struct LstmPackedBytes {
+  int64_t weights, scales;
+};
+inline LstmPackedBytes lstm_packed_bytes(const LstmSizes& s, int64_t element) {
+  return {packs_weights(s) ? element * (packed_size(s.H + s.M, 4 * s.M) + packed_size(s.H, 4 * s.H)) : 0,
+          packs_scales(s) ? element * (packed_size(s.M, 12 * s.Z) + d_panels_size(s.H, s.Z)) : 0};
+}
+
+// Of the forward.
 template <class C>
 struct LstmScratch {
-  C* weights;                // packed: hyper_weight_xh over hyper_weight_hh, then weight_hh
-  C *z_weight, *d_weight;    // packed
   C *h_gates, *hyper_gates;  // [B, 4H], [B, 4M], of a step, where they are not kept
   C* gates;                  // [threads, kLstmRows, 4, padded H]
   C *z, *z_columns;          // [threads, kLstmRows, 12Z], [threads, kLstmRows / kZRows, 4, Z, 3, kZRows]
   int64_t bytes;
   LstmScratch(const LstmSizes& s, bool keeps, int threads, void* base) {
     Scratch scratch(base);
-    weights =
-        scratch.take<C>(packs_weights(s) ? packed_size(s.H + s.M, 4 * s.M) + packed_size(s.H, 4 * s.H) : 0);
-    z_weight = scratch.take<C>(packs_scales(s) ? packed_size(s.M, 12 * s.Z) : 0);
-    d_weight = scratch.take<C>(packs_scales(s) ? d_panels_size(s.H, s.Z) : 0);
     h_gates = scratch.take<C>(keeps ? 0 : s.B * 4 * s.H);
     hyper_gates = scratch.take<C>(keeps ? 0 : s.B * 4 * s.M);
     gates = scratch.take<C>(threads * gates_size(s));

@@ -9,7 +9,11 @@
 // each: the gates' gradients by panel (three phases with layer norm, for its sums over a row), the hyper
 // LSTM's by row, the products by panel. What does not depend on the step behind (the gates before
 // normalisation, by the modulation recomputed from z) is done beside the products. At those sizes, AVX-512,
-// two cores: products 0.28 ms (310 GFLOPS), the hyper LSTM 0.03, the rest 0.21; layer norm adds 0.1.
+// two cores: products 0.30 ms (310 GFLOPS), the hyper LSTM 0.04, the rest 0.18; layer norm adds 0.08. With B
+// 128, H 1000, M 128, Z 4 and layer norm, about 6.0 ms (floor 3.8): products 3.85, the hyper LSTM 0.1, the
+// gates before normalisation 0.5, the phases with their gradients 0.25, 0.15 and 1.1. The stores of the last
+// one took 1.4 ms by themselves before their lines were asked for ahead. Blocks of 16 to 64 rows, which the
+// second cache would hold from phase to phase, win nothing.
 #include "lstm_backward.h"
 
 #include <omp.h>
@@ -49,11 +53,17 @@ struct Cell {
 
   static V load(const C* p, int lanes) { return hyperfast::load(simd, p, lanes); }
   static void add(C* sum, V v) { S::store(sum, S::load(sum) + v); }
+  // to[i] = the sum of the lanes of v[i], all together
+  template <int count>
+  static void sum(V (&v)[count], C* to) {
+    sum_groups<W, count, W>(v);
+    for (int i = 0; i < count; i += W) store(simd, to + i, v[i / W], std::min(W, count - i));
+  }
 
   // The first pass: everything that needs no dc. totals [2]: what c's layer norm needs.
   template <bool normed>
   static void slopes(const CellRow<C>& r, C* totals) {
-    V total{}, product{};
+    V sums[2] = {};
     for_vectors<W>(r.n, [&](int64_t j, int lanes) {
       V gates[4], read = load(r.c + j, lanes), xhat{}, weight{};
       for (int k = 0; k < 4; ++k) {
@@ -75,8 +85,8 @@ struct Cell {
         add(r.sums + 8 * r.sums_step + j, by_h * xhat);
         add(r.sums + 9 * r.sums_step + j, by_h);
         by_h *= weight;
-        total += by_h;
-        product += by_h * xhat;
+        sums[0] += by_h;
+        sums[1] += by_h * xhat;
       }
       const V scale = r.dropout ? r.dropout->at(simd, r.row, r.column + j) : V{} + C(1);
       const V scaled = i * scale;
@@ -88,13 +98,13 @@ struct Cell {
       S::store(work + 4 * r.work_step, f);
       S::store(work + 5 * r.work_step, by_h);
     });
-    if (normed) totals[0] = S::sum(total), totals[1] = S::sum(product);
+    if (normed) sum(sums, totals);
   }
 
   // The second: dc, and the gradients of the gates after normalisation. totals [4, 2]: what their norms need.
   template <bool normed>
   static void gradients(const CellRow<C>& r, C* totals) {
-    V total[4] = {}, product[4] = {};
+    V sums[8] = {};
     for_vectors<W>(r.n, [&](int64_t j, int lanes) {
       C* work = r.work + j;
       V by_h = S::load(work + 5 * r.work_step);
@@ -109,14 +119,13 @@ struct Cell {
           add(r.sums + k * r.sums_step + j, g * xhat);
           add(r.sums + (4 + k) * r.sums_step + j, g);
           g *= load(r.gates_weight + k * r.weight_step + j, lanes);
-          total[k] += g;
-          product[k] += g * xhat;
+          sums[2 * k] += g;
+          sums[2 * k + 1] += g * xhat;
         }
         S::store(work + k * r.work_step, g);
       }
     });
-    if (normed)
-      for (int k = 0; k < 4; ++k) totals[2 * k] = S::sum(total[k]), totals[2 * k + 1] = S::sum(product[k]);
+    if (normed) sum(sums, totals);
   }
 
   // The third: of a vector of gate k before normalisation.
@@ -144,9 +153,10 @@ class Backward {
   const LstmBackward& p;
   const LstmSizes& s;
   const LstmBackwardScratch<C>& scratch;
+  const LstmBackwardPacked<C> packed;
   const LstmStrips strips;
   const DPanels d_panels;
-  const bool normed, hyper_normed, hyper, packs, streams;
+  const bool normed, hyper_normed, hyper, streams;
   const C eps;
   const DropoutScale<C> dropout, hyper_dropout;
 
@@ -160,16 +170,16 @@ class Backward {
       : p(p),
         s(p.sizes),
         scratch(scratch),
+        packed(p.sizes, p.packed.weights, p.packed.scales),
         strips(p.sizes.H),
         d_panels(p.sizes.H, p.sizes.Z),
         normed(p.weights.norms.gates_weight),
         hyper_normed(p.weights.hyper_norms.gates_weight),
         hyper(p.sizes.M),
-        packs(packs_weights_backward(p.sizes)),
         streams(p.sizes.H % W == 0 && (uintptr_t(p.dx_gates) | uintptr_t(p.dh_gates)) % (W * sizeof(C)) == 0),
         eps(C(p.eps)),
-        dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 0),
-        hyper_dropout(p.dropout.key ? *p.dropout.key : 0, p.dropout.share, 1) {}
+        dropout(p.dropout, 0),
+        hyper_dropout(p.dropout, 1) {}
 
   // What every thread of a parallel region calls.
   void run(int64_t thread, int64_t threads) const {
@@ -188,8 +198,8 @@ class Backward {
       start -= size;
       const Step step = step_at(t, start);
       const Step behind = t ? step_at(t - 1, step.before) : Step{};
-      if (normed) normed_gates(step, mine, panels, thread);
-      else plain_gates(step, mine, thread);
+      if (normed) normed_gates(step, panels, thread);
+      else plain_gates(step, panels, thread);
 #pragma omp barrier
       if (hyper) {
         const Share blocks(ceil_div(size, kHyperRows), thread, threads);
@@ -215,40 +225,25 @@ class Backward {
   }
 
   int64_t width(int64_t panel) const { return panel_width(s.H, panel); }
-  C* weights_of(int64_t panel) const { return scratch.weights + panel * 4 * (s.H + s.M) * kPanel; }
+  const C* weights_of(int64_t panel) const { return packed.weights + panel * 4 * (s.H + s.M) * kPanel; }
 
   // ---- before and after all steps
 
   void prepare(const Share& panels, int64_t thread, int64_t threads) const {
-    const LstmWeights& w = p.weights;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      if (packs) pack_weights(at<>(w.weight_hh), panel, 0, 4 * s.H, weights_of(panel));
       std::fill_n(scratch.sums + panel * kSums * kPanel, kSums * kPanel, C(0));
       begin_panel(at<>(p.dh_last), s.H, panel, scratch.dh + panel * s.B * kPanel, kPanel);
       begin_panel(at<>(p.dc_last), s.H, panel, scratch.dc + panel * s.B * kPanel, kPanel);
-      if (!hyper) continue;
-      if (packs)
-        pack_weights(at<>(w.hyper_weight_xh), panel, 0, 4 * s.M, weights_of(panel) + 4 * s.H * kPanel);
-      std::fill_n(scratch.dd_weight + panel * 12 * s.Z * kPanel, 12 * s.Z * kPanel, C(0));
-      for (int64_t gate = 0; gate < 4; ++gate)
-        d_panels.pack(at<>(w.d_weight), gate * d_panels.panels + panel, scratch.d_panels);
-      pack_d_rows(panel);
+      if (hyper) std::fill_n(scratch.dd_weight + panel * 12 * s.Z * kPanel, 12 * s.Z * kPanel, C(0));
     }
     const Share small(count_panels(s.M), thread, threads);
     for (int64_t panel = small.begin; panel < small.end; ++panel) {
-      pack_panel(at<>(w.hyper_weight_hh), s.M, 1, 4 * s.M, s.M, panel, scratch.hyper_weight_hh);
-      pack_panel(at<>(w.z_weight), s.M, 1, 12 * s.Z, s.M, panel, scratch.z_weight);
       begin_panel(at<>(p.dhyper_h_last), s.M, panel, scratch.dhyper_h + panel * kPanel, scratch.padded_M);
       begin_panel(at<>(p.dhyper_c_last), s.M, panel, scratch.dhyper_c + panel * kPanel, scratch.padded_M);
     }
     const Share blocks(scratch.hyper_blocks, thread, threads);
     const int64_t size = kCellSums * scratch.padded_M;
     std::fill_n(scratch.hyper_sums + blocks.begin * size, (blocks.end - blocks.begin) * size, C(0));
-  }
-
-  // Rows k to end of a panel of weight [.., H].
-  void pack_weights(const C* weight, int64_t panel, int64_t k, int64_t end, C* to) const {
-    pack_columns(weight + k * s.H + panel * kPanel, s.H, 1, end - k, width(panel), to);
   }
 
   // A panel of from [B, n], or zeros, and zeros in the columns that pad it.
@@ -258,17 +253,6 @@ class Backward {
       if (from) std::copy_n(from + b * n + panel * kPanel, columns, to + b * ldt);
       std::fill_n(to + b * ldt + columns, kPanel - columns, C(0));
     }
-  }
-
-  void pack_d_rows(int64_t panel) const {
-    const int64_t padded = scratch.padded_Z;
-    C* to = scratch.d_rows + panel * 12 * kPanel * padded;
-    for (int64_t place = 0; place < 12; ++place)
-      for (int64_t h = 0; h < kPanel; ++h, to += padded) {
-        const int64_t column = panel * kPanel + h, columns = column < s.H ? s.Z : 0;
-        std::copy_n(at<>(p.weights.d_weight) + (place * s.H + column) * s.Z, columns, to);
-        std::fill_n(to + columns, padded - columns, C(0));
-      }
   }
 
   void finish(const Share& panels, int64_t thread, int64_t threads) const {
@@ -311,10 +295,13 @@ class Backward {
   C* tile_of(int64_t thread) const { return scratch.tile + thread * 12 * kBackwardRows * kPanel; }
   static C* place_of(C* tile, int64_t place) { return tile + place * kBackwardRows * kPanel; }
 
-  // Calls f(first row, rows) for all tiles of a panel.
+  // Calls f(panel, first row, rows) for all tiles of some panels: panel after panel of the same rows, so that
+  // a row is read and written along its columns.
   template <class F>
-  static void for_tiles(int64_t size, F f) {
-    for (int64_t b = 0; b < size; b += kBackwardRows) f(b, std::min(kBackwardRows, size - b));
+  static void for_tiles(int64_t size, const Share& panels, F f) {
+    for (int64_t b = 0; b < size; b += kBackwardRows)
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+        f(panel, b, std::min(kBackwardRows, size - b));
   }
 
   // A step's z as the tiles read it
@@ -360,7 +347,7 @@ class Backward {
     constexpr int P = sizeof(C) * W == 64 ? 4 : 2;
     const int64_t n = width(panel);
     for (int64_t gate = 0; gate < 4; ++gate) {
-      const C *z = z_of(b, gate), *d = d_panels.at(scratch.d_panels, gate, panel);
+      const C *z = z_of(b, gate), *d = d_panels.at(packed.d_panels, gate, panel);
       const auto strip = [&](auto vectors, int64_t first) {
         constexpr int J = decltype(vectors)::value;
         int64_t row = 0;
@@ -415,24 +402,34 @@ class Backward {
     });
   }
 
-  // What a tile reads is asked for while the one before it is computed: with row b the row kBackwardRows
-  // below, or that of the next panel. GCC would drop calls of functions that only ask.
+  // What a tile reads is asked for while the one before it is computed: with row b that of the next panel, or
+  // behind the last one the row kBackwardRows below. GCC would drop calls of functions that only ask.
   struct Next {
     int64_t panel, row;  // among all N
     int64_t before;      // the row of the step before
   };
-  Next next_of(const Step& step, int64_t panel, int64_t b) const {
-    if (b + kBackwardRows < step.size) b += kBackwardRows;
-    else if (panel + 1 < strips.panels) b %= kBackwardRows, ++panel;
+  Next next_of(const Step& step, const Share& panels, int64_t panel, int64_t b) const {
+    if (panel + 1 < panels.end) ++panel;
+    else if (b + kBackwardRows < step.size) b += kBackwardRows, panel = panels.begin;
     return {panel, step.start + b, step.before < 0 ? step.start + b : step.before + b};
   }
   __attribute__((always_inline)) static void ask(const C* from) {
     for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(from + i);
   }
+  static void ask_to_write(C* to) {
+    for (int64_t i = 0; i < kPanel; i += 64 / int64_t(sizeof(C))) prefetch_to_write(to + i);
+  }
   __attribute__((always_inline)) void ask_gate(const Next& next, int64_t gate) const {
     const int64_t element = (next.row * 4 + gate) * s.H + next.panel * kPanel;
     ask(at<>(p.x_gates) + element);
     ask(at<>(p.h_gates) + element);
+  }
+  void ask_outputs(const Step& step, const Next& next, int64_t gate) const {
+    const int64_t column = gate * s.H + next.panel * kPanel, element = next.row * 4 * s.H + column;
+    ask_to_write(scratch.dh_gates + (next.row - step.start) * scratch.padded_gates + column);
+    if (streams) return;
+    ask_to_write(at<C>(p.dx_gates) + element);
+    if (hyper) ask_to_write(at<C>(p.dh_gates) + element);
   }
   __attribute__((always_inline)) void ask_cell(const Next& next) const {
     const int64_t element = next.row * s.H + next.panel * kPanel;
@@ -473,12 +470,12 @@ class Backward {
 
   // dx_gates, dh_gates and dbias of a row; in the tile dd takes the place of d.
   template <bool with_norm>
-  void write_row(const Step& step, int64_t panel, int64_t b, const CellRow<C>& r, C* tile,
-                 int64_t row) const {
+  void write_row(const Step& step, int64_t panel, int64_t b, const CellRow<C>& r, C* tile, int64_t row,
+                 const Next& next) const {
     C* dbias = scratch.sums + panel * kSums * kPanel;
-    const Next next = next_of(step, panel, b);
     for (int k = 0; k < 4; ++k) {
       ask_gate(next, k);
+      ask_outputs(step, next, k);
       const int64_t column = k * s.H + panel * kPanel, element = (step.start + b) * 4 * s.H + column;
       C* kept = scratch.dh_gates + b * scratch.padded_gates + column;
       C* d = place_of(tile, k) + row * kPanel;
@@ -501,12 +498,12 @@ class Backward {
   }
 
   // From dd: the strip's share of dz, and dd_weight.
-  void embeddings(int64_t strip, int64_t panel, int64_t b, int64_t rows, C* tile) const {
-    const int64_t padded = scratch.padded_Z, n = width(panel);
+  void embeddings(int64_t panel, int64_t b, int64_t rows, C* tile) const {
+    const int64_t padded = scratch.padded_Z, n = width(panel), strip = strips.holding(panel);
     const bool add = panel > strips.of(strip).begin;
     C* dz = scratch.dz + (strip * s.B + b) * 12 * padded;
     for (int64_t place = 0; place < 12; ++place) {
-      const C *dd = place_of(tile, place), *d_rows = scratch.d_rows + (panel * 12 + place) * kPanel * padded;
+      const C *dd = place_of(tile, place), *d_rows = packed.d_rows + (panel * 12 + place) * kPanel * padded;
       with_width<C>(s.Z, [&](auto narrow) {
         multiply(narrow, rows, padded, dd, kPanel, int64_t(1), d_rows, padded, n,
                  [&](int64_t row, int64_t j, auto sums) {
@@ -521,21 +518,20 @@ class Backward {
     }
   }
 
-  void plain_gates(const Step& step, const Share& mine, int64_t thread) const {
+  void plain_gates(const Step& step, const Share& panels, int64_t thread) const {
     C *tile = tile_of(thread), *work = scratch.work + thread * kBackwardRows * kWork * kPanel;
-    for (int64_t strip = mine.begin; strip < mine.end; ++strip)
-      for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
-        for_tiles(step.size, [&](int64_t b, int64_t rows) {
-          gates_before(step, panel, b, rows, tile, [&](int64_t row) { return work + row * kWork * kPanel; });
-          for (int64_t row = 0; row < rows; ++row) {
-            const CellRow<C> r = row_of(step, panel, b + row, work + row * kWork * kPanel, nullptr);
-            ask_cell(next_of(step, panel, b + row));
-            Steps::template slopes<false>(r, nullptr);
-            Steps::template gradients<false>(r, nullptr);
-            write_row<false>(step, panel, b + row, r, tile, row);
-          }
-          if (hyper) embeddings(strip, panel, b, rows, tile);
-        });
+    for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+      gates_before(step, panel, b, rows, tile, [&](int64_t row) { return work + row * kWork * kPanel; });
+      for (int64_t row = 0; row < rows; ++row) {
+        const CellRow<C> r = row_of(step, panel, b + row, work + row * kWork * kPanel, nullptr);
+        const Next next = next_of(step, panels, panel, b + row);
+        ask_cell(next);
+        Steps::template slopes<false>(r, nullptr);
+        Steps::template gradients<false>(r, nullptr);
+        write_row<false>(step, panel, b + row, r, tile, row, next);
+      }
+      if (hyper) embeddings(panel, b, rows, tile);
+    });
   }
 
   // ---- the same with layer norm
@@ -544,21 +540,20 @@ class Backward {
 
   // The gates before normalisation, and mean and sum of squared deviations of each panel.
   void statistics(const Step& step, const Share& panels) const {
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-      for_tiles(step.size, [&](int64_t b, int64_t rows) {
-        gates_before(step, panel, b, rows, nullptr, [&](int64_t row) { return work_of(panel, b + row); });
-        for (int64_t row = b; row < b + rows; ++row) {
-          const C* gates = work_of(panel, row);
-          const Next next = next_of(step, panel, row);
-          ask_cell(next);
-          for (int64_t k = 0; k < 5; ++k) {
-            if (k < 4) ask_gate(next, k);
-            const C* x = k < 4 ? gates + k * kPanel : at<>(p.c) + (step.start + row) * s.H + panel * kPanel;
-            C* to = scratch.statistics + (panel * 10 + k) * s.B + row;
-            deviations(x, width(panel), to[0], to[5 * s.B]);
-          }
+    for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+      gates_before(step, panel, b, rows, nullptr, [&](int64_t row) { return work_of(panel, b + row); });
+      for (int64_t row = b; row < b + rows; ++row) {
+        const C* gates = work_of(panel, row);
+        const Next next = next_of(step, panels, panel, row);
+        ask_cell(next);
+        for (int64_t k = 0; k < 5; ++k) {
+          if (k < 4) ask_gate(next, k);
+          const C* x = k < 4 ? gates + k * kPanel : at<>(p.c) + (step.start + row) * s.H + panel * kPanel;
+          C* to = scratch.statistics + (panel * 10 + k) * s.B + row;
+          deviations(x, width(panel), to[0], to[5 * s.B]);
         }
-      });
+      }
+    });
   }
 
   static void deviations(const C* x, int64_t n, C& mean, C& squares) {
@@ -582,61 +577,69 @@ class Backward {
   // a panel, row and norm.
   void combine_statistics(const Step& step, RowNorm<C>* norms) const {
     for (int64_t k = 0; k < 5; ++k)
-      for (int64_t b = 0; b < step.size; ++b) {
+      for_vectors<W>(step.size, [&](int64_t b, int lanes) {
         const C* from = scratch.statistics + k * s.B + b;
-        C mean = 0, squares = 0;
+        V mean{}, squares{};
         for (int64_t panel = 0; panel < strips.panels; ++panel)
-          mean += C(width(panel)) * from[panel * 10 * s.B];
+          mean += C(width(panel)) * load(simd, from + panel * 10 * s.B, lanes);
         mean /= C(s.H);
         for (int64_t panel = 0; panel < strips.panels; ++panel) {
-          const C d = from[panel * 10 * s.B] - mean;
-          squares += from[(panel * 10 + 5) * s.B] + C(width(panel)) * d * d;
+          const V d = load(simd, from + panel * 10 * s.B, lanes) - mean;
+          squares += load(simd, from + (panel * 10 + 5) * s.B, lanes) + C(width(panel)) * d * d;
         }
-        norms[b * 5 + k] = {mean, 1 / std::sqrt(squares / C(s.H) + eps), 0, 0};
-      }
+        C means[W], inverses[W];
+        S::store(means, mean);
+        S::store(inverses, C(1) / S::sqrt(squares / C(s.H) + eps));
+        for (int i = 0; i < lanes; ++i) norms[(b + i) * 5 + k] = {means[i], inverses[i], 0, 0};
+      });
   }
 
-  // sums [panels, B, 2 count] to the norms from `first` on
+  // sums [panels, B, count, 2] to the norms from `first` on
   void combine_sums(const Step& step, const C* sums, int64_t first, int64_t count, RowNorm<C>* norms) const {
-    for (int64_t b = 0; b < step.size; ++b)
-      for (int64_t k = 0; k < count; ++k) {
-        C total = 0, product = 0;
-        for (int64_t panel = 0; panel < strips.panels; ++panel) {
-          const C* from = sums + ((panel * s.B + b) * count + k) * 2;
-          total += from[0], product += from[1];
-        }
-        RowNorm<C>& norm = norms[b * 5 + first + k];
-        norm.offset = total / C(s.H), norm.slope = product / C(s.H);
+    for_vectors<W>(step.size * count * 2, [&](int64_t i, int lanes) {
+      V sum{};
+      for (int64_t panel = 0; panel < strips.panels; ++panel)
+        sum += load(simd, sums + panel * s.B * count * 2 + i, lanes);
+      C numbers[W];
+      S::store(numbers, sum / C(s.H));
+      for (int l = 0; l < lanes; ++l) {
+        const int64_t at = (i + l) / 2;
+        RowNorm<C>& norm = norms[at / count * 5 + first + at % count];
+        ((i + l) % 2 ? norm.slope : norm.offset) = numbers[l];
       }
+    });
   }
 
-  void normed_gates(const Step& step, const Share& mine, const Share& panels, int64_t thread) const {
+  void normed_gates(const Step& step, const Share& panels, int64_t thread) const {
     RowNorm<C>* norms = scratch.norms + thread * s.B * 5;
     const auto row_at = [&](int64_t panel, int64_t b) {
       return row_of(step, panel, b, work_of(panel, b), norms + b * 5);
     };
+    const auto for_rows = [&](auto f) {
+      for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+        for (int64_t row = b; row < b + rows; ++row) f(panel, row);
+      });
+    };
     combine_statistics(step, norms);
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-      for (int64_t b = 0; b < step.size; ++b) {
-        ask_cell(next_of(step, panel, b));
-        Steps::template slopes<true>(row_at(panel, b), scratch.cell_sums + (panel * s.B + b) * 2);
-      }
+    for_rows([&](int64_t panel, int64_t b) {
+      ask_cell(next_of(step, panels, panel, b));
+      Steps::template slopes<true>(row_at(panel, b), scratch.cell_sums + (panel * s.B + b) * 2);
+    });
 #pragma omp barrier
     combine_sums(step, scratch.cell_sums, 4, 1, norms);
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-      for (int64_t b = 0; b < step.size; ++b)
-        Steps::template gradients<true>(row_at(panel, b), scratch.gate_sums + (panel * s.B + b) * 8);
+    for_rows([&](int64_t panel, int64_t b) {
+      Steps::template gradients<true>(row_at(panel, b), scratch.gate_sums + (panel * s.B + b) * 8);
+    });
 #pragma omp barrier
     combine_sums(step, scratch.gate_sums, 0, 4, norms);
     C* tile = tile_of(thread);
-    for (int64_t strip = mine.begin; strip < mine.end; ++strip)
-      for (int64_t panel = strips.of(strip).begin; panel < strips.of(strip).end; ++panel)
-        for_tiles(step.size, [&](int64_t b, int64_t rows) {
-          if (hyper) modulation(panel, b, rows, tile);
-          for (int64_t row = 0; row < rows; ++row)
-            write_row<true>(step, panel, b + row, row_at(panel, b + row), tile, row);
-          if (hyper) embeddings(strip, panel, b, rows, tile);
-        });
+    for_tiles(step.size, panels, [&](int64_t panel, int64_t b, int64_t rows) {
+      if (hyper) modulation(panel, b, rows, tile);
+      for (int64_t row = 0; row < rows; ++row)
+        write_row<true>(step, panel, b + row, row_at(panel, b + row), tile, row,
+                        next_of(step, panels, panel, b + row));
+      if (hyper) embeddings(panel, b, rows, tile);
+    });
   }
 
   // ---- the hyper LSTM: dz, dhyper_gates and dhyper_c of a block of rows
@@ -647,7 +650,7 @@ class Backward {
     C* dz = at<C>(p.dz) + (step.start + b) * 12 * s.Z;
     for (int64_t row = 0; row < rows; ++row) sum_dz(b + row, dz + row * 12 * s.Z);
     for (int64_t panel = 0; panel < count_panels(M); ++panel)
-      multiply_panel(simd, rows, dz, 12 * s.Z, scratch.z_weight, 12 * s.Z, M, panel,
+      multiply_panel(simd, rows, dz, 12 * s.Z, packed.z_weight, 12 * s.Z, M, panel,
                      [&](int64_t row, int64_t j, V sums, int) {
                        Steps::add(scratch.dhyper_h + (b + row) * padded + j, sums);
                      });
@@ -713,13 +716,13 @@ class Backward {
     const C* dhyper_gates = at<>(p.dhyper_gates) + step.start * 4 * s.M;
     const Factor<C> by_h{scratch.dh_gates, scratch.padded_gates, 4 * s.H};
     const Factor<C> by_hyper{dhyper_gates, 4 * s.M, 4 * s.M};
-    if (packs) multiply_packed(step, panels, by_h, by_hyper, down);
-    for (int64_t panel = panels.begin; !packs && panel < panels.end; ++panel) {
+    if (packed.weights) multiply_packed(step, panels, by_h, by_hyper, down);
+    for (int64_t panel = panels.begin; !packed.weights && panel < panels.end; ++panel) {
       multiply_unpacked(step, panel, by_h, p.weights.weight_hh, false, thread);
       multiply_unpacked(step, panel, by_hyper, p.weights.hyper_weight_xh, true, thread);
     }
     for (int64_t panel = small.begin; panel < small.end; ++panel)
-      multiply_panel(simd, step.size, dhyper_gates, 4 * s.M, scratch.hyper_weight_hh, 4 * s.M, s.M, panel,
+      multiply_panel(simd, step.size, dhyper_gates, 4 * s.M, packed.hyper_weight_hh, 4 * s.M, s.M, panel,
                      [&](int64_t row, int64_t j, V sums, int) {
                        S::store(scratch.dhyper_h + row * scratch.padded_M + j, sums);
                      });
@@ -765,7 +768,7 @@ class Backward {
     C* piece = tile_of(thread);
     for (int64_t k = 0; k < factor.K; k += held, adds = true) {
       const int64_t end = std::min(k + held, factor.K);
-      pack_weights(at<>(weight), panel, k, end, piece);
+      pack_columns(at<>(weight) + k * s.H + panel * kPanel, s.H, 1, end - k, width(panel), piece);
       multiply(simd, step.size, round_up(width(panel), W), factor.a + k, factor.lda, int64_t(1), piece,
                kPanel, end - k, [&](int64_t row, int64_t j, V sums) {
                  C* to = dh + row * kPanel + j;
@@ -775,9 +778,63 @@ class Backward {
   }
 };
 
+// What lstm_backward_pack does of panel i among all: those of the products with dh_gates and dhyper_gates, of
+// d_weight in both layouts, of hyper_weight_hh and z_weight.
+template <class C>
+struct Packing {
+  const LstmSizes& s;
+  const LstmWeights& w;
+  const LstmBackwardPacked<C> to;
+  const DPanels d_panels{s.H, s.Z};
+  const int64_t count = d_panels.panels;
+  const int64_t small = count_panels(s.M);
+
+  static const C* in(const void* tensor) { return static_cast<const C*>(tensor); }
+  void operator()(int64_t panel) const {
+    const int64_t width = panel_width(s.H, panel);
+    if (to.weights) {
+      C* at = to.weights + panel * 4 * (s.H + s.M) * kPanel;
+      pack_columns(in(w.weight_hh) + panel * kPanel, s.H, 1, 4 * s.H, width, at);
+      if (s.M)
+        pack_columns(in(w.hyper_weight_xh) + panel * kPanel, s.H, 1, 4 * s.M, width, at + 4 * s.H * kPanel);
+    }
+    if (!s.M) return;
+    for (int64_t gate = 0; gate < 4; ++gate)
+      d_panels.pack(in(w.d_weight), gate * d_panels.panels + panel, to.d_panels);
+    const int64_t padded = padded_embedding(s.Z);
+    C* rows = to.d_rows + panel * 12 * kPanel * padded;
+    for (int64_t place = 0; place < 12; ++place)
+      for (int64_t h = 0; h < kPanel; ++h, rows += padded) {
+        const int64_t columns = h < width ? s.Z : 0;
+        std::copy_n(in(w.d_weight) + (place * s.H + panel * kPanel + h) * s.Z, columns, rows);
+        std::fill_n(rows + columns, padded - columns, C(0));
+      }
+  }
+  void hyper(int64_t panel) const {
+    pack_panel(in(w.hyper_weight_hh), s.M, 1, 4 * s.M, s.M, panel, to.hyper_weight_hh);
+    pack_panel(in(w.z_weight), s.M, 1, 12 * s.Z, s.M, panel, to.z_weight);
+  }
+};
+
 }  // namespace
 
 namespace HYPERFAST_ISA {
+
+void lstm_backward_pack(const LstmSizes& s, const LstmWeights& w, void* weights, void* scales, DType dtype,
+                        int threads) {
+  const auto run = [&](auto c) {
+    const Packing<decltype(c)> pack{s, w, {s, weights, scales}};
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for nowait
+      for (int64_t i = 0; i < pack.count; ++i) pack(i);
+#pragma omp for
+      for (int64_t i = 0; i < pack.small; ++i) pack.hyper(i);
+    }
+  };
+  if (dtype == DType::float64) run(double());
+  else run(float());
+}
 
 void lstm_backward(const LstmBackward& p, DType dtype, void* memory, int threads) {
   const auto run = [&](auto t) {

@@ -18,6 +18,7 @@ struct LstmStrips {
   int64_t panels, count;
   explicit LstmStrips(int64_t H) : panels(count_panels(H)), count(std::min(panels, kMaxStrips)) {}
   Share of(int64_t strip) const { return Share(panels, strip, count); }  // its panels
+  int64_t holding(int64_t panel) const { return ((panel + 1) * count - 1) / panels; }
 };
 
 // Whether weights are packed once, or a piece at a time in every step. H 512, M 128, Z 16, two cores: one
@@ -35,11 +36,33 @@ struct RowNorm {
   C mean, inverse, offset, slope;
 };
 
-// C: the type computed with.
+// The parts of LstmPacked of the backward. C: the type computed with.
+template <class C>
+struct LstmBackwardPacked {
+  C* weights;  // weight_hh over hyper_weight_xh
+  C *hyper_weight_hh, *z_weight, *d_panels;
+  C* d_rows;      // [panels, 12, kPanel, padded Z]
+  int64_t bytes;  // of all but the first
+  LstmBackwardPacked(const LstmSizes& s, const void* weights, const void* scales)
+      : weights(static_cast<C*>(const_cast<void*>(weights))) {
+    Scratch scratch(const_cast<void*>(scales));
+    hyper_weight_hh = scratch.take<C>(packed_size(4 * s.M, s.M));
+    z_weight = scratch.take<C>(packed_size(12 * s.Z, s.M));
+    d_panels = scratch.take<C>(d_panels_size(s.H, s.Z));
+    d_rows = scratch.take<C>(12 * count_panels(s.H) * padded_embedding(s.Z) * kPanel);
+    bytes = s.M ? scratch.bytes : 0;
+  }
+};
+
+inline LstmPackedBytes lstm_backward_packed_bytes(const LstmSizes& s, DType dtype) {
+  const bool wide = dtype == DType::float64;
+  return {packs_weights_backward(s) ? packed_size(4 * (s.H + s.M), s.H) * (wide ? 8 : 4) : 0,
+          wide ? LstmBackwardPacked<double>(s, nullptr, nullptr).bytes
+               : LstmBackwardPacked<float>(s, nullptr, nullptr).bytes};
+}
+
 template <class C>
 struct LstmBackwardScratch {
-  // packed: weight_hh over hyper_weight_xh; d_rows: [panels, 12, kPanel, padded Z]
-  C *weights, *hyper_weight_hh, *z_weight, *d_panels, *d_rows;
   C *dh, *dc;              // [panels, B, kPanel], carried from step to step
   C *dhyper_h, *dhyper_c;  // [B, padded M], carried
   C* dh_gates;             // [B, padded 4H], of this step
@@ -63,11 +86,6 @@ struct LstmBackwardScratch {
     padded_gates = 4 * s.H + kColumnPad;  // rows do not begin on the same lines of the first cache
     hyper_blocks = hyper_units * ceil_div(s.B, kHyperRows);
     Scratch scratch(base);
-    weights = scratch.take<C>(packs_weights_backward(s) ? packed_size(4 * (s.H + s.M), s.H) : 0);
-    hyper_weight_hh = scratch.take<C>(packed_size(4 * s.M, s.M));
-    z_weight = scratch.take<C>(packed_size(12 * s.Z, s.M));
-    d_panels = scratch.take<C>(12 * panels * s.Z * kPanel);
-    d_rows = scratch.take<C>(12 * panels * padded_Z * kPanel);
     dh = scratch.take<C>(panels * s.B * kPanel);
     dc = scratch.take<C>(panels * s.B * kPanel);
     dhyper_h = scratch.take<C>(s.B * padded_M);

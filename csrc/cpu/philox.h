@@ -1,6 +1,7 @@
 // The first word of Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011) for the masks of recurrent dropout,
 // as hyperfast.reference.philox; counters count columns.
 #pragma once
+#include "../lstm_arguments.h"
 #include "simd.h"
 
 namespace hyperfast {
@@ -46,13 +47,14 @@ typename Lanes64<W>::V philox(uint64_t key, uint32_t row, uint32_t stream, uint3
 template <class C>
 struct DropoutScale {
   uint64_t key;
-  uint32_t threshold, stream;
+  uint32_t threshold, stream, first_row;
   C kept;
-  DropoutScale(int64_t key, double share, uint32_t stream)
-      : key(uint64_t(key)),
-        threshold(uint32_t(share * 4294967296.0)),
+  DropoutScale(const LstmDropout& dropout, uint32_t stream)
+      : key(dropout.key ? uint64_t(*dropout.key) : 0),
+        threshold(uint32_t(dropout.share * 4294967296.0)),
         stream(stream),
-        kept(C(1 / (1 - share))) {}
+        first_row(uint32_t(dropout.first_row)),
+        kept(C(1 / (1 - dropout.share))) {}
 
   // of columns column .. column + W - 1
   template <int W>
@@ -60,7 +62,7 @@ struct DropoutScale {
     constexpr int half = sizeof(C) == 4 && W > 1 ? W / 2 : W;  // 64-bit lanes are half as many as floats
     uint64_t words[W];
     for (int i = 0; i < W; i += half) {
-      const auto made = philox<half>(key, uint32_t(row), stream, uint32_t(column + i));
+      const auto made = philox<half>(key, first_row + uint32_t(row), stream, uint32_t(column + i));
       std::memcpy(words + i, &made, sizeof(made));
     }
     C scales[W];

@@ -228,6 +228,17 @@ struct Simd {
   static C sum(V v) { return sum_lanes<C, W>(v); }
 };
 
+// Asks for a cache line that this core will write: it need not wait for another core or memory then. (GCC
+// makes that of __builtin_prefetch only for processors that promise to have it; others take it for no
+// operation.)
+inline void prefetch_to_write(void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<char*>(p)));
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+
 // What this thread has streamed is seen before what it stores from here on.
 inline void stream_fence() {
 #if defined(__AVX2__)

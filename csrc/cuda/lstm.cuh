@@ -412,5 +412,21 @@ cudaError_t with_columns(int lane_columns, F f) {
   }
 }
 
+// start(a number of the dtype, an integral constant, the lane's columns, plan, runs) for a call.
+template <class Call, class Start>
+const char* serve(const Call& call, DType dtype, bool backward, Start start) {
+  LstmPlan s;
+  Runs runs;
+  if (const char* refused = make_plan(s, runs, call.sizes, dtype, backward)) return refused;
+  return with_dtype(dtype, [&](auto t) {
+    if constexpr (sizeof(t) == 8) {
+      return cudaErrorInvalidValue;
+    } else {
+      complete<decltype(t)>(s, call.weights, call.dropout);
+      return with_columns(s.lane_columns, [&](auto columns) { return start(t, columns, s, runs); });
+    }
+  });
+}
+
 }  // namespace
 }  // namespace hyperfast::cuda

@@ -430,20 +430,9 @@ __global__ void __launch_bounds__(kLstmThreads, 1)
 }  // namespace
 
 const char* lstm_backward(const LstmBackward& call, DType dtype, uintptr_t stream) {
-  LstmPlan s;
-  Runs runs;
-  if (const char* refused = make_plan(s, runs, call.sizes, dtype, true)) return refused;
-  return with_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    if constexpr (sizeof(T) == 8) {
-      return cudaErrorInvalidValue;
-    } else {
-      complete<T>(s, call.weights, call.dropout);
-      return with_columns(s.lane_columns, [&](auto columns) {
-        return launch_lstm(lstm_bwd_kernel<columns(), T>, call, s, runs, exchange_of(s, call.scratch),
-                           stream);
-      });
-    }
+  return serve(call, dtype, true, [&](auto t, auto columns, const LstmPlan& s, const Runs& runs) {
+    return launch_lstm(lstm_bwd_kernel<decltype(columns)::value, decltype(t)>, call, s, runs,
+                       exchange_of(s, call.scratch), stream);
   });
 }
 

@@ -123,8 +123,8 @@ class _Cell(nn.Module):
     def _norms(self, prefix: str = "") -> Norms | None:
         return Norms(*(getattr(self, prefix + name) for name in NORMS)) if self.layer_norm else None
 
-    def _hyper(self, x: Tensor) -> HyperCell | None:
-        """What scales the gates, for inputs x [N, I]."""
+    def _hyper(self) -> HyperCell | None:
+        """What scales the gates."""
         return None
 
     def _sequence(
@@ -136,10 +136,8 @@ class _Cell(nn.Module):
             raise TypeError(f"input must be {self.weight_ih.dtype} like the weights, got {x.dtype}")
         dropout = self.recurrent_dropout if self.training else 0.0
         key = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
-        hyper = self._hyper(x)
-        x_gates = F.linear(x, self.weight_ih)
-        weights = self.weight_hh, self.bias, self._norms(), hyper
-        return lstm(x_gates, state, *weights, batch_sizes, key, dropout, backend=self.backend)
+        weights = self.weight_ih, self.weight_hh, self.bias, self._norms(), self._hyper()
+        return lstm(x, state, *weights, batch_sizes, key, dropout, backend=self.backend)
 
     def _returned(self, state: LSTMState) -> State:
         """The state as callers get it."""
@@ -252,11 +250,10 @@ class HyperLSTMCell(_Cell):
         """z_bias of all embeddings [12Z]: those of the shift have none, so 0."""
         return F.pad(self.z_bias, (0, 4 * self.embedding_size))
 
-    def _hyper(self, x: Tensor) -> HyperCell:
-        weight_x, weight_h = self.hyper_weight_ih.split([self.input_size, self.hidden_size], 1)
+    def _hyper(self) -> HyperCell:
         return HyperCell(
-            F.linear(x, weight_x, self.hyper_bias), weight_h, self.hyper_weight_hh, self.z_weight,
-            self.full_z_bias(), self.d_weight, self._norms("hyper_"),
+            self.hyper_weight_ih, self.hyper_weight_hh, self.hyper_bias, self.z_weight, self.full_z_bias(),
+            self.d_weight, self._norms("hyper_"),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

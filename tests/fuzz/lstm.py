@@ -15,7 +15,8 @@ from tests.fuzz.ops import CONTEXTS, dtype
 
 Arguments = dict[str, Any]
 LISTS = (list, tuple, Unsized)
-PRODUCTS = ("weight_hh", "hyper 0", "hyper 1", "hyper 2", "hyper 3")  # torch makes their gradients
+# torch makes their gradients
+PRODUCTS = ("x", "weight_ih", "weight_hh", *(f"hyper {i}" for i in range(5)))
 
 
 def draw_lstm(draw: Draw, large: bool = False) -> Arguments:
@@ -34,15 +35,17 @@ def draw_lstm(draw: Draw, large: bool = False) -> Arguments:
     def norms(n: int) -> list[Tensor] | None:
         return [normal(4 * n), normal(4 * n), normal(n), normal(n)] if n and draw.chance(0.5) else None
 
-    hyper = [normal(4 * M, H, scale=H**-0.5), normal(4 * M, M, scale=0.3), normal(12 * Z, M, scale=0.3)]
+    I = draw.choice((1, 3, 8))
+    hyper = [normal(4 * M, I + H, scale=H**-0.5), normal(4 * M, M, scale=0.3), normal(4 * M)]
+    hyper += [normal(12 * Z, M, scale=0.3), normal(12 * Z), normal(12, H, Z, scale=Z**-0.5)] if M else []
     return {
-        "x_gates": normal(N, 4 * H),
-        "hyper_x_gates": normal(N, 4 * M) if M else None,
+        "x": normal(N, I),
         "state": [normal(B, n) for n in ((H, H, M, M) if M else (H, H))],
+        "weight_ih": normal(4 * H, I, scale=I**-0.5),
         "weight_hh": normal(4 * H, H, scale=H**-0.5),
         "bias": normal(4 * H),
         "norms": norms(H),
-        "hyper": [*hyper, normal(12 * Z), normal(12, H, Z, scale=Z**-0.5)] if M else None,
+        "hyper": hyper if M else None,
         "hyper_norms": norms(M),
         "batch_sizes": None if len(set(sizes)) == 1 and draw.chance(0.5) else tuple(sizes),
         "key": (draw.randint(-(2**63), 2**63 - 1),),
@@ -54,7 +57,7 @@ def draw_lstm(draw: Draw, large: bool = False) -> Arguments:
 
 
 def differentiable(arguments: Arguments) -> Iterator[tuple[str, Tensor]]:
-    for name in ("x_gates", "hyper_x_gates", "state", "weight_hh", "bias", "norms", "hyper", "hyper_norms"):
+    for name in ("x", "state", "weight_ih", "weight_hh", "bias", "norms", "hyper", "hyper_norms"):
         value = arguments[name]
         if isinstance(value, LISTS):
             yield from ((f"{name} {i}", t) for i, t in enumerate(value) if isinstance(t, Tensor))
@@ -65,9 +68,9 @@ def differentiable(arguments: Arguments) -> Iterator[tuple[str, Tensor]]:
 def run(op: Callable, arguments: Arguments, **options: Any) -> list[Tensor]:
     """h of every step and the last state."""
     given = dict(arguments)
-    hyper, hyper_x_gates, norms = (given.pop(name) for name in ("hyper", "hyper_x_gates", "hyper_norms"))
+    hyper, norms = given.pop("hyper"), given.pop("hyper_norms")
     if hyper is not None:
-        given["hyper"] = HyperCell(hyper_x_gates, *hyper, norms)
+        given["hyper"] = HyperCell(*hyper, norms)
     if given["batch_sizes"] is not None:
         given["batch_sizes"] = torch.tensor(given["batch_sizes"], dtype=torch.int64)
     given["key"] = torch.tensor(given["key"])
@@ -131,7 +134,7 @@ def outputs(before: Arguments, arguments: Arguments, result: tuple) -> list[Outp
     says: `scale` is the largest element and what the reference loses in float32, in units of its roundoff, on
     inputs that differ by some of them."""
     made, seeds, grads = result
-    computed = torch.float64 if arguments["x_gates"].dtype == torch.float64 else torch.float32
+    computed = torch.float64 if arguments["x"].dtype == torch.float64 else torch.float32
     exact = expected(arguments, seeds, grads, torch.float64)
     noise = torch.Generator().manual_seed(0)
     plain = zip(*(expected(arguments, seeds, grads, torch.float32, noise) for _ in range(2)), strict=True)

@@ -170,17 +170,18 @@ def by_reference(model: HyperLSTM, x, state):
             reference.Norms(*(p[prefix + name] for name in norm)) if cell.layer_norm else None
             for prefix in ("", "hyper_")
         )
-        inputs, z_bias = x.shape[-1], torch.cat([p["z_bias"], p["z_bias"].new_zeros(len(p["z_bias"]) // 2)])
-        rows = x.reshape(-1, inputs)
-        weight_ih, weight_xh = p["hyper_weight_ih"][:, :inputs], p["hyper_weight_ih"][:, inputs:]
+        z_bias = torch.cat([p["z_bias"], p["z_bias"].new_zeros(len(p["z_bias"]) // 2)])
         of_hyper = reference.HyperCell(
-            rows @ weight_ih.mT + p["hyper_bias"], weight_xh, p["hyper_weight_hh"], p["z_weight"], z_bias,
-            p["d_weight"], hyper_norms,
-        )  # fmt: skip
-        own = LSTMState(*(s[i] for s in state))
-        output, last = reference.lstm(
-            rows @ p["weight_ih"].mT, own, p["weight_hh"], p["bias"], norms, of_hyper
+            p["hyper_weight_ih"],
+            p["hyper_weight_hh"],
+            p["hyper_bias"],
+            p["z_weight"],
+            z_bias,
+            p["d_weight"],
+            hyper_norms,
         )
+        own, weights = LSTMState(*(s[i] for s in state)), (p["weight_ih"], p["weight_hh"], p["bias"])
+        output, last = reference.lstm(x.reshape(-1, x.shape[-1]), own, *weights, norms, of_hyper)
         x = output.view(*x.shape[:-1], -1)
         lasts.append(last)
     return x, [torch.stack(s) for s in zip(*lasts, strict=True)]

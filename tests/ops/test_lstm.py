@@ -1,6 +1,7 @@
 """lstm: against the reference in float64, torch's LSTM, sequences one by one, and everything around it."""
 
 import functools
+import importlib
 import itertools
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from hyperfast import ops, reference
 from hyperfast.ops._library import use_engine
 from hyperfast.reference import HyperCell, LSTMState, Norms
 
+lstm_module = importlib.import_module("hyperfast.ops.lstm")  # ops.lstm is the function
+
 
 class Case(NamedTuple):
     """sizes: rows of each step; dense: they are not given. M 0: no hyper LSTM."""
@@ -24,6 +27,7 @@ class Case(NamedTuple):
     norms: bool = False
     dropout: float = 0.0
     dense: bool = True
+    I: int = 3
 
 
 # around vectors of 4 to 16 numbers and panels of twice as many
@@ -44,14 +48,16 @@ CASES = {
 }
 KEY = torch.tensor([-0x123456789ABCDEF])
 NAMES = (
-    "x_gates", "hyper.x_gates", *LSTMState._fields, "weight_hh", "bias", "hyper.weight_xh", "hyper.weight_hh",
-    "z_weight", "z_bias", "d_weight", *Norms._fields, *(f"hyper {name}" for name in Norms._fields),
+    "x", *LSTMState._fields, "weight_ih", "weight_hh", "bias", "hyper.weight_ih", "hyper.weight_hh",
+    "hyper.bias", "z_weight", "z_bias", "d_weight", *Norms._fields,
+    *(f"hyper {name}" for name in Norms._fields),
 )  # fmt: skip
+STATE, WEIGHTS = slice(1, 5), slice(5, None)  # of NAMES
 
 
 def make(case: Case, dtype: torch.dtype = torch.float64) -> list[torch.Tensor | None]:
     """One tensor, or None, for each of NAMES; c and norms in float32 beside half precision."""
-    sizes, H, M, Z, *_ = case
+    sizes, H, M, Z, *_, I = case
     N, B = sum(sizes), sizes[0] if sizes else 3
     wide = torch.float32 if dtype.itemsize == 2 else dtype
 
@@ -62,30 +68,27 @@ def make(case: Case, dtype: torch.dtype = torch.float64) -> list[torch.Tensor | 
         scales = (1 + draw(4 * n, scale=0.2, dtype=wide), 1 + draw(n, scale=0.2, dtype=wide))
         return [scales[0], draw(4 * n, dtype=wide), scales[1], draw(n, dtype=wide)]
 
-    own = [draw(4 * H, H, scale=H**-0.5), draw(4 * H)]
+    own = [draw(4 * H, I, scale=I**-0.5), draw(4 * H, H, scale=H**-0.5), draw(4 * H)]
     state = [draw(B, H, scale=0.5), draw(B, H, dtype=wide), None, None]
-    hyper, x_gates = [None] * 5, [draw(N, 4 * H), None]
+    hyper = [None] * 6
     if M:
-        x_gates[1] = draw(N, 4 * M)
         state[2:] = [draw(B, M, scale=0.5), draw(B, M, dtype=wide)]
-        hyper = [draw(4 * M, H, scale=H**-0.5), draw(4 * M, M, scale=M**-0.5)]
+        hyper = [draw(4 * M, I + H, scale=(I + H) ** -0.5), draw(4 * M, M, scale=M**-0.5), draw(4 * M)]
         hyper += [draw(12 * Z, M, scale=M**-0.5), 1 + draw(12 * Z), draw(12, H, Z, scale=Z**-0.5)]
     none = [None] * 4
     own_norms, hyper_norms = (norms(n) if case.norms and n else none for n in (H, M))
-    return [*x_gates, *state, *own, *hyper, *own_norms, *hyper_norms]
+    return [draw(N, I), *state, *own, *hyper, *own_norms, *hyper_norms]
 
 
 def run(function, case: Case, tensors, **options) -> list[torch.Tensor]:
     """h of every step and the last state, without what is None."""
-    x_gates, hyper_x_gates, *rest = tensors
-    state, (weight_hh, bias, *hyper), norms, hyper_norms = rest[:4], rest[4:11], rest[11:15], rest[15:]
-    cell = None
-    if case.M:
-        cell = HyperCell(hyper_x_gates, *hyper, Norms(*hyper_norms) if case.norms else None)
-    given = weight_hh, bias, Norms(*norms) if case.norms else None, cell
+    x, state, weights = tensors[0], LSTMState(*tensors[STATE]), tensors[WEIGHTS]
+    norms, hyper_norms = (Norms(*n) if case.norms else None for n in (weights[9:13], weights[13:]))
+    hyper = HyperCell(*weights[3:9], hyper_norms) if case.M else None
+    given = *weights[:3], norms, hyper
     batch_sizes = None if case.dense else torch.tensor(case.sizes, dtype=torch.int64)
     key = KEY if case.dropout else None
-    output, last = function(x_gates, LSTMState(*state), *given, batch_sizes, key, case.dropout, **options)
+    output, last = function(x, state, *given, batch_sizes, key, case.dropout, **options)
     return [output, *(s for s in last if s is not None)]
 
 
@@ -93,7 +96,7 @@ def seeds(case: Case, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """A gradient for each of what `run` returns."""
     tensors = make(case, dtype)
     first = torch.randn(sum(case.sizes), case.H, dtype=torch.float64).to(dtype)
-    return [first, *(torch.randn_like(s) for s in tensors[2:6] if s is not None)]
+    return [first, *(torch.randn_like(s) for s in tensors[STATE] if s is not None)]
 
 
 def with_gradients(function, case: Case, tensors, grads, **options) -> tuple[list, list]:
@@ -158,16 +161,14 @@ def test_dropout_scale():
 @pytest.mark.parametrize("name", ["lstm", "lstm_packed"])
 def test_is_torchs_lstm(name, backend):
     case = CASES[name]._replace(norms=False, dropout=0.0)
-    tensors, I = make(case), 6
-    x, weight_ih = torch.randn(sum(case.sizes), I).double(), torch.randn(4 * case.H, I).double()
-    tensors[0] = x @ weight_ih.mT
-    theirs = nn.LSTM(I, case.H).double()
-    given = weight_ih, tensors[6], tensors[7], torch.zeros_like(tensors[7])
+    tensors = make(case)
+    theirs = nn.LSTM(case.I, case.H).double()
+    given = *tensors[5:8], torch.zeros_like(tensors[7])
     with torch.no_grad():
         for p, value in zip(theirs.parameters(), given, strict=True):
             p.copy_(value)
-        packed = nn.utils.rnn.PackedSequence(x, torch.tensor(case.sizes))
-        expected, last = theirs(packed, (tensors[2][None], tensors[3][None]))
+        packed = nn.utils.rnn.PackedSequence(tensors[0], torch.tensor(case.sizes))
+        expected, last = theirs(packed, (tensors[1][None], tensors[2][None]))
         got = run(ops.lstm, case, tensors, backend=backend)
     for a, b in zip(got, (expected.data, last[0][0], last[1][0]), strict=True):
         torch.testing.assert_close(a, b)
@@ -180,7 +181,7 @@ def test_packed_sequences_are_those_one_by_one():
     starts = [0, *itertools.accumulate(case.sizes)]
     for b in range(case.sizes[0]):
         rows = [start + b for start, size in zip(starts, case.sizes, strict=False) if size > b]
-        alone = [None if t is None else t[rows] if i < 2 else t[b : b + 1] if i < 6 else t
+        alone = [None if t is None else t[rows] if i < 1 else t[b : b + 1] if i < 5 else t
                  for i, t in enumerate(tensors)]  # fmt: skip
         h, *ended = run(ops.lstm, case._replace(sizes=(1,) * len(rows), dense=True), alone)
         torch.testing.assert_close(output[rows], h)
@@ -214,6 +215,35 @@ def test_accurate(assert_accurate, poison, name, dtype):
             assert_accurate(got, exact, dtype)
 
 
+@pytest.mark.parametrize("name", ["lstm_packed", "hyper_packed", "hyper_dropout", "rows", "long"])
+def test_chunks(poison, monkeypatch, name):
+    """However many rows are taken at once: one step, some, or all but the last ones."""
+    case = CASES[name]
+    tensors, grads, N = make(case), seeds(case), sum(case.sizes)
+    made, gradients = with_gradients(reference.lstm, case, tensors, grads)
+    for rows in {1, case.sizes[0] + case.sizes[1], N // 2, N - 1}:
+        monkeypatch.setattr(lstm_module, "CPU_ROWS", rows)
+        got, got_gradients = with_gradients(ops.lstm, case, tensors, grads)
+        for a, b in zip([*got, *got_gradients], [*made, *gradients], strict=True):
+            torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            for a, b in zip(run(ops.lstm, case, tensors), got, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_chunks_are_whole_steps():
+    steps = [5, 5, 5, 3, 3, 1, 1, 1]
+    for most in range(1, 26):
+        chunks = lstm_module._chunks(steps, most)
+        assert [size for chunk in chunks for size in chunk.steps] == steps
+        assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+        for chunk, following in itertools.pairwise(chunks):
+            assert chunk.stop - chunk.start <= most or len(chunk.steps) == 1
+            assert chunk.stop - chunk.start + following.steps[0] > most  # no more would have fit
+            assert following.before == chunk.stop - chunk.steps[-1]
+    assert len(lstm_module._chunks(steps, 24)) == 1 and lstm_module._chunks([], 7) == []
+
+
 @pytest.mark.parametrize("name", ["lstm", "hyper_packed", "one_step"])
 def test_without_gradients(poison, name):
     """The same bits, and nothing kept: the op makes no gates."""
@@ -226,14 +256,14 @@ def test_without_gradients(poison, name):
             with context():
                 for a, b in zip(run(ops.lstm, case, leaves), made, strict=True):
                     assert torch.equal(a, b) and not a.requires_grad
-    *_, h_gates, hyper_gates = torch.ops.hyperfast.lstm(*op_arguments(case, tensors), False)
-    assert h_gates.numel() == hyper_gates.numel() == 0
+    _, *others = torch.ops.hyperfast.lstm(*op_arguments(case, tensors), False)
+    assert not any(t.numel() for t in (*others[:3], *others[7:]))
 
 
 def op_arguments(case: Case, tensors) -> tuple:
     batch_sizes = None if case.dense else torch.tensor(case.sizes)
     key = KEY if case.dropout else None
-    return (*tensors[:2], tensors[2:6], tensors[6:], batch_sizes, key, case.dropout, 1e-5)
+    return (tensors[0], tensors[STATE], tensors[WEIGHTS], batch_sizes, key, case.dropout, 1e-5)
 
 
 LAYOUTS = {
@@ -281,7 +311,7 @@ def test_only_what_needs_a_gradient(name):
     _, wanted = with_gradients(reference.lstm, case, tensors, grads)
     there = [i for i, t in enumerate(tensors) if t is not None]
     expected = dict(zip(there, wanted, strict=True))
-    for needed in (*([i] for i in there), there[:6], there[6:]):
+    for needed in (*([i] for i in there), there[:5], there[5:]):
         leaves = [None if t is None else t.clone().requires_grad_(i in needed) for i, t in enumerate(tensors)]
         made = run(ops.lstm, case, leaves)
         got = torch.autograd.grad(made, [leaves[i] for i in needed], grads)
@@ -291,7 +321,7 @@ def test_only_what_needs_a_gradient(name):
 
 def test_the_same_bits_with_any_number_of_threads():
     """But for the products over all rows, which torch makes."""
-    products = {NAMES.index(name) for name in ("weight_hh", "hyper.weight_xh", "hyper.weight_hh", "z_weight")}
+    products = {i for i, name in enumerate(NAMES) if "weight_" in name or name == "z_weight"}
     case = Case((9, 9, 8, 5), 129, 37, 4, True, 0.2, False)
     tensors, grads, results = make(case, torch.float32), seeds(case, torch.float32), []
     before = torch.get_num_threads()
@@ -317,7 +347,7 @@ def test_saved_bytes(name, dtype):
     """What the docstring says for each row; beside it what is there anyway, weights and the first state."""
     case = CASES[name]
     leaves = [None if t is None else t.requires_grad_() for t in make(case, dtype)]
-    given, saved = {t.data_ptr() for t in leaves[2:] if t is not None}, {}
+    given, saved = {t.data_ptr() for t in leaves[1:] if t is not None}, {}
 
     def pack(t):
         if t.data_ptr() not in given:
@@ -326,7 +356,7 @@ def test_saved_bytes(name, dtype):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run(ops.lstm, case, leaves)
-    assert sum(saved.values()) == sum(case.sizes) * 10 * (case.H + case.M) * dtype.itemsize
+    assert sum(saved.values()) == sum(case.sizes) * (case.I + 6 * (case.H + case.M)) * dtype.itemsize
 
 
 @pytest.mark.parametrize("case", [Case((2, 2), 3, norms=True), Case((2, 1), 2, 2, 1, True, 0.3, False)])
@@ -349,10 +379,10 @@ def test_create_graph_where_one_input_is_made_of_another():
     case = CASES["lstm_norms"]
     tensors = make(case)
     bias = tensors[7].clone().requires_grad_()
-    tensors[7] = tensors[12] = bias
-    x_gates, results = tensors[0], []
+    tensors[7] = tensors[NAMES.index("gates_bias")] = bias
+    x, results = tensors[0], []
     for function in (ops.lstm, reference.lstm):
-        tensors[0] = x_gates * bias
+        tensors[0] = x * bias[: case.I]
         made = run(function, case, tensors)
         (first,) = torch.autograd.grad(made[0].square().sum(), bias, create_graph=True)
         results.append((first, *torch.autograd.grad(first.square().sum(), bias)))
@@ -410,11 +440,11 @@ def test_half_precision(assert_accurate, name, dtype, wide_state):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_autocast(assert_accurate, backend):
-    """Everything but c and norms in its dtype, whatever comes: gates may be bfloat16 already."""
+    """Everything but c and norms in its dtype, whatever comes: x may be bfloat16 already."""
     case = CASES["hyper_packed"]
     tensors, grads = make(case, torch.float32), seeds(case, torch.float32)
     tensors[0] = tensors[0].bfloat16()
-    wide = [i in (3, 5) or i >= 13 for i in range(len(NAMES))]
+    wide = [i in (2, 4) or i >= 14 for i in range(len(NAMES))]
     rounded = [t if w or t is None else t.bfloat16() for t, w in zip(tensors, wide, strict=True)]
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     with torch.autocast("cpu", torch.bfloat16):
@@ -495,7 +525,7 @@ def test_compiled_with_autocast_and_a_tensor_twice():
     torch._dynamo.reset()
     tensors = make(case, torch.float32)
     bias = tensors[7].requires_grad_()
-    tensors[12] = bias
+    tensors[NAMES.index("gates_bias")] = bias
     for context in (torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
         results = []
         for function in (torch.compile(ops.lstm, fullgraph=True, backend="aot_eager"), ops.lstm):
@@ -518,19 +548,19 @@ def test_opcheck(name):
     made = forward(*given, True)
     grads = [*seeds(case, torch.float32), None, None][:5]
     grads[1] = None
-    needed = [t is not None and i % 2 == 0 for i, t in enumerate(tensors[6:])]
+    needed = [t is not None and i % 2 == 0 for i, t in enumerate([tensors[0], *tensors[WEIGHTS]])]
     kept = [*made[:4], *made[8:]]
-    torch.library.opcheck(backward, (grads, *given[:4], kept, *given[4:], needed))
+    torch.library.opcheck(backward, (grads, *given[:3], kept, *given[3:], needed))
 
 
 def test_functorch():
-    """vmap over sequences' gates, gradients of weights for each, and jvp: by the reference."""
+    """vmap over sequences, gradients of weights for each, and jvp: by the reference."""
     case = CASES["hyper_norms"]
     tensors = make(case)
     stacked = torch.stack([tensors[0], 2 * tensors[0], -tensors[0]])
 
-    def loss(x_gates, weight_hh):
-        given = [x_gates, *tensors[1:6], weight_hh, *tensors[7:]]
+    def loss(x, weight_hh):
+        given = [x, *tensors[1:6], weight_hh, *tensors[7:]]
         return sum(m.square().sum() for m in run(ops.lstm, case, given))
 
     wanted = [torch.func.grad(loss, (0, 1))(one, tensors[6]) for one in stacked]
@@ -576,13 +606,13 @@ def test_no_steps_and_no_sequences(name, backend):
     tensors = [None if t is None else t.requires_grad_() for t in make(case)]
     output, *last = run(ops.lstm, case, tensors, backend=backend)
     assert output.shape == (0, case.H)
-    states = [s for s in tensors[2:6] if s is not None]
+    states = [s for s in tensors[STATE] if s is not None]
     for s, first in zip(last, states, strict=True):
         assert torch.equal(s, first) and s.data_ptr() != first.data_ptr()
     seeds = [torch.randn_like(s) for s in last]
     for got, seed in zip(torch.autograd.grad(last, states, seeds), seeds, strict=True):
         assert torch.equal(got, seed)
-    none = [t if t is None or not 2 <= i < 6 else t[:0] for i, t in enumerate(tensors)]
+    none = [t if t is None or not 1 <= i < 5 else t[:0] for i, t in enumerate(tensors)]
     made = run(ops.lstm, case, none, backend=backend)
     assert all(m.shape[0] == 0 for m in made)
     for got in torch.autograd.grad(sum(m.sum() for m in made), tensors[6:8], allow_unused=True):
@@ -643,14 +673,14 @@ def test_engines_agree():
 
 
 def bad(**changes) -> dict:
-    N, B, H, M, Z = 6, 2, 3, 2, 2
+    N, I, B, H, M, Z = 6, 4, 2, 3, 2, 2
     hyper = HyperCell(
-        torch.ones(N, 4 * M), torch.ones(4 * M, H), torch.ones(4 * M, M), torch.ones(12 * Z, M),
+        torch.ones(4 * M, I + H), torch.ones(4 * M, M), torch.ones(4 * M), torch.ones(12 * Z, M),
         torch.ones(12 * Z), torch.ones(12, H, Z), norms(M),
     )  # fmt: skip
     state = LSTMState(torch.ones(B, H), torch.ones(B, H), torch.ones(B, M), torch.ones(B, M))
-    given = {"x_gates": torch.ones(N, 4 * H), "state": state, "weight_hh": torch.ones(4 * H, H)}
-    given |= {"bias": torch.ones(4 * H), "norms": norms(H), "hyper": hyper}
+    given = {"x": torch.ones(N, I), "state": state, "weight_ih": torch.ones(4 * H, I)}
+    given |= {"weight_hh": torch.ones(4 * H, H), "bias": torch.ones(4 * H), "norms": norms(H), "hyper": hyper}
     given |= {"batch_sizes": torch.tensor([2, 2, 1, 1]), "key": torch.tensor([1])}
     given |= {"dropout": 0.1, "eps": 1e-5, "backend": "auto"}
     for name, value in changes.items():
@@ -675,17 +705,18 @@ MORE = torch.ones(7, 7)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x_gates": torch.ones(6)}, ValueError, r"x_gates must be \[N, 4H\], got shape \[6\]"),
-        ({"x_gates": torch.ones(6, 13)}, ValueError, r"x_gates must be \[N, 4H\] .*, got .* 13"),
-        ({"x_gates": torch.ones(6, 0)}, ValueError, r"x_gates must be \[N, 4H\] with H at least 1"),
-        ({"x_gates": 3}, TypeError, "x_gates must be a tensor, got int"),
-        ({"x_gates": torch.ones(6, 12).to_sparse()}, TypeError, "x_gates must be a dense tensor"),
-        ({"x_gates": torch.ones(6, 12).long()}, TypeError, "x_gates must be floating .*, got torch.int64"),
-        ({"x_gates": torch.ones(6, 12).double()}, TypeError, "must be torch.float64 like x_gates, got"),
+        ({"x": torch.ones(6)}, ValueError, r"x must be \[N, I\], got shape \[6\]"),
+        ({"x": torch.ones(6, 5)}, ValueError, r"weight_ih must be \[4H, I\] = \[12, 5\] .* got \[12, 4\]"),
+        ({"x": torch.ones(6, 0)}, ValueError, r"x must be \[N, I\] with I at least 1, got shape \[6, 0\]"),
+        ({"x": 3}, TypeError, "x must be a tensor, got int"),
+        ({"x": torch.ones(6, 4).to_sparse()}, TypeError, "x must be a dense tensor"),
+        ({"x": torch.ones(6, 4).long()}, TypeError, "x must be floating .*, got torch.int64"),
+        ({"x": torch.ones(6, 4).double()}, TypeError, "must be torch.float64 like x, got"),
         ({"state": torch.ones(2, 3)}, TypeError, "state must be an LSTMState .*, got Tensor"),
         ({"state": (torch.ones(2, 3),)}, TypeError, "state must be an LSTMState .*, got a tuple of 1"),
         ({"state__h": torch.ones(2)}, ValueError, r"state.h must be \[B, H\], got shape \[2\]"),
-        ({"state__h": MORE}, ValueError, r"state.h must be \[B, H\] = \[7, 3\] .* got \[7, 7\]"),
+        ({"state__h": MORE}, ValueError, r"state.c must be \[B, H\] = \[7, 7\] .* got \[2, 3\]"),
+        ({"state__h": torch.ones(2, 0)}, ValueError, r"state.h must be \[B, H\] with H at least 1"),
         ({"state__c": MORE}, ValueError, r"state.c must be \[B, H\] = \[2, 3\] for N = 6.* got \[7, 7\]"),
         ({"state__c": None}, TypeError, "state.c must be a tensor, got NoneType"),
         ({"state__hyper_h": MORE}, ValueError, r"state.hyper_h must be \[B, M\] = \[2, 2\]"),
@@ -700,11 +731,11 @@ MORE = torch.ones(7, 7)
         ({"norms__cell_bias": MORE}, ValueError, r"norms.cell_bias must be \[H\] = \[3\]"),
         ({"norms__gates_weight": torch.ones(12).half()}, TypeError, "gates_weight must be torch.float32"),
         ({"hyper": (1, 2)}, TypeError, "hyper must be a HyperCell .*, got a tuple of 2"),
-        ({"hyper__x_gates": MORE}, ValueError, r"hyper.x_gates must be \[N, 4M\] = \[6, 8\]"),
-        ({"hyper__weight_xh": MORE}, ValueError, r"hyper.weight_xh must be \[4M, H\] = \[8, 3\]"),
+        ({"hyper__weight_ih": MORE}, ValueError, r"hyper.weight_ih must be \[4M, I\+H\] = \[8, 7\]"),
+        ({"hyper__bias": MORE}, ValueError, r"hyper.bias must be \[4M\] = \[8\]"),
         ({"hyper__weight_hh": MORE}, ValueError, r"must be \[.*\] .* got \[.*\]"),
         ({"hyper__weight_hh": torch.ones(8)}, ValueError, r"hyper.weight_hh must be \[4M, M\], got shape"),
-        ({"hyper__weight_hh": torch.ones(0, 0)}, ValueError, "M and Z at least 1"),
+        ({"hyper__weight_hh": torch.ones(0, 0)}, ValueError, "with M at least 1"),
         ({"hyper__z_weight": MORE}, ValueError, r"hyper.z_weight must be \[12Z, M\] = \[24, 2\]"),
         ({"hyper__z_bias": MORE}, ValueError, r"hyper.z_bias must be \[12Z\] = \[24\]"),
         ({"hyper__d_weight": MORE}, ValueError, r"hyper.d_weight must be \[12, H, Z\], got shape \[7, 7\]"),
@@ -726,15 +757,15 @@ MORE = torch.ones(7, 7)
         ({"batch_sizes": torch.tensor([], dtype=torch.int64)}, ValueError, r"got \[\], sum 0"),
         ({"batch_sizes": torch.ones(9, dtype=torch.int64)}, ValueError, r"1, 1, \.\.\.\], sum 9"),
         (
-            {"batch_sizes": None, "x_gates": torch.ones(5, 12), "hyper__x_gates": torch.ones(5, 8)},
+            {"batch_sizes": None, "x": torch.ones(5, 4)},
             ValueError,
-            "x_gates must have T B rows for the 2 sequences of the state, got 5",
+            "x must have T B rows for the 2 sequences of the state, got 5",
         ),
         ({"key": None}, ValueError, r"key must be a tensor, int64 \[1\], for dropout 0.1, got None"),
         ({"key": 3}, TypeError, "key must be a tensor, got int"),
         ({"key": torch.ones(1)}, TypeError, "key must be torch.int64, got torch.float32"),
         ({"key": torch.tensor([1, 2])}, ValueError, r"key must be \[1\], got \[2\]"),
-        ({"key": torch.tensor([1], device="meta")}, ValueError, "key must be on cpu like x_gates, got meta"),
+        ({"key": torch.tensor([1], device="meta")}, ValueError, "key must be on cpu like x, got meta"),
         ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
         ({"dropout": -0.1}, ValueError, "dropout must be at least 0"),
         ({"dropout": float("nan")}, ValueError, "dropout must be at least 0"),
