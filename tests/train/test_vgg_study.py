@@ -104,7 +104,7 @@ def test_analyses_of_both_networks_at_both_states(trained, tmp_path, capsys):
     text = (out / "report.md").read_text()
     best = {m: checkpoint.load(out / "models" / m / "best.pt")["row"]["test_accuracy"] for m in trained}
     pair = " → ".join(f"{best[m]:.2f} %" for m in trained)
-    holds = "yes" if best["vgg_a_bn"] > best["vgg_a"] else "**no**"
+    holds = verdict.MARKS[trainings.ACCURACY[0].verdict(*best.values())]
     assert cells(text, "better accuracy: test, best epoch") == ["86.43 % → 89.54 %", "", "", "", pair, holds]
     health = json.loads((out / "gradients" / "health.json").read_text())["values"]["trained"]
     assert cells(text, "fewer vanishing gradients: vanishing")[4] == " → ".join(
@@ -346,7 +346,8 @@ def test_verdicts():
         "reported**.",
     ]
     assert "not comparable" in verdict.sentences([SMALLER], found((None, 1.0), (0, 0)))[0]
-    assert SMALLER.holds(1.0, math.nan) is None and SMALLER.holds(1.0, 1.0) is False
+    assert SMALLER.verdict(1.0, math.nan) == "not comparable" and SMALLER.verdict(1, 2) == "not as reported"
+    assert SMALLER.verdict(1.0, 1.000001) == LARGER.verdict(0.001, 0.0) == "no difference"
     text = verdict.summary([([SMALLER, LARGER], found((0.5, 0.25), (60.0, 70.0)))])
     assert cells(text, "smaller difference: average") == [
         "0.3 → 0.1",
