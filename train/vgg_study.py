@@ -55,6 +55,8 @@ def parser() -> Parser:
     add("--data", type=Path, help="folder with CIFAR-10, as in train.vgg")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=found, help="cpu, cuda or cuda:N (cuda where there is one)")
+    precisions = ("fp32", "tf32", "bf16")
+    add("--precision", choices=precisions, default="fp32", help="of the trainings (%(default)s)")
     add("--threads", type=COUNT, help="CPU threads (torch's choice)")
     return p
 
@@ -71,7 +73,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         p.error(f"--models: two different models at least are compared, got {', '.join(args.models)}")
     if args.subset and args.subset > CIFAR10.train_rows:
         p.error(f"--subset: CIFAR-10 has {CIFAR10.train_rows} training images, got {args.subset}")
-    args.precision = "fp32"
     args.epochs = args.epochs or (QUICK_EPOCHS if args.subset else EPOCHS)
     return args
 
@@ -81,15 +82,18 @@ def run(args: argparse.Namespace, command: str) -> int:
 
     Raises RunError (compare.Refused where a training has said why), CheckpointError, DataError, Interrupted.
     """
-    set_up_device(args)
-    options = Options(args.models, args.hyper, args.epochs, args.subset, args.seed)
+    set_up_device(argparse.Namespace(**vars(args) | {"precision": "fp32"}))  # in which networks are looked at
+    options = Options(args.models, args.hyper, args.epochs, args.subset, args.precision, args.seed)
     study = Study(args.out, options, args.data, args.device, args.threads, command)
-    make_folder(args.out)
-    study.begin()
     trainings = {part.name: part for part in (models(args.models), *COMPARED)}
     wanted = NAMES if args.part == "all" else (args.part,)
     if any(name not in trainings for name in wanted):
         wanted = tuple(dict.fromkeys(("models", *wanted)))  # the others look at these networks
+
+    for name in trainings.keys() & set(wanted):
+        trainings[name].plans(study)  # bad options are seen before anything is written
+    make_folder(args.out)
+    study.begin()
 
     def report() -> Path:
         return document.write(study, [*trainings.values()], PARTS)

@@ -104,7 +104,7 @@ def test_analyses_of_both_networks_at_both_states(trained, tmp_path, capsys):
     text = (out / "report.md").read_text()
     best = {m: checkpoint.load(out / "models" / m / "best.pt")["row"]["test_accuracy"] for m in trained}
     pair = " → ".join(f"{best[m]:.2f} %" for m in trained)
-    holds = "yes" if best["vgg_a_bn"] > best["vgg_a"] else "**no**"
+    holds = verdict.MARKS[trainings.ACCURACY[0].verdict(*best.values())]
     assert cells(text, "better accuracy: test, best epoch") == ["86.43 % → 89.54 %", "", "", "", pair, holds]
     health = json.loads((out / "gradients" / "health.json").read_text())["values"]["trained"]
     assert cells(text, "fewer vanishing gradients: vanishing")[4] == " → ".join(
@@ -151,7 +151,7 @@ def test_figures_are_those_of_the_networks_of_the_runs(trained, tmp_path):
 
 
 def make_study(out, subset=None, models=("vgg_a", "vgg_a_bn"), epochs=1):
-    options = study.Options(models, None, epochs, subset, 42)
+    options = study.Options(models, None, epochs, subset, "bf16", 42)
     return study.Study(out, options, None, "cpu", None, "the command")
 
 
@@ -222,6 +222,7 @@ def test_ctrl_c_leaves_a_study_that_goes_on(trained, tmp_path, capsys, monkeypat
         (["all", "--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["all", "--lr", "1"], "unrecognized arguments: --lr 1"),
         (["all", "--device", "gpu"], "--device gpu: "),
+        (["all", "--precision", "tf32", "--device", "cpu"], "--precision tf32 needs --device cuda"),
     ],
 )
 def test_command_line_errors(arguments, message, trained, tmp_path, capsys):
@@ -311,6 +312,7 @@ def test_every_choice_is_what_its_name_says(tmp_path):
             recipe = {"loss": "cross_entropy", "augment": "crop_flip"} | {key: name}
             assert {k: getattr(args, k) for k in recipe} == recipe
             assert (args.model, args.lr, args.epochs, args.seed) == ("vgg_a_bn", 0.02, 15, 42)
+            assert args.precision == "bf16"
     quick = vgg.parse(make_study(tmp_path, subset=300).plan("x", "x", ["--model", "vgg_a"]).arguments)
     assert quick.subset == 300
     defaults = vgg_study.parse(["all"]), vgg_study.parse(["all", "--subset", "300"])
@@ -344,7 +346,8 @@ def test_verdicts():
         "reported**.",
     ]
     assert "not comparable" in verdict.sentences([SMALLER], found((None, 1.0), (0, 0)))[0]
-    assert SMALLER.holds(1.0, math.nan) is None and SMALLER.holds(1.0, 1.0) is False
+    assert SMALLER.verdict(1.0, math.nan) == "not comparable" and SMALLER.verdict(1, 2) == "not as reported"
+    assert SMALLER.verdict(1.0, 1.000001) == LARGER.verdict(0.001, 0.0) == "no difference"
     text = verdict.summary([([SMALLER, LARGER], found((0.5, 0.25), (60.0, 70.0)))])
     assert cells(text, "smaller difference: average") == [
         "0.3 → 0.1",

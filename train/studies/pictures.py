@@ -145,7 +145,7 @@ def health(results: Results) -> Figure:
                 options = {"label": model, "markevery": 1, "clip_on": False}
                 curve(axis, i, 2, range(1, len(values) + 1), values, **options)
                 axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-            column[-1].set_xlabel("layer, from the input on")
+            column[-1].set_xlabel("weight, in the order of the network")
         for axis in axes.flat:
             axis.set_ylim(0, max(1, axis.get_ylim()[1]))
     return figure
@@ -177,7 +177,7 @@ def activations(results: Results) -> Figure:
                 axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             for axis in column[:2]:
                 axis.set_ylim(0, 100)
-            column[2].set(yscale="log", xlabel="activation, from the input on")
+            column[2].set(yscale="log", xlabel="activation, in the order of the network")
     return figure
 
 

@@ -40,12 +40,14 @@ QUICK = Effort(batches=4, activation_batches=4, landscape_steps=10, range_steps=
 
 @dataclass(frozen=True)
 class Options:
-    """What the figures of a study depend on. subset: training images, None for all."""
+    """What the figures of a study depend on. subset: training images, None for all. precision: of the
+    trainings; networks are looked at in float32."""
 
     models: tuple[str, ...]
     hyper: str | None
     epochs: int
     subset: int | None
+    precision: str
     seed: int
 
     def plain(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class Study:
             "seed": own.seed,
             "hyper": own.hyper,
             "subset": own.subset,
+            "precision": own.precision,
             "data": self.data,
             "device": self.device,
             "threads": self.threads,

@@ -66,6 +66,10 @@ class Trainings:
         """Of a run, in the study's."""
         return choice.folder or f"{self.name}/{choice.name}"
 
+    def plans(self, study: Study) -> list[compare.Plan]:
+        """The runs. Exits with one line where the study's options do not fit them."""
+        return [study.plan(self.folder(own), own.name, own.arguments) for own in self.choices]
+
     def run(self, study: Study, report: Callable[[], Any]) -> dict[str, str]:
         """Train what is not trained; why a run failed, by name. report(): called after every run.
 
@@ -74,7 +78,7 @@ class Trainings:
         figures = study.figures(self.name, self.name)
         if figures is not None and figures["complete"]:
             return {}
-        plans = [study.plan(self.folder(own), own.name, own.arguments) for own in self.choices]
+        plans = self.plans(study)
 
         def write(finished: list[Run], failures: dict[str, str]) -> None:
             runs = {plan.name: run for plan in plans for run in finished if run.folder == plan.folder}
@@ -177,7 +181,9 @@ def picture(choices: Sequence[Choice], runs: dict[str, Run]) -> Figure:
         epoch_panel(accuracy, named, lambda run: "validation_accuracy")
         loss.set_ylabel("training loss")
         accuracy.set_ylabel("validation accuracy (%)")
-        accuracy.set_ylim(bottom=0)
+        accuracy.set_ylim(
+            0, 1.1 * max(row["validation_accuracy"] for run in done.values() for row in run.history)
+        )
         for i, (choice, run) in enumerate(done.items()):
             dots = [(run.result, {}, 4)]
             dots += [(theirs.accuracy, hollow, 3) for theirs, hollow in _published(choice)]

@@ -10,6 +10,12 @@ from hyperfast.analysis import table
 from train.studies.study import NORMED, PLAIN
 
 STATES = {"initial": "at initialisation", "trained": "trained"}
+MARKS = {  # in the table
+    "as reported": "yes",
+    "not as reported": "**no**",
+    "no difference": "no difference",
+    "not comparable": "-",
+}
 Values = Mapping[str, Mapping[str, Mapping[str, float]]]  # by state, model, quantity
 
 
@@ -37,11 +43,13 @@ class Quantity:
     def pair(self, values: Sequence[float | None] | None) -> str:
         return "" if values is None else " → ".join(map(self.text, values))
 
-    def holds(self, plain: float | None, normed: float | None) -> bool | None:
-        """Whether it is as reported; None where that cannot be said."""
+    def verdict(self, plain: float | None, normed: float | None) -> str:
+        """Whether it is as reported; numbers that read the same are no difference."""
         if plain is None or normed is None or not (math.isfinite(plain) and math.isfinite(normed)):
-            return None
-        return normed > plain if self.larger else normed < plain
+            return "not comparable"
+        if self.text(plain) == self.text(normed):
+            return "no difference"
+        return "as reported" if (normed > plain) == self.larger else "not as reported"
 
 
 def pairs(quantity: Quantity, values: Values) -> dict[str, tuple[float | None, float | None]]:
@@ -65,14 +73,10 @@ def sentences(quantities: Sequence[Quantity], values: Values) -> list[str]:
         ]
         said = f" ({', '.join(sources)})" if sources else ""
         here = "; ".join(
-            f"{STATES[state]} here {q.pair(pair)}, {_words(q.holds(*pair))}" for state, pair in found.items()
+            f"{STATES[state]} here {q.pair(pair)}, **{q.verdict(*pair)}**" for state, pair in found.items()
         )
         lines.append(f"- {q.effect[0].upper()}{q.effect[1:]}, {q.words}{said}: {here}.")
     return lines
-
-
-def _words(holds: bool | None) -> str:
-    return {True: "**as reported**", False: "**not as reported**", None: "not comparable"}[holds]
 
 
 def summary(found: Sequence[tuple[Sequence[Quantity], Values]]) -> str:
@@ -81,30 +85,14 @@ def summary(found: Sequence[tuple[Sequence[Quantity], Values]]) -> str:
     for quantities, values in found:
         for q in quantities:
             if here := pairs(q, values):
-                ours = [q.pair(here[state]) if state in here else "" for state in STATES]
-                holds = ["" if state not in here else _mark(q.holds(*here[state])) for state in STATES]
-                rows.append(
-                    [
-                        f"{q.effect}: {q.words}",
-                        q.pair(q.report),
-                        q.pair(q.notebook),
-                        ours[0],
-                        holds[0],
-                        ours[1],
-                        holds[1],
-                    ]
-                )
-    header = [
-        f"{PLAIN} → {NORMED}",
-        "report",
-        "notebook",
-        "here, at initialisation",
-        "as reported",
-        "here, trained",
-        "as reported",
-    ]
+                ours = [
+                    cell
+                    for state in STATES
+                    for cell in (
+                        (q.pair(here[state]), MARKS[q.verdict(*here[state])]) if state in here else ("", "")
+                    )
+                ]
+                rows.append([f"{q.effect}: {q.words}", q.pair(q.report), q.pair(q.notebook), *ours])
+    header = [f"{PLAIN} → {NORMED}", "report", "notebook"]
+    header += [cell for words in STATES.values() for cell in (f"here, {words}", "as reported")]
     return table(header, rows) if rows else ""
-
-
-def _mark(holds: bool | None) -> str:
-    return {True: "yes", False: "**no**", None: "-"}[holds]
