@@ -11,6 +11,7 @@ from torch import nn
 
 import hyperfast
 from hyperfast import analysis
+from hyperfast.analysis.batches import on_device
 from tests.analysis_models import MODELS, Net, everything, hyper
 
 A = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -458,6 +459,20 @@ def test_a_compiled_model_runs_eagerly(name):
     assert ANALYSES[name](compiled, batches).rows() == rows and not ran
     compiled(batches[0][0])
     assert ran
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_copies_away_from_the_cpu_do_not_wait(device, monkeypatch):
+    to, seen = torch.Tensor.to, []
+
+    def spy(tensor, *args, **options):
+        seen.append(options["non_blocking"])
+        return to(tensor, *args, **options)
+
+    model, batch = nn.Linear(2, 2, device=device), (torch.zeros(3, 2), torch.zeros(3))
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    moved = on_device(model, batch)
+    assert [t.device.type for t in moved] == [device] * 2 and seen == [device != "cpu"] * 2
 
 
 def test_noise_is_that_which_was_added():
