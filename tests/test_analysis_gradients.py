@@ -11,6 +11,7 @@ from torch import nn
 
 import hyperfast
 from hyperfast import analysis
+from hyperfast.analysis.batches import on_device
 from tests.analysis_models import MODELS, Net, everything, hyper
 
 A = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -398,7 +399,6 @@ def test_tables_and_rows():
             lambda m, b: analysis.gradient_health(m, b, lambda y, t: y[:, 0]),
         ),
         (ValueError, "one number, got float", lambda m, b: analysis.gradient_health(m, b, lambda y, t: 0.5)),
-        (ValueError, "no parameter", lambda m, b: analysis.gradient_health(m.requires_grad_(False), b)),
         (ValueError, "distances", lambda m, b: analysis.max_gradient_difference(m, b[0], distances=[])),
         (ValueError, "noise must be above 0", lambda m, b: analysis.gradient_smoothness(m, b, noise=0.0)),
         (TypeError, "torch.int64", lambda m, b: analysis.gradient_smoothness(m, [(b[0][1], b[0][1])])),
@@ -408,3 +408,102 @@ def test_tables_and_rows():
 def test_refused(error, words, call):
     with pytest.raises(error, match=words):
         call(Net(), image_batches(1))
+
+
+def training(function):
+    def run(model, batches, loss=F.cross_entropy):
+        def sgd(_, lr):
+            return hyperfast.optim.SGD(model, lr=lr)
+
+        return function(model, batches, optimizer=sgd, loss=loss, steps=4)
+
+    return run
+
+
+TRAINING = {"range": training(analysis.lr_range_test), "landscape": training(analysis.loss_landscape)}
+ALL = ANALYSES | TRAINING | {"activations": analysis.activation_statistics}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_refused_by_all(name):
+    run, (batch,) = ALL[name], image_batches(1)
+    single = batch[0] if name == "difference" else batch  # [(x, y)] is meant
+    with pytest.raises(ValueError, match=r"must be a pair \(inputs, targets\), .* got Tensor"):
+        run(Net(), [single] if name == "difference" else single)
+    with pytest.raises(ValueError, match="must be a pair .* got 3 parts"):
+        run(Net(), [(*batch, None)])
+    if name != "activations":
+        with pytest.raises(ValueError, match=r"one number, got \[6\]"):
+            run(Net(), [batch], lambda y, t: y[:, 0])
+        with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):
+            run(Net().requires_grad_(False), [batch])
+
+
+# -- compiled models and other devices -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_a_compiled_model_runs_eagerly(name):
+    """Under the names of the plain one."""
+    model, batches, ran = Net(), image_batches(2), []
+
+    def backend(graph, inputs):
+        def run(*args):
+            ran.append(1)
+            return graph(*args)
+
+        return run
+
+    rows = ANALYSES[name](model, batches).rows()
+    compiled = torch.compile(model, backend=backend)
+    assert ANALYSES[name](compiled, batches).rows() == rows and not ran
+    compiled(batches[0][0])
+    assert ran
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_copies_away_from_the_cpu_do_not_wait(device, monkeypatch):
+    to, seen = torch.Tensor.to, []
+
+    def spy(tensor, *args, **options):
+        seen.append(options["non_blocking"])
+        return to(tensor, *args, **options)
+
+    model, batch = nn.Linear(2, 2, device=device), (torch.zeros(3, 2), torch.zeros(3))
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    moved = on_device(model, batch)
+    assert [t.device.type for t in moved] == [device] * 2 and seen == [device != "cpu"] * 2
+
+
+def test_noise_is_that_which_was_added():
+    """Of bfloat16 inputs around 100 a little noise changes nothing, and some of it changes much."""
+    model, targets = Net().bfloat16(), torch.arange(6) % 3
+    inputs = torch.full((6, 3, 6, 6), 100.0, dtype=torch.bfloat16)
+    found = analysis.gradient_smoothness(model, [(inputs, targets)], noise=0.2)
+    drawn = 0.2 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+    added = (inputs + drawn.bfloat16()).double() - inputs.double()
+    close(found.noise_norms, [added.flatten(1).norm(dim=1).mean()])
+    assert abs(found.noise_norms / drawn.flatten(1).norm(dim=1).mean() - 1) > 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_on_a_gpu_with_batches_on_the_cpu(kind, name):
+    model = MODELS[kind]().cuda().train()
+    batches = [(x.pin_memory(), y) for x, y in image_batches(2)]
+    model(batches[0][0].cuda()).sum().backward()
+
+    def state():
+        named = [*model.named_parameters(), *model.named_buffers()]
+        tensors = {n: (t.data_ptr(), t.detach().cpu().numpy().tobytes()) for n, t in named}
+        gradients = {n: t.grad.cpu().numpy().tobytes() for n, t in named if t.grad is not None}
+        modes = [m.training for m in model.modules()]
+        return tensors, gradients, modes, torch.get_rng_state().tolist(), torch.cuda.get_rng_state().tolist()
+
+    before = state()
+    found = ALL[name](model, batches)
+    assert found.rows() and state() == before
+    tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    assert all(t.device.type == "cpu" for t in tensors)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hyperfast
-from hyperfast.analysis import preserved
+from hyperfast.analysis import preserve, preserved
 from tests.analysis_models import MODELS, everything
 
 
@@ -103,3 +103,29 @@ def test_a_module_made_in_inference_mode():
             norm(torch.randn(5, 3))
             assert norm.num_batches_tracked == 1
     assert norm.num_batches_tracked == 0 and torch.equal(norm.running_mean, torch.zeros(3))
+
+
+def test_what_cannot_be_put_back_keeps_nothing_else_from_it(monkeypatch):
+    model, module = prepared("plain")
+    before = everything(model)
+    put_back, calls = preserve._Kept.put_back, []
+
+    def fail_first(kept):
+        put_back(kept)
+        calls.append(kept)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(preserve._Kept, "put_back", fail_first)
+    with pytest.raises(ZeroDivisionError), preserved(model):
+        disturb(model, module)
+    assert everything(model) == before and len(calls) > 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_torchscript_is_refused_untouched():
+    scripted = torch.jit.trace(nn.Linear(3, 2), torch.randn(1, 3))
+    for model, words in ((scripted, "it is a"), (nn.Sequential(nn.ReLU(), scripted), "module '1' is a")):
+        with pytest.raises(TypeError, match=words), preserved(model):
+            raise AssertionError
+        assert model(torch.randn(4, 3)).shape == (4, 2)

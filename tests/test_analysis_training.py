@@ -172,22 +172,23 @@ def test_landscape_of_a_quadratic():
     torch.testing.assert_close(result.losses, expected)
     low, high = result.band()
     assert torch.equal(high, result.losses[3]) and low[1:].abs().max() < 1e-25  # 0.5 = 1 / L: in one step
-    assert result.width() == pytest.approx((expected.amax(0) - expected.amin(0)).mean().item())
-    assert result.batches == steps and result.rates == rates and not result.diverged()
+    assert result.width == pytest.approx((expected.amax(0) - expected.amin(0)).mean().item())
+    assert result.batches == steps and result.rates == rates and not result.diverged
     assert model.x.item() == 3 and model.x.grad is None
 
 
 def test_trainings_that_diverge_stop():
     rates = (0.1, 1e160, 1e200)
     result = analysis.loss_landscape(Point(1.0), of_curvature(1.0), rates, loss=quadratic, steps=5)
-    assert result.losses.isfinite().sum(1).tolist() == [5, 1, 1] and result.diverged() == {1e160: 1, 1e200: 1}
+    assert result.losses.isfinite().sum(1).tolist() == [5, 1, 1] and result.diverged == {1e160: 1, 1e200: 1}
     low, high = result.band()
-    assert torch.equal(low, high) and torch.equal(low, result.losses[0]) and result.width() == 0
+    assert torch.equal(low, high) and torch.equal(low, result.losses[0]) and result.width == math.inf
     assert (
-        "of the others" in result.to_markdown() and "| 1e+160 | 0.5 | 0.5 | inf | 1 |" in result.to_markdown()
+        "mean width inf" in result.to_markdown()
+        and "| 1e+160 | 0.5 | 0.5 | inf | 1 |" in result.to_markdown()
     )
     none = analysis.loss_landscape(Point(1.0), of_curvature(1.0), rates[1:], loss=quadratic, steps=5)
-    assert none.band()[0].isnan().tolist() == [False, True, True, True, True] and none.width() == 0
+    assert none.band()[0].isnan().tolist() == [False, True, True, True, True] and none.width == math.inf
 
 
 def test_all_rates_have_the_same_start_batches_and_random_numbers():
@@ -240,6 +241,18 @@ def test_the_model_stays_as_it_was(kind):
         with pytest.raises(RuntimeError):
             function(model, [(images, targets), (images[:, :1], targets)], optimizer=adamw)
     assert everything(model) == before and torch.equal(model(images), output)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", [analysis.lr_range_test, analysis.loss_landscape])
+def test_trainings_whatever_the_caller_does(mode, function):
+    model, batches = Point(1.0), of_curvature(1.0)
+    expected = function(model, batches, loss=quadratic, steps=3)
+    with mode():
+        found = function(model, batches, loss=quadratic, steps=3)
+    assert torch.equal(found.losses, expected.losses)
+    assert found != expected  # by identity: tensors have no truth
+    assert len({found, expected}) == 2
 
 
 def test_rows_of_the_landscape():

@@ -65,6 +65,14 @@ def test_shared_and_other_parameters():
     assert statistics.layers[0].values.count == 0 and all(map(math.isnan, statistics.layers[0].quantiles))
 
 
+def test_names_of_a_compiled_model_are_those_of_the_plain_one():
+    plain, other = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
+    for model in (plain, hyperfast.hyperize(other, z_dim=2)):
+        rows = analysis.weight_statistics(model).rows()
+        assert [row["parameter"] for row in rows][0] == "0.weight"
+        assert analysis.weight_statistics(torch.compile(model)).rows() == rows
+
+
 def test_weights_that_are_not_finite():
     model = nn.Linear(3, 1, bias=False)
     with torch.no_grad():

@@ -79,8 +79,9 @@ class WithCenters(nn.Module):
     classes; in evaluation its logits.
 
     network: ends with a linear layer, plain or generated, whose input [B, F] are the features. centers: a
-    buffer [num_classes, F], zeros, so that checkpoints hold it. Raises ValueError for a network without such
-    a layer.
+    buffer [num_classes, F], zeros, so that checkpoints hold it. The layer is the last linear one of
+    `modules()`. Raises ValueError for a network without one, and in training for one whose output is not that
+    layer's.
     """
 
     def __init__(self, network: nn.Module, num_classes: int) -> None:
@@ -97,14 +98,19 @@ class WithCenters(nn.Module):
     def forward(self, *inputs: Any) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         if not self.training:
             return self.network(*inputs)
-        seen: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
         # a hook, for the network may have its weights, generated ones, in its own forward alone
-        hook = self._head().register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+        hook = self._head().register_forward_hook(
+            lambda layer, given, output: seen.append((given[0], output))
+        )
         try:
             logits = self.network(*inputs)
         finally:
             hook.remove()
-        return logits, seen[-1], self.centers
+        if not seen or seen[-1][1] is not logits:
+            name = type(self.network).__name__
+            raise ValueError(f"{name} must return the output of its last linear layer, got another")
+        return logits, seen[-1][0], self.centers
 
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {

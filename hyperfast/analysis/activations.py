@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hyperfast.analysis.batches import on_device, take
+from hyperfast.analysis.batches import Batches, on_device, take
 from hyperfast.analysis.distribution import Distribution, Tally, memory_order
-from hyperfast.analysis.preserve import preserved
-from hyperfast.analysis.table import table
+from hyperfast.analysis.preserve import eagerly, preserved
+from hyperfast.analysis.table import counted, shown, table
 from hyperfast.nn import BatchNormReLUMaxPool2d, Generator
 from hyperfast.nn.weights import plain_namer
 
@@ -27,7 +27,7 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerActivations:
     """Outputs of the module `name`, an instance of `kind`.
 
@@ -52,7 +52,7 @@ class LayerActivations:
         return int(self.dead().sum()) / len(self.peak) if len(self.peak) else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ActivationStatistics:
     """By layer, in the order in which they were first called, and of `total`, all together.
 
@@ -88,14 +88,14 @@ class ActivationStatistics:
                 [row["layer"], row["kind"], *numbers, shares[0], row["units"], row["dead"], shares[1]]
             )
         lost = self.total.values.nonfinite
-        text = f"{self.batches} batches. A unit is dead where {below} at every position of every sample."
+        text = f"{counted(self.batches)}. A unit is dead where {below} at every position of every sample."
         text += f" {lost} activations are not finite and count in no figure." if lost else ""
         return f"{table(header, cells)}\n\n{text}"
 
 
 def activation_statistics(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Batches,
     threshold: float = 0.01,
     limit: int | None = 5,
     layers: Iterable[str] | None = None,
@@ -112,6 +112,7 @@ def activation_statistics(
     tensors one for each ("lstm[0]", "lstm[1]"). Outputs are looked at as the module returns them, so that
     what works on them in place later does no harm, and none is kept. unit_dim: the dimension of an output
     along which its units lie; default: 1, as of [B, F] and [B, C, H, W], and the last of three, [B, T, F].
+    For a network of Conv1d, whose outputs are [B, C, T], give 1.
 
     The model runs in the mode it is in: call `model.train()` first for batch norm by the batch, `eval()` for
     running statistics and no dropout. It is the same afterwards, running statistics and random numbers
@@ -125,8 +126,7 @@ def activation_statistics(
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
         stack.enter_context(torch.no_grad())
-        if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
+        stack.enter_context(eagerly(model))
         for name, module in modules.items():
             hook = recorder.hook(name, type(module).__name__)
             stack.callback(module.register_forward_hook(hook).remove)
@@ -146,7 +146,7 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
     if layers is not None:
         if isinstance(layers, str):
             raise TypeError(f"layers must be a list of names, got the string {layers!r}")
-        known = {_shown(plain(name)): m for name, m in model.named_modules(remove_duplicate=False)}
+        known = {shown(plain(name)): m for name, m in model.named_modules(remove_duplicate=False)}
         layers = list(layers)
         if not layers:
             raise ValueError("layers must name at least one module, got none")
@@ -155,7 +155,7 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
                 raise ValueError(f"model has no module {name!r}; it has {', '.join(filter(None, known))}")
         return {name: known[name] for name in layers}
     inside = {id(part) for m in model.modules() if isinstance(m, Generator) for part in m.modules()}
-    modules = {_shown(plain(name)): m for name, m in model.named_modules() if id(m) not in inside}
+    modules = {shown(plain(name)): m for name, m in model.named_modules() if id(m) not in inside}
     found = {name: m for name, m in modules.items() if _is_activation(m)}
     return found or {n: m for n, m in modules.items() if all(id(child) in inside for child in m.children())}
 
@@ -166,11 +166,6 @@ def _is_activation(module: nn.Module) -> bool:
     return isinstance(module, ACTIVATIONS) or (
         isinstance(module, fused) and type(module).forward is fused.forward
     )
-
-
-def _shown(name: str) -> str:
-    """Without what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 class _Recorder:

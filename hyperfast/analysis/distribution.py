@@ -14,7 +14,7 @@ CHUNK = {"cpu": 1 << 16, "other": 1 << 22}  # elements in float64 at a time; on 
 SMALLEST = -1000  # exponent of the smallest range: its bins are normal numbers still
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Distribution:
     """Of `count` finite numbers; NaN and infinities are counted in `nonfinite` and nowhere else.
 

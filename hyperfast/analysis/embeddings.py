@@ -16,7 +16,7 @@ STATISTICS = ("min", "max", "mean", "std", "norm")
 MATRIX_LIMIT = 12  # layers of a similarity matrix that is still readable as a table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerEmbeddings:
     """The embeddings z [E_l, K] of the generated layer `name`, float64 on the CPU."""
 
@@ -34,7 +34,7 @@ class LayerEmbeddings:
         return self.z.norm(dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Similarity:
     """Cosines between all embeddings of the layers whose embeddings have z_dim numbers.
 
@@ -66,7 +66,7 @@ class Similarity:
         return table([f"K = {self.z_dim}", *self.layers], rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ZReport:
     """The embeddings of all generated layers of a model. Nothing is drawn or printed: `to_markdown` does."""
 

@@ -24,18 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperfast.analysis.batches import on_device, take
-from hyperfast.analysis.preserve import preserved, same_random_numbers
-from hyperfast.analysis.table import table
-from hyperfast.analysis.training import Batches, Loss
-from hyperfast.factored import is_stand_in
+from hyperfast.analysis.batches import Batch, Batches, Loss, evaluate, learned_parameters, on_device, take
+from hyperfast.analysis.preserve import eagerly, preserved, same_random_numbers
+from hyperfast.analysis.table import counted, records, shown, table
 from hyperfast.nn import LinearGenerator
 
-Batch = tuple[Any, Any]
 DISTANCES = tuple(0.5 * i / 9 for i in range(10))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictiveness:
     """What `gradient_predictiveness` found; each tensor float64 [batches], on the CPU.
 
@@ -60,7 +57,8 @@ class Predictiveness:
 
     def rows(self) -> list[dict[str, float]]:
         """One for each batch."""
-        return _rows(norm=self.norms, change=self.changes, ratio=self.ratios, cosine=self.cosines)
+        columns = {"norm": self.norms, "change": self.changes, "ratio": self.ratios, "cosine": self.cosines}
+        return records({"batch": range(self.batches), **columns})
 
     def to_markdown(self) -> str:
         figures = {
@@ -72,7 +70,7 @@ class Predictiveness:
         return _summary(figures)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaxDifference:
     """What `max_gradient_difference` found: at each of `distances` the largest absolute change of an element
     of the gradient; float64 [distances], on the CPU."""
@@ -93,16 +91,15 @@ class MaxDifference:
 
     def rows(self) -> list[dict[str, float]]:
         """One for each distance."""
-        columns = self.distances.tolist(), self.differences.tolist()
-        return [{"distance": d, "difference": c} for d, c in zip(*columns, strict=True)]
+        return records({"distance": self.distances, "difference": self.differences})
 
     def to_markdown(self) -> str:
         rows = [[f"{row['distance']:.4g}", f"{row['difference']:.4g}"] for row in self.rows()]
         rows.append(["average", f"{self.average:.4g}"])
-        return table(["distance, 1 batch", "largest change of the gradient"], rows)
+        return table([f"distance, {counted(self.batches)}", "largest change of the gradient"], rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Smoothness:
     """What `gradient_smoothness` found; tensors float64 [batches], on the CPU.
 
@@ -132,7 +129,8 @@ class Smoothness:
 
     def rows(self) -> list[dict[str, float]]:
         """One for each batch."""
-        return _rows(change=self.changes, noise_norm=self.noise_norms, ratio=self.ratios)
+        columns = {"change": self.changes, "noise_norm": self.noise_norms, "ratio": self.ratios}
+        return records({"batch": range(self.batches), **columns})
 
     def to_markdown(self) -> str:
         figures = {
@@ -143,7 +141,7 @@ class Smoothness:
         return _summary(figures)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientHealth:
     """What `gradient_health` found, for P parameters under `names`, each with `sizes` elements; on the CPU.
 
@@ -186,23 +184,10 @@ class GradientHealth:
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each parameter: its name and size, shares, and the mean norm of its gradient."""
-        columns = (
-            self.names,
-            self.sizes,
-            self.below.tolist(),
-            self.above.tolist(),
-            self.norms.mean(0).tolist(),
-        )
-        return [
-            {
-                "parameter": name,
-                "size": size,
-                "vanishing": below / (size * self.batches),
-                "exploding": above / (size * self.batches),
-                "norm": norm,
-            }
-            for name, size, below, above, norm in zip(*columns, strict=True)
-        ]
+        elements = torch.tensor(self.sizes, dtype=torch.float64) * self.batches
+        columns = {"parameter": self.names, "size": self.sizes}
+        shares = {"vanishing": self.below / elements, "exploding": self.above / elements}
+        return records(columns | shares | {"norm": self.norms.mean(0)})
 
     def to_markdown(self) -> str:
         total = {
@@ -223,7 +208,7 @@ class GradientHealth:
             for row in [*self.rows(), total]
         ]
         shares = [f"below {self.vanishing:g}", f"above {self.exploding:g}"]
-        return table([f"gradients of {_count(self.batches)}", "elements", *shares, "mean norm"], rows)
+        return table([f"gradients of {counted(self.batches)}", "elements", *shares, "mean norm"], rows)
 
 
 def gradient_predictiveness(
@@ -267,7 +252,7 @@ def max_gradient_difference(
 
     batch: (inputs, targets); the rest as in `gradient_predictiveness`. distances: 10 from 0 to 0.5, if not
     given. Raises ValueError without distances. After the effective smoothness of Santurkar et al. (2018),
-    section 3: the largest change of the gradient along it.
+    section 3, which is another number: the largest l2 norm of the change over the distance.
     """
     distances = [float(distance) for distance in distances]
     if not distances:
@@ -303,6 +288,7 @@ def gradient_smoothness(
     |g(x + e) - g(x)| / mean_b |e_b| with the gradient g in the parameters and noise e of independent normal
     numbers of mean 0 and standard deviation `noise`, e_b that of sample b. Where samples do not meet in the
     network, as they do in batch norm, it is at most the largest Lipschitz constant of one sample's gradient.
+    e is what was added after rounding to the dtype of the inputs.
 
     inputs: a floating-point tensor [B, ...]; the noise comes from `seed`, the same on every device. The rest
     as in `gradient_predictiveness`. Raises TypeError for other inputs, ValueError for noise that is not above
@@ -318,11 +304,12 @@ def gradient_smoothness(
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
                 kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
                 raise TypeError(f"inputs must be a floating-point tensor to add noise to, got {kind}")
-            e = noise * torch.randn(inputs.shape, generator=generator)
-            sizes = torch.linalg.vector_norm(e.reshape(len(e), -1), dim=1, dtype=torch.float64)
+            noisy = inputs + (noise * torch.randn(inputs.shape, generator=generator)).to(inputs)
+            e = (noisy.double() - inputs.double()).reshape(len(inputs), -1)  # of bfloat16 hardly that drawn
+            sizes = torch.linalg.vector_norm(e, dim=1)
             with same_random_numbers(model):
                 before = gradient((inputs, targets))
-            after = gradient((inputs + e.to(inputs), targets))
+            after = gradient((noisy, targets))
             found.append(_together([_change(before, after), sizes.mean()]))
         return Smoothness(noise, seed, *_columns(found))
 
@@ -348,7 +335,7 @@ def gradient_health(
         return GradientHealth(
             vanishing,
             exploding,
-            gradient.names,
+            tuple(map(shown, gradient.names)),
             tuple(p.numel() for p in gradient.parameters),
             torch.stack(below).sum(0).cpu(),
             torch.stack(above).sum(0).cpu(),
@@ -366,12 +353,8 @@ class _Pass(nn.Module):
         self.losses = (loss,)  # a module of its own it may be, but no part of the model
 
     def forward(self, batch: Batch, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        inputs, targets = batch
-        value = self.losses[0](self.model(inputs), targets)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss(output, target) must be a tensor of one number, got {got}")
-        return torch.autograd.grad(value.sum(), parameters, materialize_grads=True)
+        value = evaluate(self.model, self.losses[0], batch)
+        return torch.autograd.grad(value, parameters, materialize_grads=True)
 
 
 class _Gradients:
@@ -379,9 +362,7 @@ class _Gradients:
     of its buffers."""
 
     def __init__(self, model: nn.Module, loss: Loss):
-        learned = {n: p for n, p in model.named_parameters() if p.requires_grad and not is_stand_in(p)}
-        if not learned:
-            raise ValueError("the model has no parameter that requires a gradient")
+        learned = learned_parameters(model)
         self.names = tuple(learned)
         self.parameters = [p.detach() for p in learned.values()]
         self.model, self.run = model, _Pass(model, loss)
@@ -400,8 +381,8 @@ class _Gradients:
 
 @contextmanager
 def _gradients_of(model: nn.Module, loss: Loss) -> Iterator[_Gradients]:
-    """Within it the model is `preserved`."""
-    with preserved(model):
+    """Within it the model is `preserved` and runs without being compiled."""
+    with preserved(model), eagerly(model):
         for module in model.modules():
             if isinstance(module, LinearGenerator):
                 module.factored = False  # gradients of their weights are made, as of any other
@@ -432,15 +413,6 @@ def _columns(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.stack(list(rows)).double().cpu().unbind(1)
 
 
-def _rows(**columns: Tensor) -> list[dict[str, float]]:
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [{"batch": i, **dict(zip(columns, row, strict=True))} for i, row in enumerate(values)]
-
-
-def _count(batches: int) -> str:
-    return f"{batches} batch" if batches == 1 else f"{batches} batches"
-
-
 def _summary(figures: dict[str, Tensor]) -> str:
     """Mean, standard deviation (population) and extremes over the batches."""
     batches = len(next(iter(figures.values())))
@@ -448,4 +420,4 @@ def _summary(figures: dict[str, Tensor]) -> str:
         [name, *(f"{v.item():.4g}" for v in (x.mean(), x.std(correction=0), x.min(), x.max()))]
         for name, x in figures.items()
     ]
-    return table([_count(batches), "mean", "std", "min", "max"], rows)
+    return table([counted(batches), "mean", "std", "min", "max"], rows)

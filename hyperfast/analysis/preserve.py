@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +21,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
     model's devices. Within it `.grad` is None everywhere, the gradients of before are put aside, and
     gradients are recorded even where the caller is in `torch.no_grad` or `torch.inference_mode`.
 
-    Takes one copy of parameters and buffers. What nobody changed is not written: a graph of before stays
+    Takes one copy of parameters and buffers. Raises TypeError for a model with parts of TorchScript, whose
+    attributes are out of reach. What nobody changed is not written: a graph of before stays
     good for its backward, and next weights of generators stay current. Not put back: what attributes hold
     inside, as the entries of a list, hooks, and a CUDA graph of a training step, which is to be captured
     again where parameters were changed.
     """
-    with ExitStack() as stack:
+    scripted = next(
+        (name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None
+    )
+    if scripted is not None:
+        where = f"its module {scripted!r}" if scripted else "it"
+        raise TypeError(f"model must be made of plain modules, {where} is a torch.jit.ScriptModule")
+    with ExitStack() as stack:  # leaves from the last to the first, all of it whatever fails on the way
         stack.enter_context(torch.inference_mode(False))  # torch.no_grad ends with it
         stack.enter_context(same_random_numbers(model))
         owns = [own for m in model.modules() for own in (vars(m), m._parameters, m._buffers, m._modules)]
-        before = [dict(own) for own in owns]
-        tensors = [_Kept(t) for t in {id(t): t for t in _tensors(model)}.values()]
-        try:
-            for kept in tensors:
-                kept.put_gradient_aside()
-            yield
-        finally:
-            for own, was in zip(owns, before, strict=True):
-                own.clear()
-                own.update(was)
-            for kept in tensors:
-                kept.put_back()
+        for own in owns:
+            stack.callback(_put_back, own, dict(own))
+        for tensor in {id(t): t for t in _tensors(model)}.values():
+            kept = _Kept(tensor)
+            stack.callback(kept.put_back)
+            kept.put_gradient_aside()
+        yield
 
 
 @contextmanager
@@ -54,6 +57,22 @@ def same_random_numbers(model: nn.Module) -> Iterator[None]:
         for kind, indices in devices.items():  # with each kind goes the CPU
             stack.enter_context(torch.random.fork_rng(sorted(indices), device_type=kind))
         yield
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Within it no part of `model` runs compiled: compiled code calls no hooks that came after it, and would
+    be compiled again for parameters in other places."""
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _put_back(own: dict[str, Any], was: dict[str, Any]) -> None:
+    own.clear()
+    own.update(was)
 
 
 class _Kept:

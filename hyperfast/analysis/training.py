@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hyperfast.analysis.batches import on_device, take
+from hyperfast.analysis.batches import Batches, Loss, evaluate, learned_parameters, on_device, take
 from hyperfast.analysis.preserve import preserved
-from hyperfast.analysis.table import table
-from hyperfast.factored import trained_parameters
+from hyperfast.analysis.table import counted, records, table
 
 DIVERGED = 4.0  # times the lowest smoothed loss
 
-Batches = Iterable[tuple[Any, Any]]
 MakeOptimizer = Callable[[list[Tensor], float], Optimizer]
-Loss = Callable[[Any, Any], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LRRange:
     """Losses of a training whose learning rate grows with every step.
 
@@ -52,9 +48,8 @@ class LRRange:
 
     def rows(self) -> list[dict[str, float]]:
         """For each step: step, rate, loss, smoothed."""
-        columns = (self.rates.tolist(), self.losses.tolist(), self.smoothed.tolist())
-        names = ("step", "rate", "loss", "smoothed")
-        return [dict(zip(names, row, strict=True)) for row in zip(range(self.batches), *columns, strict=True)]
+        columns = {"rate": self.rates, "loss": self.losses, "smoothed": self.smoothed}
+        return records({"step": range(self.batches), **columns})
 
     def to_markdown(self) -> str:
         """The rates that it found, in a table."""
@@ -91,8 +86,9 @@ def lr_range_test(
     weight of the newest loss in the running average, which is corrected for its start; 1 smooths nothing.
 
     Stops at a loss that is not finite, and where the smoothed loss is above both 4 times its lowest and the
-    first loss. Trains in training mode; the model is the same afterwards (`preserved`). Raises ValueError for
-    no batches, fewer than 2 steps, rates that do not grow from above 0, and a smoothing outside (0, 1].
+    first loss. Trains in training mode, dropout included, whatever mode its modules are in; the model is the
+    same afterwards (`preserved`). Raises ValueError for no batches, a loss of more than one number, nothing
+    to learn, fewer than 2 steps, rates that do not grow from above 0, and a smoothing outside (0, 1].
     """
     if steps < 2 or not 0 < low < high or not 0 < smoothing <= 1:
         got = f"got steps {steps}, low {low}, high {high}, smoothing {smoothing}"
@@ -127,13 +123,14 @@ def _steepest(rates: Sequence[float], losses: Sequence[float], smoothing: float)
     return rates[1 + int(place)] if slope < 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossLandscape:
     """Losses of trainings from one start, on the same batches, with a learning rate each.
 
     losses float64 [rates, steps]: losses[r, i] is that of batch i before its step with rates[r]; inf from
     where a training has diverged, which then stopped. The band at a step goes from the lowest to the highest
-    of those that are finite: where trainings diverged it is that of the others, and NaN where all have.
+    of those that are finite, as a picture shows it: where trainings diverged it is that of the others, and
+    NaN where all have. Its mean `width` is inf then.
     """
 
     rates: tuple[float, ...]
@@ -144,6 +141,7 @@ class LossLandscape:
         """One for each step."""
         return self.losses.shape[1]
 
+    @property
     def diverged(self) -> dict[float, int]:
         """The step of the first loss that is not finite, by rate, where there is one."""
         steps = self.losses.isfinite().sum(1).tolist()
@@ -157,31 +155,28 @@ class LossLandscape:
         none = ~finite.any(0)
         return low.masked_fill(none, math.nan), high.masked_fill(none, math.nan)
 
+    @property
     def width(self) -> float:
-        """Mean over the steps of highest less lowest finite loss; NaN where no step has one."""
+        """Mean over the steps of highest less lowest loss; inf where a training diverged."""
         low, high = self.band()
-        return (high - low).nanmean().item()
+        return math.inf if self.diverged else (high - low).mean().item()
 
     def rows(self) -> list[dict[str, float]]:
         """For each step: step, loss_RATE for each rate, low and high of the band."""
-        names = ["step", *(f"loss_{rate:g}" for rate in self.rates), "low", "high"]
+        losses = {f"loss_{rate:g}": own for rate, own in zip(self.rates, self.losses, strict=True)}
         low, high = self.band()
-        columns = [range(self.batches), *self.losses.tolist(), low.tolist(), high.tolist()]
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return records({"step": range(self.batches)} | losses | {"low": low, "high": high})
 
     def to_markdown(self) -> str:
         """A table of the trainings, and the band in a sentence."""
-        diverged = self.diverged()
+        diverged = self.diverged
         rows = []
         for rate, losses in zip(self.rates, self.losses, strict=True):
             figures = (losses[0], losses.min(), losses[-1])
             rows.append([f"{rate:g}", *(f"{x:.4g}" for x in figures), diverged.get(rate, "")])
         header = ["learning rate", "first loss", "lowest", f"at step {self.batches - 1}", "diverged at step"]
-        text = (
-            f"Band of the losses over {len(self.rates)} learning rates: mean width {self.width():.4g} over "
-        )
-        text += f"{self.batches} batches, one a step"
-        text += "; where a training diverged, of the others." if diverged else "."
+        text = f"Band of the losses over {len(self.rates)} learning rates: mean width {self.width:.4g} over "
+        text += f"{counted(self.batches)}, one a step."
         return f"{table(header, rows)}\n\n{text}"
 
 
@@ -199,22 +194,24 @@ def loss_landscape(
     (2018).
 
     batches: (inputs, targets), one a step; they begin again where they end, and `steps` of them are held in
-    memory until all trainings are done. optimizer(parameters, lr) makes one for each rate, as in
-    `lr_range_test`. loss(output, target): a scalar. A training stops at a loss that is not finite. Trains in
-    training mode; the model is the same afterwards (`preserved`). Raises ValueError for no batches, no rates,
-    equal rates, and fewer than 1 steps.
+    memory until all trainings are done, as they came and not copied: what gives them must not write into
+    them later. optimizer(parameters, lr) makes one for each rate, as in `lr_range_test`. loss(output,
+    target): a scalar. A training stops at a loss that is not finite. Trains in training mode, dropout
+    included, whatever mode its modules are in; the model is the same afterwards (`preserved`). Raises
+    ValueError for no batches, a loss of more than one number, nothing to learn, no rates, equal rates, and
+    fewer than 1 steps.
     """
     rates = tuple(map(float, rates))
     if not rates or len(set(rates)) < len(rates) or steps < 1:
         raise ValueError(f"rates must be given and different, steps at least 1, got {rates}, {steps}")
     with preserved(model):  # loaders draw random numbers
         held = list(take(batches, steps, repeat=True))
-    losses = torch.full((len(rates), len(held)), math.inf, dtype=torch.float64)
-    for row, rate in zip(losses, rates, strict=True):
+    losses = []
+    for rate in rates:
         with preserved(model):
-            for i, value in enumerate(_train(model, held, optimizer, loss, [rate] * len(held))):
-                row[i] = value
-    return LossLandscape(rates, losses)
+            own = list(_train(model, held, optimizer, loss, [rate] * len(held)))
+        losses.append(own + [math.inf] * (len(held) - len(own)))
+    return LossLandscape(rates, torch.tensor(losses, dtype=torch.float64))
 
 
 def _train(
@@ -223,14 +220,13 @@ def _train(
     """The loss of every step before it is made, as many as rates and batches allow, in training mode; after
     one that is not finite, which comes as inf, no more. Changes the model."""
     model.train()
-    stepping = optimizer([p for p in trained_parameters(model) if p.requires_grad], rates[0])
+    stepping = optimizer(list(learned_parameters(model).values()), rates[0])
     first = [group["lr"] for group in stepping.param_groups]
     for rate, batch in zip(rates, take(batches, len(rates), repeat=True), strict=False):
         for group, lr in zip(stepping.param_groups, first, strict=True):
             group["lr"] = lr * (rate / rates[0])
         stepping.zero_grad()
-        inputs, targets = on_device(model, batch)
-        value = loss(model(inputs), targets)
+        value = evaluate(model, loss, on_device(model, batch))
         number = value.item()
         if not math.isfinite(number):
             yield math.inf

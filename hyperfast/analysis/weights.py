@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.analysis.distribution import Distribution, Tally
-from hyperfast.analysis.table import table
+from hyperfast.analysis.table import shown, table
 from hyperfast.nn.generator import generators
 from hyperfast.nn.weights import freeze
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerWeights:
     """The parameter `name` of the plain network, of `shape`.
 
@@ -37,7 +37,7 @@ class LayerWeights:
         return math.sqrt(self.values.count) * math.hypot(self.values.mean, self.values.std)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightStatistics:
     """By parameter, in the order of the plain network. near_zero counts |w| < threshold."""
 
@@ -84,7 +84,7 @@ def weight_statistics(model: nn.Module, threshold: float = 1e-3) -> WeightStatis
             tally = Tally(threshold)
             tally.add(weight)
             quantiles = _quantiles(weight.detach(), tally.nonfinite)
-            layers.append(LayerWeights(name, tuple(weight.shape), tally.distribution(), quantiles))
+            layers.append(LayerWeights(shown(name), tuple(weight.shape), tally.distribution(), quantiles))
     return WeightStatistics(tuple(layers), threshold)
 
 

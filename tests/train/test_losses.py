@@ -168,7 +168,7 @@ class TestWithCenters:
         assert torch.equal(logits, network(inputs)) and torch.equal(x, network[:3](inputs))
         assert centers.shape == (5, width) and not centers.any()
         assert torch.equal(model.eval()(inputs), logits)
-        assert not any(m._forward_pre_hooks for m in model.modules())
+        assert not any(m._forward_hooks for m in model.modules())
         assert model.state_dict().keys() >= {"centers", "network.1.weight"}
         assert [name for name, _ in model.named_parameters()] == [
             f"network.{name}" for name, _ in network.named_parameters()
@@ -205,11 +205,31 @@ class TestWithCenters:
         model = WithCenters(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), 3)
         with pytest.raises(RuntimeError):
             model(torch.randn(2, 5))
-        assert not any(m._forward_pre_hooks for m in model.modules())
+        assert not any(m._forward_hooks for m in model.modules())
 
     def test_no_linear_layer(self):
         with pytest.raises(ValueError, match="end with a linear layer, Conv2d has none"):
             WithCenters(nn.Conv2d(3, 4, 3), 5)
+
+    @pytest.mark.parametrize("kind", ["another layer's", "changed", "never called"])
+    def test_a_network_that_does_not_return_its_last_layers_output(self, kind):
+        class Other(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 4)
+
+            def forward(self, x):
+                if kind == "never called":
+                    return self.first(x)
+                return (
+                    self.first(self.last(x)) if kind == "another layer's" else self.last(self.first(x)).tanh()
+                )
+
+        model = WithCenters(Other(), 3)
+        x = torch.randn(2, 6 if kind == "another layer's" else 4)
+        with pytest.raises(ValueError, match="Other must return the output of its last linear layer"):
+            model(x)
+        assert model.eval()(x).shape[0] == 2  # no features in evaluation
 
     def test_copies(self):
         model = WithCenters(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), 3)

@@ -2,7 +2,8 @@
 
 Each analysis is made of every network of the study at initialisation and trained (best epoch), all on the
 same batches of training images without augmentation, in an order drawn from the seed. Gradients and
-activations are those of the training mode's batch norm, by the statistics of the batch, without dropout.
+activations are those of the training mode's batch norm, by the statistics of the batch, without dropout; the
+trainings of learning rates and landscape have dropout.
 """
 
 from __future__ import annotations
@@ -177,8 +178,8 @@ LR_FINDER = Analysis(
     "lr_finder",
     "Learning rates",
     "Learning rate range test (Smith, 2017): SGD with momentum 0.9 and weight decay 5e-4 whose learning rate "
-    "grows geometrically with every step, one batch each. Suggestion: the steepest descent of the smoothed "
-    "loss.",
+    "grows geometrically with every step, one batch each, in training mode with dropout. Suggestion: the "
+    "steepest descent of the smoothed loss.",
     _test_range,
     lambda found: {
         "suggestion": found.suggestion,
@@ -201,9 +202,10 @@ LANDSCAPE = Analysis(
     "Loss landscape",
     "Trainings from one start on the same batches, SGD with momentum 0.9 and weight decay 5e-4, with the "
     "learning rates 0.001, 0.005, 0.01 and 0.05; the band goes from the lowest to the highest loss at each "
-    "step (Santurkar et al., 2018). A training that diverged is left out from there on.",
+    "step (Santurkar et al., 2018), in training mode with dropout. The picture leaves a training out from "
+    "where it diverged; the band then has no width.",
     _train_at_rates,
-    lambda found: {"width": found.width(), "diverged": len(found.diverged()), "batches": found.batches},
+    lambda found: {"width": found.width, "diverged": len(found.diverged), "batches": found.batches},
     pictures.landscape,
     (Quantity("width", "mean width of the band", "narrower band of losses"),),
     {"diverged": "rates that diverged"} | BATCHES,
