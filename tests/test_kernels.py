@@ -47,8 +47,6 @@ NOT_OF_KERNELS = "not compile and not opcheck and not memory_of_the_op and not t
             "test_accurate and dtype0 and (odd or rows_) and not has_rows or autocast and odd or strided"
             " or nothing_to_sum",
         ),
-        ("ops/test_lstm.py", "one_step and (test_accurate or without_gradients)"),
-        ("optim/test_adamw.py", "twenty_steps"),
     ],
 )
 def test_ops_and_optimizers_on_interpreted_kernels(file, tests):
@@ -68,6 +66,7 @@ def test_ops_and_optimizers_on_interpreted_kernels(file, tests):
             "test_accurate or without_gradients or half_precision or autocast or some_results or only_what"
             " or no_steps",
         ),
+        ("optim/test_adamw.py", "twenty_steps"),
         ("optim/test_adam_sgd.py", "twenty_steps"),
         ("test_states.py", "TestKernels and not thread_count or TestNumbersInTensors and auto"),
     ],

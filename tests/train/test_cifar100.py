@@ -401,7 +401,7 @@ def generated(state):
     ("fused", "optimizer"),
     [
         ("--fused", "adamw"),
-        ("--fused", "adam"),
+        pytest.param("--fused", "adam", marks=pytest.mark.slow),
         pytest.param("--no-fused", "adamw", marks=pytest.mark.slow),
         pytest.param("--no-fused", "adam", marks=pytest.mark.slow),
     ],
