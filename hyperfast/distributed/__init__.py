@@ -1,0 +1,4 @@
+"""Training on several processes, GPUs or machines at the communication cost of the generated network.
+
+Every rank runs the same program (`torchrun`). Between ranks travels dw, N numbers for a generator of N K.
+"""
