@@ -2,3 +2,9 @@
 
 Every rank runs the same program (`torchrun`). Between ranks travels dw, N numbers for a generator of N K.
 """
+
+from hyperfast.distributed.data_parallel import data_parallel
+
+__all__ = [
+    "data_parallel",
+]

@@ -6,7 +6,6 @@ rows. Nobody but its owner reads or updates a row.
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -28,7 +27,9 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     """
     linear = _linear_generators(model)
     if any(g.shard is not None for g in linear):
-        raise ValueError("the model is sharded already: hyperfast.distributed.unshard_(model) is the way back")
+        raise ValueError(
+            "the model is sharded already: hyperfast.distributed.unshard_(model) is the way back"
+        )
     factored_(model)
     sharded = set()
     for g in linear:

@@ -19,7 +19,7 @@ from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.nn.per_sample import PerSampleWeight
-from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast
+from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast, run_first
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
 
@@ -143,6 +143,7 @@ class LinearGenerator(Generator):
     """
 
     per_layer = True
+    early = False  # in factored mode dw reaches its parameter before the backward ends: several ranks wait
 
     def __init__(
         self,
@@ -357,16 +358,19 @@ def _is_plain_linear(g: Generator) -> bool:
 
 def _generate_linear(batch: Sequence[LinearGenerator]) -> list[tuple[Tensor, ...]]:
     """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch."""
+    early = any(g.early for g in batch)
     weights = ops.generate(
         [g.weight for g in batch],
         [g.gradient_bias for g in batch],
         [g.z for g in batch],
         next_weights=[g.next_weight for g in batch],
         factored=batch[0].factored,
+        early=early,
         l2=[g.l2 for g in batch],
         backend=batch[0].backend,
     )
-    return [(w.view(g.shapes[0]),) for g, w in zip(batch, weights, strict=True)]
+    shaped = [w.view(g.shapes[0]) for g, w in zip(batch, weights, strict=True)]
+    return [(run_first(w) if early else w,) for w in shaped]
 
 
 def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
