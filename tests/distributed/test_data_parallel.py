@@ -240,33 +240,6 @@ def sends_while_the_backward_runs(rank: int) -> None:
         assert late[0] == "first layer" and sorted(late) == sorted(early), late
 
 
-def generates_and_differentiates_as_before(rank: int) -> None:
-    """`early` changes no value and no gradient, with penalties, autocast and in second derivatives."""
-    for l2, dtype in ((0.0, None), (0.1, None), (0.0, torch.bfloat16), (0.1, torch.bfloat16)):
-        results = []
-        for early in (False, True):
-            torch.manual_seed(1)
-            g = generated_l2_(LinearGenerator((5, 7), 3, init="hyperfan"), l2).requires_grad_()
-            g.set_factored(True)
-            g.early = early
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                (w,) = g()
-            w.float().sin().sum().backward()
-            with torch.no_grad():
-                (evaluated,) = g()
-            results.append((w.detach(), g.bias.grad, g.z.grad, evaluated))
-            assert g.weight.grad is None and w.shape == (5, 7)
-            results[-1] += _second_derivatives(g) if dtype is None and not l2 else ()
-        for late, early in zip(*results, strict=True):
-            assert late.dtype == early.dtype and torch.equal(late, early)
-
-
-def _second_derivatives(g: LinearGenerator) -> tuple[Tensor, ...]:
-    parameters = g.weight, g.bias, g.z
-    first = torch.autograd.grad(g()[0].sin().sum(), parameters, create_graph=True)
-    return torch.autograd.grad(sum(d.square().sum() for d in first), parameters)
-
-
 def compresses_dw(rank: int) -> None:
     net, dense = seeded(hypernetwork), seeded(hypernetwork)
     model = data_parallel(hyperfast.factored_(net))
@@ -366,6 +339,27 @@ WAYS = {
 }
 
 
+def compiles(rank: int, around: str) -> None:
+    """The wrapped model compiled, and a compiled model wrapped."""
+    net, dense = seeded(Net), seeded(Net)
+    hyperfast.factored_(net)
+    model = data_parallel(net) if around == "ddp" else data_parallel(torch.compile(net))
+    model = torch.compile(model) if around == "ddp" else model
+    optimizer, theirs = AdamW(net, **OPTIONS), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(model, *own(rank, step)).backward()
+        optimizer.step()
+        theirs.zero_grad()
+        loss(dense, *batch(step)).backward()
+        theirs.step()
+    assert_equal_states(net, dense, 1e-9)
+
+
+def compiled_checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
+    return {around: partial(compiles, rank, around) for around in ("ddp", "model")}
+
+
 def checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
     """By name; two ranks run them one after the other, for each process imports torch anew."""
     trains = partial(trains_as_one_process, rank)
@@ -374,7 +368,6 @@ def checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
     named["trains: weights for each sample"] = partial(trains, OfSamples, factored=False)
     others = (
         sends_while_the_backward_runs,
-        generates_and_differentiates_as_before,
         compresses_dw,
         leaves_unused_layers_out,
         joins_ranks_with_fewer_batches,
@@ -385,7 +378,7 @@ def checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
     return named
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, checks: Callable = checks) -> None:
     torch.set_num_threads(1)
     store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timeout)
@@ -419,6 +412,12 @@ def test_two_ranks_equal_one_process(tmp_path, plain_twin, assert_equal_paramete
         ours.load_state_dict(rank["model"])
         assert_equal_parameters(ours, twin, 1e-9)
         assert rank["norms"] == pytest.approx(norms, rel=1e-9)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_compiled(tmp_path):
+    mp.start_processes(work, (str(tmp_path), compiled_checks), nprocs=RANKS, start_method="spawn")
 
 
 def test_needs_a_process_group():
