@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -16,18 +16,19 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from hyperfast.distributed.agreement import check_same, gather_values, is_joined, rank_in
 
 UNIT = 32  # a rank's rows begin at a multiple: whole groups of rows that share a scale (`hyperfast.states`)
-BLOCK_BYTES = 1 << 26  # of a tensor that is gathered, written or read at a time
+BLOCK_BYTES = 1 << 27  # of a tensor that is gathered, written or read at a time
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """Rows `start` to `stop` of `rows`, those of rank `rank` of `ranks`: equal chunks of a multiple of UNIT
+    """Rows `start` to `stop` of `rows`, those of rank `rank` of `ranks`: equal chunks of a multiple of `unit`
     rows, the last ones shorter or empty."""
 
     rows: int
     rank: int
     ranks: int
     group: dist.ProcessGroup | None = None  # None: all ranks
+    unit: int = UNIT
 
     @classmethod
     def of(cls, rows: int, group: dist.ProcessGroup | None = None) -> RowShard:
@@ -36,7 +37,7 @@ class RowShard:
 
     @property
     def chunk(self) -> int:
-        return -(-self.rows // (self.ranks * UNIT)) * UNIT
+        return -(-self.rows // (self.ranks * self.unit)) * self.unit
 
     @property
     def start(self) -> int:
@@ -46,9 +47,24 @@ class RowShard:
     def stop(self) -> int:
         return min(self.start + self.chunk, self.rows)
 
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.stop)
+
     def of_scales(self, rows_per_scale: int) -> RowShard:
-        """The same in groups of `rows_per_scale` rows, a divisor of UNIT."""
-        raise NotImplementedError
+        """The same in groups of `rows_per_scale` rows, a divisor of `unit`."""
+        groups, left = divmod(self.unit, rows_per_scale)
+        if left:
+            raise ValueError(f"rows_per_scale must divide {self.unit}, got {rows_per_scale}")
+        return replace(self, rows=-(-self.rows // rows_per_scale), unit=groups)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowShard:
+        return self  # a process group has no copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None:
+            raise TypeError("a model sharded over a process group of its own cannot be pickled")
+        return RowShard, (self.rows, self.rank, self.ranks, None, self.unit)
 
     def sharded(self, local: Tensor) -> ShardedRows:
         """`local`, these rows of a tensor, as what a state dict holds of it."""
@@ -67,7 +83,7 @@ class RowShard:
             return value.local
         if value.shape[:1] != (self.rows,):
             raise ValueError(f"{self.rows} rows wanted, got shape {list(value.shape)}")
-        return value[self.start : self.stop]
+        return value[self.own]
 
 
 class ShardedRows(Tensor):
@@ -168,8 +184,9 @@ class ShardedRows(Tensor):
         raise ValueError(f"{index.fqn}: no block of this rank begins at row {index.offset[0]}")
 
 
-def _rows_of_a_block(local: Tensor) -> int:
-    return max(1, BLOCK_BYTES // max(1, local.element_size() * local.shape[1:].numel()))
+def _rows_of_a_block(local: Tensor, parts: int = 1) -> int:
+    """parts: such blocks that are held at a time."""
+    return max(1, BLOCK_BYTES // max(1, parts * local.element_size() * local.shape[1:].numel()))
 
 
 def whole(state: Any, to: int | None = 0) -> Any:
@@ -231,14 +248,14 @@ def _check_spans(path: str, spans: Sequence[tuple[int, int]], rows: int) -> None
 
 
 def _gather(rows: ShardedRows, spans: Sequence[tuple[int, int]], to: int | None) -> Tensor | None:
-    """The whole tensor on the CPU of rank `to` of the group, or of all. It travels as bytes, any dtype does."""
+    """The whole tensor on the CPU of rank `to` of the group, or of all. As bytes, so any dtype travels."""
     group, local, receives = rows.group, rows.local, to in (None, rank_in(rows.group))
     out = torch.empty(rows.shape, dtype=rows.dtype, device="cpu") if receives else None
     if not is_joined():
         return out.copy_(local)
     if local.is_cpu and dist.get_backend(group) == dist.Backend.NCCL:
         local = local.cuda()
-    size, longest = _rows_of_a_block(local), max(length for _, length in spans)
+    size, longest = _rows_of_a_block(local, len(spans)), max(length for _, length in spans)
     for begin in range(0, longest, size):
         part = local.new_zeros(min(size, longest - begin), *local.shape[1:])
         part[: max(0, len(local) - begin)] = local[begin : begin + len(part)]

@@ -9,7 +9,7 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from hyperfast.nn.per_sample import PerSampleWeight
 from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
+
+if TYPE_CHECKING:
+    from hyperfast.distributed.rows import RowShard
 
 
 class AffineMap(NamedTuple):
@@ -38,7 +41,8 @@ class Generator(nn.Module):
     shapes: shapes of the weights it makes, in order. z: its embeddings. backend: "auto" (fused kernels) or
     "reference" (plain PyTorch). factored: whether `weight.grad` stays None and the optimizer works on
     `factors()`. l2: the backward adds l2 w to the gradient of every generated weight w (`generated_l2_` sets
-    it). per_layer: makes one weight, so that a network needs one generator for each layer.
+    it). per_layer: makes one weight, so that a network needs one generator for each layer. shard: the rows of
+    this rank, which are all it has (`hyperfast.distributed.shard_`), None for all.
 
     A generator whose gradients are all dense has no factors and needs `forward` and `embeddings` alone. Its
     forward must return `hyperfast.nn.penalize_l2(w, self.l2)` of each weight w, before any cast: nothing else
@@ -51,6 +55,7 @@ class Generator(nn.Module):
     factored: bool = False
     l2: float = 0.0
     per_layer: bool = False
+    shard: RowShard | None = None
 
     @abstractmethod
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -85,7 +90,7 @@ class Generator(nn.Module):
         """Switches factored gradients; `hyperfast.factored_` calls it."""
 
     def ddp_ignored_names(self) -> list[str]:
-        """Own parameters and buffers that distributed data parallel leaves alone in factored mode."""
+        """Own parameters and buffers that distributed data parallel is to leave alone."""
         return []
 
     def keep_(self, *weights: Tensor) -> None:
@@ -169,6 +174,7 @@ class LinearGenerator(Generator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        self._refuse_sharded("new start")
         self.drop_next_weights()
         initialisations.initialise_(self.weight, self.bias, self.z, self.fan, self.init)
 
@@ -206,6 +212,7 @@ class LinearGenerator(Generator):
             raise ValueError("a generator without bias cannot start from a given weight")
         if weight.shape != self.shapes[0]:
             raise ValueError(f"weight must be {list(self.shapes[0])}, got shape {list(weight.shape)}")
+        self._refuse_sharded("new start")
         self.drop_next_weights()
         self.weight.zero_()
         self.bias.copy_(weight.reshape(-1))
@@ -225,7 +232,8 @@ class LinearGenerator(Generator):
     def factors(self) -> list[Factors]:
         if not self.factored:
             return []
-        return [Factors(self.weight, self.gradient_bias, self.z, True, self.bias is not None)]
+        trained = self.bias is not None
+        return [Factors(self.weight, self.gradient_bias, self.z, True, trained, self.shard)]
 
     def next_weights(self) -> list[Tensor]:
         if self.next_weight is None:
@@ -239,6 +247,8 @@ class LinearGenerator(Generator):
         self.next_weight = None
 
     def set_factored(self, enabled: bool) -> None:
+        if not enabled:
+            self._refuse_sharded("dense gradients")
         if enabled and self._parameters.get("weight") is not self.weight:
             raise ValueError("factored mode needs a plain weight parameter, not a parametrised or pruned one")
         if enabled and self.bias is not None and self.weight.requires_grad and not self.bias.requires_grad:
@@ -255,7 +265,20 @@ class LinearGenerator(Generator):
         self._register()
 
     def ddp_ignored_names(self) -> list[str]:
-        return ["weight"]
+        if not self.factored:
+            return []
+        own = ("weight",) if self.shard is None else ("weight", "bias", "carrier")
+        return [name for name in own if self._parameters.get(name) is not None]
+
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """Those of which a rank has its own rows alone where `shard` says so."""
+        return [p for p in (self.weight, self.gradient_bias) if p is not None]
+
+    def _refuse_sharded(self, what: str) -> None:
+        if self.shard is not None:
+            raise ValueError(
+                f"a sharded generator takes no {what}: hyperfast.distributed.unshard_(model) first"
+            )
 
     def _register(self) -> None:
         if self.factored:
@@ -298,9 +321,10 @@ class LinearGenerator(Generator):
         self._register()
 
     def extra_repr(self) -> str:
-        n, k = self.weight.shape
-        shape, bias = tuple(self.shapes[0]), self.bias is not None
-        return f"{shape}, N={n}, z_dim={k}, bias={bias}, factored={self.factored}"
+        shape, bias, shard = tuple(self.shapes[0]), self.bias is not None, self.shard
+        rows = "" if shard is None else f", rows {shard.start} to {shard.stop}"
+        sizes = f"N={self.shapes[0].numel()}, z_dim={self.weight.shape[1]}"
+        return f"{shape}, {sizes}, bias={bias}, factored={self.factored}{rows}"
 
 
 def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:
@@ -367,12 +391,19 @@ def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
         for generator, was in before:
             generator.set_factored(was)
         raise
+    ignored_by_ddp(module)
+    return module
+
+
+def ignored_by_ddp(module: nn.Module) -> None:
+    """Tells distributed data parallel what in `module`, which is to be wrapped, generators want left alone:
+    their `ddp_ignored_names`, and no other names of theirs."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for name, generator in generators(module):
-        names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
-        ignored = ignored | names if enabled else ignored - names
+        prefix = f"{name}." if name else ""
+        ignored -= {prefix + own for own, _ in generator.named_parameters(recurse=False)}
+        ignored |= {prefix + own for own in generator.ddp_ignored_names()}
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
-    return module
 
 
 def generated_l2_(module: nn.Module, coefficient: float) -> nn.Module:
