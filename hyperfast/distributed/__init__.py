@@ -2,3 +2,13 @@
 
 Every rank runs the same program (`torchrun`). Between ranks travels dw, N numbers for a generator of N K.
 """
+
+from hyperfast.distributed.checkpoint import load, save
+from hyperfast.distributed.rows import ShardedRows, whole
+
+__all__ = [
+    "ShardedRows",
+    "load",
+    "save",
+    "whole",
+]

@@ -60,7 +60,7 @@ def check_same(description: dict[str, str], group: dist.ProcessGroup | None = No
     raise ValueError(first_difference(first, second, "rank 0", f"rank {other}"))
 
 
-def first_difference(one: dict[str, str], two: dict[str, str], name_one: str, name_two: str) -> str:
+def first_difference(one: dict[str, Any], two: dict[str, Any], name_one: str, name_two: str) -> str:
     """Where two descriptions differ, in words."""
     for name in [*one, *(name for name in two if name not in one)]:
         if name not in two:

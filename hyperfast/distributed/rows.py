@@ -71,8 +71,8 @@ class RowShard:
         return ShardedRows(local, self.rows, self.start, self.group)
 
     def take(self, value: Tensor) -> Tensor:
-        """These rows of `value`: `ShardedRows` of just these, or a whole tensor, of which it is a view.
-        Raises ValueError for other rows."""
+        """These rows of `value`: `ShardedRows` of just these, or a whole tensor, of which they are a copy, so
+        that nothing keeps all rows alive. Raises ValueError for other rows."""
         if isinstance(value, ShardedRows):
             stop = value.start + len(value.local)
             if (value.rows, value.start, stop) != (self.rows, self.start, self.stop):
@@ -83,7 +83,7 @@ class RowShard:
             return value.local
         if value.shape[:1] != (self.rows,):
             raise ValueError(f"{self.rows} rows wanted, got shape {list(value.shape)}")
-        return value[self.own]
+        return value[self.own].clone()
 
 
 class ShardedRows(Tensor):
