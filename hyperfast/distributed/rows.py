@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from hyperfast.distributed.agreement import check_same, gather_values, is_joined, rank_in
+from hyperfast.distributed.collectives import all_gather
 
 UNIT = 32  # a rank's rows begin at a multiple: whole groups of rows that share a scale (`hyperfast.states`)
 BLOCK_BYTES = 1 << 27  # of a tensor that is gathered, written or read at a time
@@ -57,6 +58,10 @@ class RowShard:
         if left:
             raise ValueError(f"rows_per_scale must divide {self.unit}, got {rows_per_scale}")
         return replace(self, rows=-(-self.rows // rows_per_scale), unit=groups)
+
+    def of_ranks(self, value: Tensor) -> Tensor:
+        """[R] of a value [] of each rank. All ranks must call it."""
+        return all_gather(value.reshape(1), self.group).view(-1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowShard:
         return self  # a process group has no copies

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,12 +19,13 @@ from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.nn.per_sample import PerSampleWeight
-from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast
+from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast, run_first
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
 
 if TYPE_CHECKING:
     from hyperfast.distributed.rows import RowShard
+    from hyperfast.distributed.sharding import Gathered
 
 
 class AffineMap(NamedTuple):
@@ -143,6 +144,7 @@ class LinearGenerator(Generator):
     """
 
     per_layer = True
+    early = False  # in factored mode dw reaches its parameter before the backward ends: several ranks wait
 
     def __init__(
         self,
@@ -171,6 +173,8 @@ class LinearGenerator(Generator):
         )
         self.z = nn.Parameter(torch.empty(z_dim, device=device, dtype=dtype))
         self.next_weight: Tensor | None = None  # no buffer: it belongs to no copy of the module
+        self.gathered: Gathered | None = None  # nor does this, the weights of all ranks' rows
+        self.generate_sharded: Callable[[Sequence[LinearGenerator]], list[Tensor]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -244,7 +248,7 @@ class LinearGenerator(Generator):
         record(self.next_weight, self.weight, self.gradient_bias, self.z)
 
     def drop_next_weights(self) -> None:
-        self.next_weight = None
+        self.next_weight = self.gathered = None
 
     def set_factored(self, enabled: bool) -> None:
         if not enabled:
@@ -338,7 +342,7 @@ class LinearGenerator(Generator):
                 destination[prefix + name] = self.shard.sharded(destination[prefix + name])
 
     def __getstate__(self):
-        return self.__dict__ | {"next_weight": None}
+        return self.__dict__ | {"next_weight": None, "gathered": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -362,7 +366,9 @@ def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...
             continue
         made[id(g)] = ()
         if _is_plain_linear(g):
-            batches.setdefault((g.factored, g.backend, g.weight.dtype, g.weight.device), []).append(g)
+            where = None if g.shard is None else id(g.shard.group)
+            kind = (g.factored, g.backend, g.weight.dtype, g.weight.device, g.shard is None, where)
+            batches.setdefault(kind, []).append(g)
         else:
             made[id(g)] = g()
     for batch in batches.values():
@@ -380,17 +386,23 @@ def _is_plain_linear(g: Generator) -> bool:
 
 
 def _generate_linear(batch: Sequence[LinearGenerator]) -> list[tuple[Tensor, ...]]:
-    """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch."""
+    """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch;
+    all of them sharded, over one process group, or none."""
+    if batch[0].shard is not None:
+        return [(w,) for w in batch[0].generate_sharded(batch)]
+    early = any(g.early for g in batch)
     weights = ops.generate(
         [g.weight for g in batch],
         [g.gradient_bias for g in batch],
         [g.z for g in batch],
         next_weights=[g.next_weight for g in batch],
         factored=batch[0].factored,
+        early=early,
         l2=[g.l2 for g in batch],
         backend=batch[0].backend,
     )
-    return [(w.view(g.shapes[0]),) for g, w in zip(batch, weights, strict=True)]
+    shaped = [w.view(g.shapes[0]) for g, w in zip(batch, weights, strict=True)]
+    return [(run_first(w) if early else w,) for w in shaped]
 
 
 def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
