@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from hyperfast.ops.next_weights import record
 
 if TYPE_CHECKING:
     from hyperfast.distributed.rows import RowShard
+    from hyperfast.distributed.sharding import Gathered
 
 
 class AffineMap(NamedTuple):
@@ -172,6 +173,8 @@ class LinearGenerator(Generator):
         )
         self.z = nn.Parameter(torch.empty(z_dim, device=device, dtype=dtype))
         self.next_weight: Tensor | None = None  # no buffer: it belongs to no copy of the module
+        self.gathered: Gathered | None = None  # nor does this, the weights of all ranks' rows
+        self.generate_sharded: Callable[[Sequence[LinearGenerator]], list[Tensor]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -245,7 +248,7 @@ class LinearGenerator(Generator):
         record(self.next_weight, self.weight, self.gradient_bias, self.z)
 
     def drop_next_weights(self) -> None:
-        self.next_weight = None
+        self.next_weight = self.gathered = None
 
     def set_factored(self, enabled: bool) -> None:
         if not enabled:
@@ -303,19 +306,43 @@ class LinearGenerator(Generator):
         self._register()
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         self.drop_next_weights()
         missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
-        missing_keys += [name for name in missing if name != prefix + "carrier"]
+        own, faults = self._own_rows(state_dict, prefix)
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        error_msgs += faults
+        missing_keys += [n for n in missing if n != prefix + "carrier" and n not in state_dict]
         self._register()
+
+    def _own_rows(self, state_dict, prefix):
+        """`state_dict` with the rows of this rank in place of sharded or whole tensors; without those that do
+        not fit, and why."""
+        own, faults = dict(state_dict), []
+        for name in ("weight", "bias") if self.shard is not None else ():
+            value = own.get(prefix + name)
+            if value is None or self._parameters[name] is None:
+                continue
+            try:
+                own[prefix + name] = self.shard.take(value)
+            except ValueError as error:
+                del own[prefix + name]
+                faults.append(f"{prefix}{name}: {error}")
+        return own, faults
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "carrier", None)
+        for name in ("weight", "bias") if self.shard is not None else ():
+            if prefix + name in destination:
+                destination[prefix + name] = self.shard.sharded(destination[prefix + name])
 
     def __getstate__(self):
-        return self.__dict__ | {"next_weight": None}
+        return self.__dict__ | {"next_weight": None, "gathered": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -339,7 +366,9 @@ def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...
             continue
         made[id(g)] = ()
         if _is_plain_linear(g):
-            batches.setdefault((g.factored, g.backend, g.weight.dtype, g.weight.device), []).append(g)
+            where = None if g.shard is None else id(g.shard.group)
+            kind = (g.factored, g.backend, g.weight.dtype, g.weight.device, g.shard is None, where)
+            batches.setdefault(kind, []).append(g)
         else:
             made[id(g)] = g()
     for batch in batches.values():
@@ -357,7 +386,10 @@ def _is_plain_linear(g: Generator) -> bool:
 
 
 def _generate_linear(batch: Sequence[LinearGenerator]) -> list[tuple[Tensor, ...]]:
-    """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch."""
+    """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch;
+    all of them sharded, over one process group, or none."""
+    if batch[0].shard is not None:
+        return [(w,) for w in batch[0].generate_sharded(batch)]
     early = any(g.early for g in batch)
     weights = ops.generate(
         [g.weight for g in batch],
