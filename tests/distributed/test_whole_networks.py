@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hyperfast
-from hyperfast.distributed import data_parallel
+from hyperfast.distributed import data_parallel, unshard_
 from train.models import build_model
 
 pytestmark = [
@@ -54,7 +54,7 @@ def train(run: Run, rank: int = 0) -> nn.Module:
         if run.way == "dense" and run.adamw:
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-    return net
+    return unshard_(net) if run.way == "sharded" else net
 
 
 def optimizer_of(run: Run, net: nn.Module) -> torch.optim.Optimizer:

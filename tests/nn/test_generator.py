@@ -344,8 +344,7 @@ def test_handing_dw_on_early_changes_no_value_and_no_gradient(l2, dtype):
         parameters = g.weight, g.bias, g.z
         first = torch.autograd.grad(g()[0].sin().sum(), parameters, create_graph=True)
         second = torch.autograd.grad(sum(d.square().sum() for d in first), parameters)
-        (jacobian,) = torch.autograd.functional.jacobian(lambda z: g()[0] * z.sum(), (g.z,))
-        results.append((w.detach(), g.bias.grad, g.z.grad, evaluated, *first, *second, jacobian))
+        results.append((w.detach(), g.bias.grad, g.z.grad, evaluated, *first, *second))
     for late, early in zip(*results, strict=True):
         assert late.dtype == early.dtype
         torch.testing.assert_close(early, late, rtol=1e-6, atol=1e-6)
