@@ -317,8 +317,7 @@ def refuses_different_models(rank: int) -> None:
         dist.all_gather_object(said, str(caught.value))
         assert said[0] == said[1]
     with pytest.raises(
-        ValueError,
-        match="ranks must have equal models and arguments: argument bucket_cap_mb is 2 in rank 0, 3 in rank 1",
+        ValueError, match="equal models and arguments: argument bucket_cap_mb is 2 in rank 0, 3"
     ):
         data_parallel(net(), bucket_cap_mb=2 + rank)
     with pytest.raises(ValueError, match="in a DistributedDataParallel already"):
