@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
+    from hyperfast.distributed.rows import RowShard
     from hyperfast.nn.generator import Generator
 
 
@@ -24,6 +25,7 @@ class Factors(NamedTuple):
 
     `bias` carries dw; `bias_is_trained` is False where it stands in for a generator without bias.
     `z_is_parameter`: z is a parameter of the step, so that next weights can be made from its new value.
+    `shard`: the rows of a whole generator that weight and bias are, None for all of them.
     """
 
     weight: Tensor
@@ -31,6 +33,7 @@ class Factors(NamedTuple):
     z: Tensor
     z_is_parameter: bool
     bias_is_trained: bool
+    shard: RowShard | None = None
 
 
 _generators: WeakIdKeyDictionary = WeakIdKeyDictionary()  # factored weight -> WeakSet of its generators

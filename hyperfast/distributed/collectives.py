@@ -42,7 +42,8 @@ class ReduceScatter:
 
 
 def all_gather(part: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """[R, n] from every rank's `part` [n]."""
-    whole = part.new_empty(dist.get_world_size(group), *part.shape)
+    """[R, n, ...] from every rank's `part` [n, ...]."""
+    ranks = dist.get_world_size(group)
+    whole = part.new_empty(ranks * len(part), *part.shape[1:])  # one after the other: gloo stacks none
     dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-    return whole
+    return whole.view(ranks, *part.shape)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hyperfast.distributed.collectives import all_gather
+
 UNIT = 32  # a rank's rows begin at a multiple: whole groups of rows that share a scale (`hyperfast.states`)
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """Rows `start` to `stop` of `rows`, those of rank `rank` of `ranks`: equal chunks of a multiple of UNIT
+    """Rows `start` to `stop` of `rows`, those of rank `rank` of `ranks`: equal chunks of a multiple of `unit`
     rows, the last ones shorter or empty."""
 
     rows: int
     rank: int
     ranks: int
     group: dist.ProcessGroup | None = None  # None: all ranks
+    unit: int = UNIT
 
     @classmethod
     def of(cls, rows: int, group: dist.ProcessGroup | None = None) -> RowShard:
@@ -29,7 +32,7 @@ class RowShard:
 
     @property
     def chunk(self) -> int:
-        return -(-self.rows // (self.ranks * UNIT)) * UNIT
+        return -(-self.rows // (self.ranks * self.unit)) * self.unit
 
     @property
     def start(self) -> int:
@@ -39,9 +42,28 @@ class RowShard:
     def stop(self) -> int:
         return min(self.start + self.chunk, self.rows)
 
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.stop)
+
     def of_scales(self, rows_per_scale: int) -> RowShard:
-        """The same in groups of `rows_per_scale` rows, a divisor of UNIT."""
-        raise NotImplementedError
+        """The same in groups of `rows_per_scale` rows, a divisor of `unit`."""
+        groups, left = divmod(self.unit, rows_per_scale)
+        if left:
+            raise ValueError(f"rows_per_scale must divide {self.unit}, got {rows_per_scale}")
+        return replace(self, rows=-(-self.rows // rows_per_scale), unit=groups)
+
+    def of_ranks(self, value: Tensor) -> Tensor:
+        """[R] of a value [] of each rank. All ranks must call it."""
+        return all_gather(value.reshape(1), self.group).view(-1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowShard:
+        return self  # a process group has no copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None:
+            raise TypeError("a model sharded over a process group of its own cannot be pickled")
+        return RowShard, (self.rows, self.rank, self.ranks, None, self.unit)
 
 
 @dataclass(frozen=True, eq=False)

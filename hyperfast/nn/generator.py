@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import operator
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,13 @@ from hyperfast import factored, ops
 from hyperfast.factored import Factors
 from hyperfast.nn import init as initialisations
 from hyperfast.nn.per_sample import PerSampleWeight
-from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast
+from hyperfast.ops._library import autocast_dtype, check_backend, no_autocast, run_first
 from hyperfast.ops.generate import penalize_l2
 from hyperfast.ops.next_weights import record
+
+if TYPE_CHECKING:
+    from hyperfast.distributed.rows import RowShard
+    from hyperfast.distributed.sharding import Gathered
 
 
 class AffineMap(NamedTuple):
@@ -38,7 +42,8 @@ class Generator(nn.Module):
     shapes: shapes of the weights it makes, in order. z: its embeddings. backend: "auto" (fused kernels) or
     "reference" (plain PyTorch). factored: whether `weight.grad` stays None and the optimizer works on
     `factors()`. l2: the backward adds l2 w to the gradient of every generated weight w (`generated_l2_` sets
-    it). per_layer: makes one weight, so that a network needs one generator for each layer.
+    it). per_layer: makes one weight, so that a network needs one generator for each layer. shard: the rows of
+    this rank, which are all it has (`hyperfast.distributed.shard_`), None for all.
 
     A generator whose gradients are all dense has no factors and needs `forward` and `embeddings` alone. Its
     forward must return `hyperfast.nn.penalize_l2(w, self.l2)` of each weight w, before any cast: nothing else
@@ -51,6 +56,7 @@ class Generator(nn.Module):
     factored: bool = False
     l2: float = 0.0
     per_layer: bool = False
+    shard: RowShard | None = None
 
     @abstractmethod
     def forward(self, z: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -85,7 +91,7 @@ class Generator(nn.Module):
         """Switches factored gradients; `hyperfast.factored_` calls it."""
 
     def ddp_ignored_names(self) -> list[str]:
-        """Own parameters and buffers that distributed data parallel leaves alone in factored mode."""
+        """Own parameters and buffers that distributed data parallel is to leave alone."""
         return []
 
     def keep_(self, *weights: Tensor) -> None:
@@ -138,6 +144,7 @@ class LinearGenerator(Generator):
     """
 
     per_layer = True
+    early = False  # in factored mode dw reaches its parameter before the backward ends: several ranks wait
 
     def __init__(
         self,
@@ -166,9 +173,12 @@ class LinearGenerator(Generator):
         )
         self.z = nn.Parameter(torch.empty(z_dim, device=device, dtype=dtype))
         self.next_weight: Tensor | None = None  # no buffer: it belongs to no copy of the module
+        self.gathered: Gathered | None = None  # nor does this, the weights of all ranks' rows
+        self.generate_sharded: Callable[[Sequence[LinearGenerator]], list[Tensor]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        self._refuse_sharded("new start")
         self.drop_next_weights()
         initialisations.initialise_(self.weight, self.bias, self.z, self.fan, self.init)
 
@@ -206,6 +216,7 @@ class LinearGenerator(Generator):
             raise ValueError("a generator without bias cannot start from a given weight")
         if weight.shape != self.shapes[0]:
             raise ValueError(f"weight must be {list(self.shapes[0])}, got shape {list(weight.shape)}")
+        self._refuse_sharded("new start")
         self.drop_next_weights()
         self.weight.zero_()
         self.bias.copy_(weight.reshape(-1))
@@ -225,7 +236,8 @@ class LinearGenerator(Generator):
     def factors(self) -> list[Factors]:
         if not self.factored:
             return []
-        return [Factors(self.weight, self.gradient_bias, self.z, True, self.bias is not None)]
+        trained = self.bias is not None
+        return [Factors(self.weight, self.gradient_bias, self.z, True, trained, self.shard)]
 
     def next_weights(self) -> list[Tensor]:
         if self.next_weight is None:
@@ -236,9 +248,11 @@ class LinearGenerator(Generator):
         record(self.next_weight, self.weight, self.gradient_bias, self.z)
 
     def drop_next_weights(self) -> None:
-        self.next_weight = None
+        self.next_weight = self.gathered = None
 
     def set_factored(self, enabled: bool) -> None:
+        if not enabled:
+            self._refuse_sharded("dense gradients")
         if enabled and self._parameters.get("weight") is not self.weight:
             raise ValueError("factored mode needs a plain weight parameter, not a parametrised or pruned one")
         if enabled and self.bias is not None and self.weight.requires_grad and not self.bias.requires_grad:
@@ -255,7 +269,20 @@ class LinearGenerator(Generator):
         self._register()
 
     def ddp_ignored_names(self) -> list[str]:
-        return ["weight"]
+        if not self.factored:
+            return []
+        own = ("weight",) if self.shard is None else ("weight", "bias", "carrier")
+        return [name for name in own if self._parameters.get(name) is not None]
+
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """Those of which a rank has its own rows alone where `shard` says so."""
+        return [p for p in (self.weight, self.gradient_bias) if p is not None]
+
+    def _refuse_sharded(self, what: str) -> None:
+        if self.shard is not None:
+            raise ValueError(
+                f"a sharded generator takes no {what}: hyperfast.distributed.unshard_(model) first"
+            )
 
     def _register(self) -> None:
         if self.factored:
@@ -291,16 +318,17 @@ class LinearGenerator(Generator):
         destination.pop(prefix + "carrier", None)
 
     def __getstate__(self):
-        return self.__dict__ | {"next_weight": None}
+        return self.__dict__ | {"next_weight": None, "gathered": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self._register()
 
     def extra_repr(self) -> str:
-        n, k = self.weight.shape
-        shape, bias = tuple(self.shapes[0]), self.bias is not None
-        return f"{shape}, N={n}, z_dim={k}, bias={bias}, factored={self.factored}"
+        shape, bias, shard = tuple(self.shapes[0]), self.bias is not None, self.shard
+        rows = "" if shard is None else f", rows {shard.start} to {shard.stop}"
+        sizes = f"N={self.shapes[0].numel()}, z_dim={self.weight.shape[1]}"
+        return f"{shape}, {sizes}, bias={bias}, factored={self.factored}{rows}"
 
 
 def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...]]:
@@ -314,7 +342,9 @@ def generate_together(generators: Iterable[Generator]) -> list[tuple[Tensor, ...
             continue
         made[id(g)] = ()
         if _is_plain_linear(g):
-            batches.setdefault((g.factored, g.backend, g.weight.dtype, g.weight.device), []).append(g)
+            where = None if g.shard is None else id(g.shard.group)
+            kind = (g.factored, g.backend, g.weight.dtype, g.weight.device, g.shard is None, where)
+            batches.setdefault(kind, []).append(g)
         else:
             made[id(g)] = g()
     for batch in batches.values():
@@ -332,17 +362,23 @@ def _is_plain_linear(g: Generator) -> bool:
 
 
 def _generate_linear(batch: Sequence[LinearGenerator]) -> list[tuple[Tensor, ...]]:
-    """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch."""
+    """The weights of linear generators of one dtype, device, backend and kind of gradients, in one launch;
+    all of them sharded, over one process group, or none."""
+    if batch[0].shard is not None:
+        return [(w,) for w in batch[0].generate_sharded(batch)]
+    early = any(g.early for g in batch)
     weights = ops.generate(
         [g.weight for g in batch],
         [g.gradient_bias for g in batch],
         [g.z for g in batch],
         next_weights=[g.next_weight for g in batch],
         factored=batch[0].factored,
+        early=early,
         l2=[g.l2 for g in batch],
         backend=batch[0].backend,
     )
-    return [(w.view(g.shapes[0]),) for g, w in zip(batch, weights, strict=True)]
+    shaped = [w.view(g.shapes[0]) for g, w in zip(batch, weights, strict=True)]
+    return [(run_first(w) if early else w,) for w in shaped]
 
 
 def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
@@ -367,12 +403,19 @@ def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
         for generator, was in before:
             generator.set_factored(was)
         raise
+    ignored_by_ddp(module)
+    return module
+
+
+def ignored_by_ddp(module: nn.Module) -> None:
+    """Tells distributed data parallel what in `module`, which is to be wrapped, generators want left alone:
+    their `ddp_ignored_names`, and no other names of theirs."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for name, generator in generators(module):
-        names = {f"{name}.{own}" if name else own for own in generator.ddp_ignored_names()}
-        ignored = ignored | names if enabled else ignored - names
+        prefix = f"{name}." if name else ""
+        ignored -= {prefix + own for own, _ in generator.named_parameters(recurse=False)}
+        ignored |= {prefix + own for own in generator.ddp_ignored_names()}
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
-    return module
 
 
 def generated_l2_(module: nn.Module, coefficient: float) -> nn.Module:

@@ -81,12 +81,13 @@ class HyperLayer(Host):
     def operands(self, x: Tensor, rows: int, convolution: bool = False) -> tuple[Tensor | None, ...] | None:
         """(z, weight, bias) of the generator, to be merged with this layer's product of `rows` rows, or None
         where the weight is to be generated first: `ops.hyper_layers.merged_wins` says so, the next weights
-        are at hand, or the generator is not plainly linear."""
+        are at hand, or the generator is sharded or not plainly linear."""
         g = self.generator
         if type(g) is not LinearGenerator or g.backend != "auto" or g.next_weight is not None:
             return None
         if (
             self._is_watched()
+            or g.shard is not None
             or x.dtype not in (g.weight.dtype, autocast_dtype(g.weight))
             or x.device != g.weight.device
         ):

@@ -148,6 +148,14 @@ def needs_function(*tensors: Tensor | None) -> bool:
     return is_transformed() or has_tangent(*tensors)
 
 
+def run_first(made: Tensor) -> Tensor:
+    """`made`; a backward runs the node that made it before all others that are ready, of which autograd takes
+    the one made last otherwise. Compiled code has an order of its own."""
+    if not torch.compiler.is_compiling() and made.grad_fn is not None:
+        made.grad_fn._set_sequence_nr(2**63 - 1)
+    return made
+
+
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype autocast wants of a result made with `weight`, None where it leaves it alone."""
     device = weight.device.type

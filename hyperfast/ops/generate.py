@@ -18,9 +18,12 @@ from hyperfast.ops._library import (
     check_generators,
     dtype_name,
     generator_engine,
+    has_tangent,
+    is_transformed,
     library,
     needs_function,
     no_autocast,
+    run_first,
     triton_kernels,
 )
 from hyperfast.ops.generate_backward import backward_op
@@ -201,6 +204,39 @@ def penalize_l2(w: Tensor, l2: float) -> Tensor:
     return PenalizeL2.apply(w, l2) if l2 and torch.is_grad_enabled() else w
 
 
+class Carry(torch.autograd.Function):
+    """w [N] in `dtype` (None: as it is), made from `bias` [N] that its graph does not know: in the backward
+    dw, with l2 w added, is the gradient of both.
+
+    `Generate` runs when the dw of every layer is there, at the end of the backward. This node runs when its
+    own is, so that dw is on its way to other ranks while the rest of the network still computes.
+    """
+
+    @staticmethod
+    def forward(w: Tensor, bias: Tensor, l2: float, dtype: torch.dtype | None) -> Tensor:
+        return w.view_as(w) if dtype in (None, w.dtype) else w.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        w, _, ctx.l2, _ = inputs
+        ctx.dtype = w.dtype
+        if ctx.l2:
+            ctx.save_for_backward(w)
+
+    @staticmethod
+    def backward(ctx, dw):
+        dw = dw.to(ctx.dtype)
+        if ctx.l2:
+            dw = torch.add(dw, *ctx.saved_tensors, alpha=ctx.l2)
+        return dw, dw if ctx.needs_input_grad[1] else None, None, None
+
+
+def _carried(
+    made: Sequence[Tensor], biases: Sequence[Tensor], l2: Sequence[float], dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
+    return tuple(run_first(Carry.apply(*of_layer, dtype)) for of_layer in zip(made, biases, l2, strict=True))
+
+
 def _told_apart(*lists: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
     """The same values, no tensor twice: a compiled autograd Function returns half the gradient of a tensor
     given twice (torch 2.11). Only parameters have an id there; a view of anything else does not hurt."""
@@ -217,6 +253,13 @@ def _told_apart(*lists: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
     return [[apart(tensor) for tensor in tensors] for tensors in lists]
 
 
+def _takes_order(*tensors: Tensor) -> bool:
+    """Whether there will be a backward of autograd's engine alone, whose order of nodes can be told."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        return False
+    return any(t.requires_grad for t in tensors) and not has_tangent(*tensors)
+
+
 def generate(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -224,6 +267,7 @@ def generate(
     *,
     next_weights: Sequence[Tensor | None] | None = None,
     factored: bool = False,
+    early: bool = False,
     l2: Sequence[float] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
@@ -233,8 +277,10 @@ def generate(
     layers. float32, float64 and bfloat16 have CPU kernels (K up to 512), float16, other K and devices run
     `hyperfast.reference`. next_weights: what `adamw_generate` left, [N] each or None; used where weight, bias
     and z are unchanged since. factored: no gradient of weight is formed; it is dw outer z, and dw is the
-    gradient of bias. l2: L numbers; the backward adds l2 w to dw, the gradient of l2 / 2 |w|^2. Returns L
-    tensors [N] that alias nothing, in autocast's dtype under autocast. Raises ValueError or TypeError for
+    gradient of bias. early: where factored, each bias, which none may be without, gets dw as soon as that is
+    there, not at the backward's end with all others; compiled code has an order of its own. l2: L numbers;
+    the backward adds l2 w to dw, the gradient of l2 / 2 |w|^2. Returns L tensors [N] that alias nothing,
+    in autocast's dtype under autocast. Raises ValueError or TypeError for
     wrong shapes, dtypes or devices, and for a gradient of inference tensors. Ha, Dai, Le, "HyperNetworks"
     (ICLR 2017), section 3, with a linear generator.
     """
@@ -250,11 +296,18 @@ def generate(
     if backend == "reference" and not factored:
         made = reference.generate(weights, biases, zs)
         return tuple(penalize_l2(w, c) for w, c in zip(made, l2, strict=True))
+    early = early and factored
+    if early and any(bias is None for bias in biases):
+        raise ValueError("early hands dw to the biases: every layer needs one")
+    early = early and _takes_order(*weights, *biases, *zs)
     if torch.compiler.is_compiling():
         weights, biases, zs = _told_apart(weights, biases, zs)
-    inputs = (*weights, *biases, *zs, *next_weights)
     with_function = needs_function(*weights, *biases, *zs)
     dtype = autocast_dtype(weights[0])
+    if early:
+        inputs = (*weights, *(b.detach() for b in biases), *zs, *next_weights)
+        return _carried(Generate.apply(factored, backend, None, *inputs), biases, l2, dtype)
+    inputs = (*weights, *biases, *zs, *next_weights)
     penalized = any(l2) and torch.is_grad_enabled()  # in the dtype of the weights, so cast after that
     out = (Generate.apply if with_function else Generate.forward)(
         factored, backend, None if penalized else dtype, *inputs

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hyperfast.factored import Factors, generator_of, is_stand_in
+
+if TYPE_CHECKING:
+    from hyperfast.distributed.rows import RowShard
 
 
 def parameters_of(source: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -71,14 +75,16 @@ def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
     """The norm of each; those of one device and dtype in one launch."""
     norm_of: dict[int, Tensor] = {}
     for some in alike(tensors):
-        norm_of.update(zip(map(id, some), torch._foreach_norm(some, norm_type), strict=True))
+        filled = [t if t.numel() else t.new_zeros(1) for t in some]  # torch refuses the largest of none
+        norm_of.update(zip(map(id, some), torch._foreach_norm(filled, norm_type), strict=True))
     return [norm_of[id(t)] for t in tensors]
 
 
 @torch.no_grad()
 def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float = 2.0) -> Tensor:
     """Norm of all gradients as one vector, the factored ones included without forming them: a p-norm of dw
-    outer z is the product of the p-norms of dw and z. On a GPU nothing waits for it."""
+    outer z is the product of the p-norms of dw and z. On a GPU nothing waits for it. With sharded generators
+    all ranks must call it: they exchange one number and get the same norm."""
     factors = [f for f in factors if f.bias.grad is not None]
     carriers = {id(f.bias) for f in factors}
     plain = [
@@ -87,11 +93,33 @@ def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float
     L, dws, zs = len(factors), [f.bias.grad for f in factors], [f.z for f in factors]
     norms = _norms([*plain, *dws, *zs], norm_type)  # one norm for each tensor, as torch's get_total_norm
     norms, dws, zs = norms[: len(plain)], norms[len(plain) : len(plain) + L], norms[len(plain) + L :]
-    norms += [dw for dw, f in zip(dws, factors, strict=True) if f.bias_is_trained]
-    norms += torch._foreach_mul(dws, zs) if factors else []
+    weights = torch._foreach_mul(dws, zs) if factors else []
+    sharded: dict[int, tuple[RowShard, list[Tensor]]] = {}  # by process group
+    for f, dw, weight in zip(factors, dws, weights, strict=True):
+        own = norms
+        if f.shard is not None:
+            _refuse_unsent(f)
+            _, own = sharded.setdefault(id(f.shard.group), (f.shard, []))
+        own += [dw, weight] if f.bias_is_trained else [weight]
+    for shard, own in sharded.values():
+        norms += shard.of_ranks(_joined(own, norm_type)).unbind()
     if not norms:
         return torch.zeros((), device=parameters[0].device if parameters else None)
+    return _joined(norms, norm_type)
+
+
+def _joined(norms: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norm of all from those of the parts."""
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
+
+
+def _refuse_unsent(f: Factors) -> None:
+    unsent = getattr(f.bias.grad, "unsent", None)
+    if unsent is not None and unsent.belongs_to(f.bias.grad):
+        raise RuntimeError(
+            f"dw of a sharded weight of {f.shard.rows} rows has not been sent: the last backward before a "
+            "step must follow a forward outside of no_sync"
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,162 @@
+"""Data parallel: every rank has the whole model and a part of the batch, gradients are averaged.
+
+`torch.nn.parallel.DistributedDataParallel` does the work. A generator in factored mode sends dw, the gradient
+of its bias, N numbers for N K, and the factored weight gradient dw outer z is its mean too, for z is the same
+on all ranks.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.join import JoinHook
+from torch.nn.parallel import DistributedDataParallel
+
+from hyperfast.distributed.sharding import shard_
+from hyperfast.nn.generator import LinearGenerator, factored_, generators, ignored_by_ddp, invalidate
+
+REFUSED = {
+    "mixed_precision": "use torch.autocast",
+    "device_mesh": "give its group",
+    "process_group": "call it group",
+    "delay_all_reduce_named_params": "DDP's buckets are sent in the order of the backward",
+}
+
+
+def data_parallel(
+    model: nn.Module,
+    *,
+    shard_generators: bool = False,
+    group: dist.ProcessGroup | None = None,
+    **options: Any,
+) -> DistributedDataParallel:
+    """`model`, wrapped to train on all ranks of `group` (None: all there are), each with its own part of the
+    batch: gradients are means over ranks. All ranks must call it, on the device where they train.
+
+    Generators stay dense or factored as they are (`hyperfast.factored_`). Factored ones send dw [N] instead
+    of a gradient [N, K], while the backward still runs. shard_generators: each rank keeps N / ranks rows of
+    every linear generator and their optimizer's states (`hyperfast.distributed.shard_`). Make the optimizer
+    afterwards, of `model`.
+
+    All ranks start from the values of the first one, unless `init_sync=False`. options: those of
+    DistributedDataParallel. Batches of different sizes need `with ddp.join()`, which sharded generators
+    refuse.
+
+    Raises RuntimeError without a process group; ValueError, the same one on all ranks, where their models or
+    arguments differ, for a model that is wrapped already, and for options that do not go with generators
+    (`REFUSED`).
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "data_parallel needs a process group: run the program by torchrun and call "
+            "torch.distributed.init_process_group first"
+        )
+    for name, instead in REFUSED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"data_parallel takes no {name}: {instead}")
+    if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
+        raise ValueError("the model, or a part of it, is in a DistributedDataParallel already")
+    with _device_of(model):
+        _check_equal(_description(model, options | {"shard_generators": shard_generators}), group)
+        if shard_generators:
+            factored_(model)
+        if options.get("init_sync", True):
+            _broadcast_factored(model, group, 0)
+    if shard_generators:
+        shard_(model, group)
+    ignored_by_ddp(model)
+    for generator in _linear_generators(model):
+        generator.early = True
+    return DataParallel(model, process_group=group, **options)
+
+
+class DataParallel(DistributedDataParallel):
+    """What `data_parallel` returns: DistributedDataParallel whose `join` keeps factored weights equal too."""
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        if any(g.shard is not None for g in _linear_generators(self.module)):
+            raise RuntimeError(
+                "ranks with sharded generators cannot join: each needs the others' rows in every forward; "
+                "give all ranks the same number of batches"
+            )
+        return _JoinHook(self, super().join_hook(**kwargs))
+
+
+class _JoinHook(JoinHook):
+    """DDP's, which at the end gives all ranks the model of one of the last; its factored weights as well,
+    which DDP ignores."""
+
+    def __init__(self, model: DataParallel, ddp: JoinHook):
+        self.model, self.ddp = model, ddp
+
+    def main_hook(self) -> None:
+        self.ddp.main_hook()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        self.ddp.post_hook(is_last_joiner)
+        group = self.model.process_group
+        rank = dist.get_rank(group) if is_last_joiner else -1
+        last = torch.tensor(rank, device=self.model.join_device)
+        dist.all_reduce(last, dist.ReduceOp.MAX, group=group)
+        _broadcast_factored(self.model.module, group, int(last))
+
+
+def _device_of(model: nn.Module) -> Any:
+    """Where collectives of objects put them, with NCCL: the GPU of the model, current or not."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _linear_generators(model: nn.Module) -> list[LinearGenerator]:
+    return [g for _, g in generators(model) if isinstance(g, LinearGenerator)]
+
+
+def _broadcast_factored(model: nn.Module, group: dist.ProcessGroup | None, source: int) -> None:
+    """Gives all ranks of the group the factored generators of one of them."""
+    whole = [g for g in _linear_generators(model) if g.factored and g.shard is None]
+    for p in {id(p): p for g in whole for p in g.sharded_parameters()}.values():
+        values = p.detach().contiguous()
+        dist.broadcast(values, group=group, group_src=source)
+        if not p.is_contiguous():
+            p.detach().copy_(values)
+    invalidate(model)
+
+
+def _description(model: nn.Module, arguments: dict[str, Any]) -> dict[str, str]:
+    """What must be the same on all ranks, in words, by name."""
+    linear = _linear_generators(model)
+    rows = {id(p): g.shard.rows for g in linear if g.shard is not None for p in g.sharded_parameters()}
+    named = {"model": type(model).__name__}
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        kind = ("trained" if t.requires_grad else "frozen") if isinstance(t, nn.Parameter) else "buffer"
+        shape = [rows.get(id(t), n) if i == 0 else n for i, n in enumerate(t.shape)]
+        layout = f"strides {list(t.stride())}, on {t.device.type}"
+        named[f"parameter {name}"] = f"{kind}, {t.dtype} {shape}, {layout}"
+    for name, g in generators(model):
+        modes = f"factored={g.factored}, sharded={g.shard is not None}, l2={g.l2}"
+        named[f"generator {name}"] = f"{type(g).__name__} of {[tuple(shape) for shape in g.shapes]}, {modes}"
+    plain = {k: v for k, v in arguments.items() if isinstance(v, (bool, int, float, str))}
+    return named | {f"argument {name}": repr(value) for name, value in sorted(plain.items())}
+
+
+def _check_equal(described: dict[str, str], group: dist.ProcessGroup | None) -> None:
+    """ValueError on every rank where one describes something else than the first."""
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, described, group=group)
+    first = everywhere[0]
+    for rank, other in enumerate(everywhere):
+        for name in first | other:
+            here, there = first.get(name, "missing"), other.get(name, "missing")
+            if here != there:
+                raise ValueError(
+                    f"ranks must have equal models: {name} is {here} on rank 0, {there} on rank {rank}"
+                )
+        for here, there in zip(first, other, strict=True):
+            if here != there:
+                raise ValueError(
+                    f"ranks must have equal models: where rank 0 has {here}, rank {rank} has {there}"
+                )
