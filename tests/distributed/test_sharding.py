@@ -215,6 +215,17 @@ def uses_of_one_weight_add_up():
 
 
 @check
+def uses_add_up_over_an_accumulation():
+    sharded, one = pair(Reused, 0.1)
+    ddp = DistributedDataParallel(sharded)
+    for step in range(3):
+        with ddp.no_sync() if step < 2 else contextlib.nullcontext():
+            for loss in losses(ddp, one, step):
+                loss.backward()
+    assert_equal_gradients(sharded, one)
+
+
+@check
 def what_nobody_uses_has_no_gradient():
     sharded, one = pair(Net, 0.1)
     for loss in losses(sharded, one, skip=True):
@@ -322,6 +333,10 @@ def what_was_added_up_goes_with_the_gradient():
             optimizer.step()
         if set_to_none is not None:
             optimizer.zero_grad(set_to_none=set_to_none)
+        if set_to_none is False:  # looks like any other change
+            with ddp.no_sync(), pytest.raises(RuntimeError, match="set_to_none=True"):
+                losses(ddp, one)[0].backward()
+            optimizer.zero_grad()
         mine, expected = losses(ddp, one)
         mine.backward()
         expected.backward(retain_graph=set_to_none is None)
