@@ -6,10 +6,12 @@ own rows, and everything else in one file. It is written beside its place and mo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from hyperfast.distributed.agreement import (
     everywhere,
     first_difference,
     is_joined,
+    on_device_of,
     one_line,
     rank_in,
 )
@@ -56,19 +59,21 @@ def save(
     """
     model, folder = _unwrapped(model), Path(folder).resolve()
     group, temporary = _group(model), _beside(folder, "saving")
-    try:
-        tensors, rest = everywhere(lambda: _state(model, optimizer), group)
-        all_of = {name: t for part in tensors.values() for name, t in part.items()}
-        check_same({name: f"{list(t.shape)} of {t.dtype}" for name, t in all_of.items()}, group)
-        first = rank_in(group) == 0
-        everywhere(lambda: _prepare(folder, temporary, rest | {"values": values}) if first else None, group)
-        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # one rank's: buffers may differ
-        _run(dcp.save, tensors, group, storage_writer=dcp.FileSystemWriter(temporary), planner=planner)
-        everywhere(lambda: _publish(folder, temporary) if first else None, group)
-    except ValueError as error:
-        if rank_in(group) == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"{folder}: not saved, {error}") from error
+    first = rank_in(group) == 0
+    with on_device_of(next(model.parameters(), None)), _named(folder, "not saved"):
+        try:
+            tensors, rest = everywhere(lambda: _state(model, optimizer), group)
+            check_same(_described(tensors), group)
+            everywhere(
+                lambda: _prepare(folder, temporary, rest | {"values": values}) if first else None, group
+            )
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # of one rank: buffers may differ
+            _run(dcp.save, tensors, group, storage_writer=dcp.FileSystemWriter(temporary), planner=planner)
+            everywhere(lambda: _publish(folder, temporary) if first else None, group)
+        except ValueError:
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def load(
@@ -88,23 +93,30 @@ def load(
     """
     model, folder = _unwrapped(model), Path(folder).resolve()
     group = _group(model)
-    try:
+    with on_device_of(next(model.parameters(), None)), _named(folder, "not loaded"):
         place, rest, tensors = everywhere(lambda: _targets(folder, model, optimizer), group)
         _run(dcp.load, tensors, group, storage_reader=dcp.FileSystemReader(place))
         if optimizer is not None:  # first: it may refuse options of the groups
             state = _optimizer_state(tensors["optimizer"], rest["optimizer"])
             everywhere(lambda: optimizer.load_state_dict(state), group)
         everywhere(lambda: model.load_state_dict(tensors["model"] | rest["model"]), group)
-    except ValueError as error:
-        raise ValueError(f"{folder}: not loaded, {error}") from error
     return rest["values"]
 
 
+@contextlib.contextmanager
+def _named(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {what}, {error}") from error
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without DDP and torch.compile around it, in whatever order."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
+        elif hasattr(model, "_orig_mod"):  # asking for its class would import the compiler
             model = model._orig_mod
         else:
             return model
@@ -136,6 +148,11 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[T
     groups = [group | {"params": own} for group, own in zip(state["param_groups"], names, strict=True)]
     rest["optimizer"] = {"kind": type(optimizer).__name__, "param_groups": groups, "states": states}
     return tensors, rest
+
+
+def _described(tensors: Tensors) -> dict[str, str]:
+    named = {f"{part}.{name}": t for part, of in tensors.items() for name, t in of.items()}
+    return {name: f"{list(t.shape)} of {t.dtype}" for name, t in named.items()}
 
 
 def _optimizer_state(states: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def refuses_what_does_not_fit(folder: Path, ranks: int) -> None:
 
     dist.barrier()
     if dist.get_rank() == 0:
-        damaged = place / f"__{ranks - 1}_0.distcp"
+        damaged = place / "__0_0.distcp"
         damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     dist.barrier()
     again, its = started(12, True)
