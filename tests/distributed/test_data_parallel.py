@@ -192,7 +192,7 @@ def clips_like_one_process(rank: int, folder: str) -> None:
 
 
 class Convolutions(nn.Module):
-    """All weights in one launch; notes when the backward comes to the first layer's."""
+    """All weights in one launch; notes when the backward comes to the first layer."""
 
     def __init__(self, events: list[str]):
         super().__init__()
@@ -200,11 +200,11 @@ class Convolutions(nn.Module):
         self.events = events
 
     def forward(self, x):
-        weights = list(generate_layers(self).values())
-        if weights[0].requires_grad:
-            weights[0].register_hook(lambda _: self.events.append("first layer"))
-        for layer, w in zip(self.layers, weights, strict=True):
-            x = torch.tanh(layer(x, w))
+        for i, (layer, w) in enumerate(zip(self.layers, generate_layers(self).values(), strict=True)):
+            x = layer(x, w)
+            if not i:
+                x.register_hook(lambda _: self.events.append("first layer"))
+            x = torch.tanh(x)
         return x
 
 
