@@ -219,6 +219,9 @@ def refuses_what_does_not_fit(folder: Path, ranks: int) -> None:
     assert "notes.txt" in refusal(save, folder / "full", net)
     assert "no checkpoint" in refusal(load, folder / "full", net)
 
+    with pytest.raises(ValueError, match=f"rank {ranks - 1}: .*all ranks must share it"):
+        save(folder / f"of_rank_{dist.get_rank() // (ranks - 1)}" / "last", net)
+
     write = dcp.FileSystemWriter.write_data
     if last:
         dcp.FileSystemWriter.write_data = no_space
@@ -360,16 +363,18 @@ def test_states_convert_and_other_optimizers_are_saved(from_one):
         twin.load_state_dict(net.state_dict())
         its.load_state_dict(torch.load(from_one / f"one-{saved}.pt")["optimizer"])
         assert_same(state(net, optimizer), state(twin, its))
-    net = torch.nn.Linear(3, 2)
+    net = torch.nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
     for make in (torch.optim.AdamW, torch.optim.SGD):
         optimizer = make(net.parameters(), lr=0.1)
-        net(torch.ones(1, 3)).sum().backward()
+        net(torch.ones(1, 3, 3, 3)).sum().backward()
         optimizer.step()
         save(from_one / "plain", net, optimizer)
         before, again = copy.deepcopy(state(net, optimizer)), make(net.parameters(), lr=0.2)
         nn.init.zeros_(net.weight)
         load(from_one / "plain", net, again)
         assert_same(state(net, again), before)
+        for key, value in again.state[net.weight].items():
+            assert key == "step" or value.stride() == net.weight.stride()
 
 
 def test_a_save_that_dies_leaves_a_checkpoint(from_one, monkeypatch):
