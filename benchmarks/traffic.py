@@ -1,13 +1,17 @@
-"""Bytes that this process has sent, as the kernel counts them: what a collective really costs."""
+"""What a rank really sends, as the kernel counts it, and what it holds between training steps."""
 
 from __future__ import annotations
 
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+from hyperfast.nn.generator import generators
 
 BYTES_SENT, RETRANSMITTED = 200, 208  # offsets in struct tcp_info of Linux 4.19 and later
 
@@ -46,3 +50,30 @@ def sent_by(function: Callable[[], object]) -> int:
     function()
     dist.barrier()
     return bytes_sent() - before
+
+
+def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of the tensors that this process holds, by the names of `hyperfast.distributed.plan.Plan`; DDP's
+    buckets are not among them."""
+    states = [
+        t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()
+    ]
+    return {
+        "parameters": _storages([*model.parameters(), *model.buffers()]),
+        "gradients": _storages(p.grad for p in model.parameters()),
+        "states": _storages(states),
+        "weights": _storages(_generated(model)),
+    }
+
+
+def _generated(model: nn.Module) -> Iterator[Tensor | None]:
+    """The generated weights that generators keep for the next forward."""
+    for _, g in generators(model):
+        yield getattr(g, "next_weight", None)
+        yield getattr(getattr(g, "gathered", None), "w", None)
+
+
+def _storages(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of all that the tensors keep alive."""
+    kept = (t.untyped_storage() for t in tensors if t is not None)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())

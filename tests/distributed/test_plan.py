@@ -2,17 +2,16 @@
 
 import datetime
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import hyperfast
-from benchmarks.traffic import sent_by
+from benchmarks.traffic import held, sent_by
 from hyperfast.distributed import data_parallel, plan
 from hyperfast.distributed.plan import Plan, plans
 from hyperfast.nn import HyperConv2d, HyperLinear, LinearGenerator, SharedCoreGenerator
@@ -43,23 +42,6 @@ def expected(way: str, ranks: int, state_dtype=None) -> Plan:
     return found[way]
 
 
-def storages(*tensors: Tensor | None) -> int:
-    """Bytes of all that the tensors keep alive."""
-    kept = (t.untyped_storage() for t in tensors if t is not None)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
-
-
-def states_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (t for state in optimizer.state.values() for t in state.values() if t.dim())
-
-
-def made_weights(net: nn.Module) -> Iterator[Tensor | None]:
-    """The generated weights that generators keep."""
-    for _, g in generators(net):
-        yield getattr(g, "next_weight", None)
-        yield getattr(getattr(g, "gathered", None), "w", None)
-
-
 def one_way(rank: int, ranks: int, way: str, state_dtype=None) -> None:
     net = hyperfast.factored_(network(), way != "dense")
     ddp = data_parallel(net, shard_generators=way == "sharded", broadcast_buffers=False)
@@ -86,13 +68,7 @@ def one_way(rank: int, ranks: int, way: str, state_dtype=None) -> None:
     assert abs(sent - wanted.sent) <= 0.01 * wanted.sent + REST, (way, sent, wanted)
     assert sum(buckets) == pytest.approx(wanted.buckets, rel=0.001), (way, buckets, wanted)
     if rank == 0:
-        held = {
-            "parameters": storages(*net.parameters(), *net.buffers()),
-            "gradients": storages(*(p.grad for p in net.parameters())),
-            "states": storages(*states_of(optimizer)),
-            "weights": storages(*made_weights(net)),
-        }
-        for name, nbytes in held.items():
+        for name, nbytes in held(net, optimizer).items():
             assert nbytes == pytest.approx(getattr(wanted, name), rel=0.002, abs=64), (
                 way,
                 name,
