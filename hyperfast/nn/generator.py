@@ -306,16 +306,40 @@ class LinearGenerator(Generator):
         self._register()
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         self.drop_next_weights()
         missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
-        missing_keys += [name for name in missing if name != prefix + "carrier"]
+        own, faults = self._own_rows(state_dict, prefix)
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        error_msgs += faults
+        missing_keys += [n for n in missing if n != prefix + "carrier" and n not in state_dict]
         self._register()
+
+    def _own_rows(self, state_dict, prefix):
+        """`state_dict` with the rows of this rank in place of sharded or whole tensors; without those that do
+        not fit, and why."""
+        own, faults = dict(state_dict), []
+        for name in ("weight", "bias") if self.shard is not None else ():
+            value = own.get(prefix + name)
+            if value is None or self._parameters[name] is None:
+                continue
+            try:
+                own[prefix + name] = self.shard.take(value)
+            except ValueError as error:
+                del own[prefix + name]
+                faults.append(f"{prefix}{name}: {error}")
+        return own, faults
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "carrier", None)
+        for name in ("weight", "bias") if self.shard is not None else ():
+            if prefix + name in destination:
+                destination[prefix + name] = self.shard.sharded(destination[prefix + name])
 
     def __getstate__(self):
         return self.__dict__ | {"next_weight": None, "gathered": None}

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from hyperfast.nn.generator import generators
 from hyperfast.ops._library import check_backend, to_device
 from hyperfast.optim.clip import alike, factors_of, grad_norm
 from hyperfast.states import EightBit, State
+
+if TYPE_CHECKING:
+    from hyperfast.distributed.rows import RowShard
 
 NONFINITE = ("raise", "skip")
 STORAGES = {None: "plain", torch.bfloat16: "bfloat16", "8bit": "8bit"}  # by state_dtype
@@ -491,6 +494,25 @@ class FactoredOptimizer(torch.optim.Optimizer):
             for group, before in zip(self.param_groups, whole, strict=True):
                 group.update({key: before[key] for key in ("params", "param_names") if key in before})
 
+    def _with_rows(
+        self, state_dict: dict[str, Any], change: Callable[[RowShard | None, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """`state_dict` with `change(rows that this rank has, None for all; state)` in place of every state of
+        one or more dimensions. Raises ValueError with the parameter's number where `change` does."""
+        shards = {id(p): f.shard for f in self._factors() for p in (f.weight, f.bias)}
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for p in self._parameters() if not is_stand_in(p)]
+        changed = dict(state_dict["state"])
+        for i, p in zip(numbers, parameters, strict=False):  # torch refuses other numbers of parameters
+            for name, value in changed.get(i, {}).items():
+                if isinstance(value, Tensor) and value.dim():
+                    try:
+                        new = change(state_shard(shards.get(id(p)), p, name), value)
+                    except ValueError as error:
+                        raise ValueError(f"{name} of parameter {i}: {error}") from error
+                    changed[i] = {**changed[i], name: new}
+        return {**state_dict, "state": changed}
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "nonfinite", "backend", "state_dtype", "capturable", "grad_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in (*own, "skipped_steps")}
@@ -505,14 +527,17 @@ class FactoredOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, and it loads into torch's optimizer: without state_dtype it is the same, bfloat16 states
         are cast. States in 8 bits are there as `NAME_codes` and `NAME_scales`, which torch refuses in its
-        first step; load them into an optimizer without state_dtype, whose state_dict torch takes."""
+        first step; load them into an optimizer without state_dtype, whose state_dict torch takes. Of a
+        sharded generator it holds `hyperfast.distributed.ShardedRows`."""
         with self._without_stand_ins():
-            return super().state_dict()
+            state = super().state_dict()
+        return self._with_rows(state, lambda shard, t: t if shard is None else shard.sharded(t))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes torch's state and any state_dtype's; bit for bit in the same, else converted. Raises
-        ValueError for the state of an optimizer that does what this one does not, or of another model."""
+        """Takes torch's state and any state_dtype's; bit for bit in the same, else converted. Of a sharded
+        generator it takes this rank's rows of `ShardedRows` or of whole tensors. Raises ValueError for the
+        state of an optimizer that does what this one does not, or of another model."""
         for group in state_dict["param_groups"]:
             refused = [key for key in self.refused if group.get(key)]
             if refused:
@@ -520,6 +545,7 @@ class FactoredOptimizer(torch.optim.Optimizer):
                     f"hyperfast.optim.{type(self).__name__} does not do {', '.join(refused)}, which this "
                     "state was made with"
                 )
+        state_dict = self._with_rows(state_dict, _rows_of_rank)
         # torch casts states to the parameter's dtype: low-precision ones are kept from it
         low = {
             i: {name: value for name, value in state.items() if _is_low_precision(name, value)}
@@ -548,6 +574,24 @@ def _is_low_precision(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) and (
         value.dtype in (torch.bfloat16, torch.uint8) or name.endswith("_scales")
     )
+
+
+def state_shard(shard: RowShard | None, p: Tensor, name: str) -> RowShard | None:
+    """Rows of the state `name` of parameter p [n, K] or [n] whose rows are `shard`."""
+    if shard is None or not name.endswith("_scales"):
+        return shard
+    return shard.of_scales(states.rows_per_scale((*p.shape, 1)[1]))
+
+
+def _rows_of_rank(shard: RowShard | None, value: Tensor) -> Tensor:
+    if shard is not None:
+        return shard.take(value)
+    if hasattr(value, "with_local"):  # hyperfast.distributed.ShardedRows
+        raise ValueError(
+            "rows of one rank do not load into an optimizer of all rows: gather them with "
+            "hyperfast.distributed.whole(state)"
+        )
+    return value
 
 
 def _copies(zs: list[Tensor]) -> list[Tensor]:
