@@ -38,6 +38,7 @@ class Factors(NamedTuple):
 
 _generators: WeakIdKeyDictionary = WeakIdKeyDictionary()  # factored weight -> WeakSet of its generators
 _stand_ins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that stand in for a missing bias
+_shards: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters of which a rank has its rows alone
 
 
 def register(weight: Tensor, generator: Generator, stand_in: Tensor | None = None) -> None:
@@ -45,10 +46,14 @@ def register(weight: Tensor, generator: Generator, stand_in: Tensor | None = Non
     _generators.setdefault(weight, weakref.WeakSet()).add(generator)
     if stand_in is not None:
         _stand_ins[stand_in] = True
+    for p in generator.sharded_parameters() if generator.shard is not None else ():
+        _shards[p] = generator.shard
 
 
 def unregister(weight: Tensor, generator: Generator) -> None:
-    """Takes the mark away."""
+    """Takes the marks away."""
+    for p in generator.sharded_parameters():
+        _shards.pop(p, None)
     owners = _generators.get(weight)
     if owners is not None:
         owners.discard(generator)
@@ -59,6 +64,17 @@ def unregister(weight: Tensor, generator: Generator) -> None:
 def is_stand_in(parameter: Tensor) -> bool:
     """Whether this parameter only stands in for a missing bias: always zero, never trained or saved."""
     return parameter in _stand_ins
+
+
+def shard_of(parameter: Tensor) -> RowShard | None:
+    """The rows of a sharded generator's weight or bias that this parameter is, None for any other."""
+    return _shards.get(parameter)
+
+
+def whole_numel(parameter: Tensor) -> int:
+    """Elements on all ranks together."""
+    shard = shard_of(parameter)
+    return parameter.numel() if shard is None else shard.rows * parameter.shape[1:].numel()
 
 
 def generator_of(weight: Tensor) -> Generator | None:

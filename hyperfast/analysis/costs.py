@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from hyperfast.analysis.table import table
-from hyperfast.factored import Factors, trained_parameters
+from hyperfast.factored import Factors, trained_parameters, whole_numel
 from hyperfast.nn import Generator, named_weights
 from hyperfast.nn.generator import generators
 
@@ -93,7 +93,8 @@ def generator_costs(model: nn.Module) -> CostReport:
     """Parameters and work of every generator of `model`, as the module says; nothing is run.
 
     Layers have the names of `hyperfast.nn.named_weights`. What several layers use is counted once, in a row
-    of their own. Every generator is taken to be trained, and to generate once in a step.
+    of their own. Every generator is taken to be trained, and to generate once in a step;
+    of sharded ones these are the sums over ranks.
     """
     generated = list(named_weights(model))
     users: dict[nn.Parameter, list[str]] = {}
@@ -113,8 +114,8 @@ def generator_costs(model: nn.Module) -> CostReport:
         Cost(
             f"shared by {', '.join(names) if len(names) < 4 else f'{len(names)} layers'}",
             parameters=_count(own),
-            forward_bytes=sum(p.nbytes for p in own),
-            step_bytes=sum(p.nbytes * elements[id(p)] for p in own),
+            forward_bytes=sum(map(_nbytes, own)),
+            step_bytes=sum(_nbytes(p) * elements[id(p)] for p in own),
         )
         for names, own in groups.items()
     )
@@ -146,7 +147,7 @@ def _layer(name: str, generator: Generator, index: int, own: list[nn.Parameter])
     factors = _factors(generator)
     factored = {id(f.weight) for f in factors}
     elements = {id(p): count for p, count in _elements(generator)}
-    products = [(2 * m.rows * m.weight.numel(), id(m.weight)) for m in generator.affine_maps()[index]]
+    products = [(2 * m.rows * whole_numel(m.weight), id(m.weight)) for m in generator.affine_maps()[index]]
     is_trained = isinstance(generator.z, nn.Parameter)
     return Cost(
         name,
@@ -157,16 +158,20 @@ def _layer(name: str, generator: Generator, index: int, own: list[nn.Parameter])
         embedding=z.numel() if is_trained else 0,
         parameters=_count(own) + (z.numel() if is_trained else 0),
         forward_flops=sum(flops for flops, _ in products) if products else None,
-        forward_bytes=sum(p.nbytes for p in own) + (z.numel() + n) * z.element_size(),
+        forward_bytes=sum(map(_nbytes, own)) + (z.numel() + n) * z.element_size(),
         step_flops=sum(flops * (2 if key in factored else 3) for flops, key in products) or None,
-        step_bytes=sum(p.nbytes * elements[id(p)] for p in own)
+        step_bytes=sum(_nbytes(p) * elements[id(p)] for p in own)
         + (DENSE * z.numel() + WRITTEN_AND_READ * n) * z.element_size(),
         next_weights=bool(factors) and all(f.z_is_parameter for f in factors),
     )
 
 
+def _nbytes(p: nn.Parameter) -> int:
+    return whole_numel(p) * p.element_size()
+
+
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
+    return sum(whole_numel(p) for p in parameters)
 
 
 def _sum(costs: list[Cost]) -> Cost:

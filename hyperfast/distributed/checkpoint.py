@@ -321,5 +321,7 @@ def _run(action: Any, tensors: Tensors, group: dist.ProcessGroup | None, **optio
             action(tensors, process_group=group, no_dist=not is_joined(), **options)
     except CheckpointException as error:
         rank, (reason, _) = min(error.failures.items())
+        if not isinstance(reason, Exception):  # an interrupt
+            raise reason from error
         where = f"rank {rank}: " if is_joined() else ""
         raise ValueError(where + one_line(reason)) from error

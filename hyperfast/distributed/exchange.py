@@ -189,10 +189,8 @@ class Receive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *tokens):
-        if torch.is_grad_enabled():
-            raise RuntimeError("a sharded generator cannot be differentiated twice (create_graph=True)")
-        L, received = len(tokens), ctx.exchange.receive()
-        weights, own = ctx.saved_tensors[:L], dict(zip(ctx.l2, ctx.saved_tensors[L:], strict=True))
+        L, saved, received = len(tokens), ctx.saved_tensors, ctx.exchange.receive()
+        weights, own = saved[:L], dict(zip(ctx.l2, saved[L:], strict=True))
         for i in ctx.l2.keys() & received.keys():
             dw, passes = received[i]
             dw.addcmul_(own[i], passes, value=ctx.l2[i])
@@ -220,6 +218,8 @@ class Send(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dw):
+        if torch.is_grad_enabled():
+            raise RuntimeError("a sharded generator cannot be differentiated twice (create_graph=True)")
         if dw is not None:
             ctx.exchange.put(ctx.i, dw.reshape(-1))
         return (None,) * 6

@@ -45,7 +45,7 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     factored_(model)
     sharded = set()
     for g in linear:
-        g.shard, g.generate_sharded = RowShard.of(g.shapes[0].numel(), group), generate
+        g.set_shard(RowShard.of(g.shapes[0].numel(), group), generate)
         for p in g.sharded_parameters():
             if id(p) not in sharded:  # generators may share it
                 sharded.add(id(p))
@@ -66,8 +66,7 @@ def unshard_(model: nn.Module) -> nn.Module:
             if id(p) not in whole:
                 whole.add(id(p))
                 _replace(p, gather_rows(p.detach(), g.shard))
-        g.drop_next_weights()
-        g.shard = g.generate_sharded = None
+        g.set_shard(None, None)
     ignored_by_ddp(model)
     return model
 
@@ -105,12 +104,12 @@ class Gathered:
 
     def __init__(self, w: Tensor, g: LinearGenerator):
         self.w, self.version, self.sends = w, w._version, True
-        record(w, g.weight, g.gradient_bias, g.z)
+        record(w, *g.made_from())
 
     def is_current(self, g: LinearGenerator, dtype: torch.dtype) -> bool:
         """Whether `g` makes it now, and it serves where `dtype` is wanted."""
         untouched = self.w._version == self.version and self.w.dtype in (dtype, g.weight.dtype)
-        return untouched and is_current(self.w, g.weight, g.gradient_bias, g.z)
+        return untouched and is_current(self.w, *g.made_from())
 
 
 def _whole(batch: Sequence[LinearGenerator]) -> list[Tensor]:

@@ -278,6 +278,22 @@ class LinearGenerator(Generator):
         """Those of which a rank has its own rows alone where `shard` says so."""
         return [p for p in (self.weight, self.gradient_bias) if p is not None]
 
+    def set_shard(
+        self,
+        shard: RowShard | None,
+        generate: Callable[[Sequence[LinearGenerator]], list[Tensor]] | None,
+    ) -> None:
+        """Says of which rows the parameters are, in factored mode, and what makes the weights from those of
+        all ranks."""
+        factored.unregister(self.weight, self)
+        self.drop_next_weights()
+        self.shard, self.generate_sharded = shard, generate
+        self._register()
+
+    def made_from(self) -> tuple[Tensor, ...]:
+        """The tensors that tell, unchanged, that the weight is as it was; of a sharded one."""
+        return self.weight, self.gradient_bias, self.z
+
     def _refuse_sharded(self, what: str) -> None:
         if self.shard is not None:
             raise ValueError(
@@ -294,7 +310,7 @@ class LinearGenerator(Generator):
     def register_parameter(self, name, param):
         replaced = self._parameters.get(name)
         super().register_parameter(name, param)
-        if replaced is not None and name in ("weight", "carrier"):
+        if replaced is not None and name in ("weight", "bias", "carrier"):
             factored.unregister(replaced, self)
             self._register()
 

@@ -33,12 +33,16 @@ class Head(LinearGenerator):
         super().__init__(*args, **options)
         del self.z
         self.z = self.weight.detach().new_zeros(self.z_dim)
+        self.core: tuple[Tensor, ...] = ()  # what z was made from, in a forward of the whole generator
 
     def factors(self) -> list[Factors]:
         return [f._replace(z_is_parameter=False) for f in super().factors()]
 
     def next_weights_written(self) -> None:
         pass  # from the old z
+
+    def made_from(self) -> tuple[Tensor, ...]:
+        return self.weight, self.gradient_bias, *(self.core or (self.z,))
 
 
 class SharedCoreGenerator(Generator):
@@ -106,11 +110,11 @@ class SharedCoreGenerator(Generator):
         last = [head.z for head in self.heads]
         try:
             for head, h in zip(self.heads, hidden, strict=True):
-                head.z = h
+                head.z, head.core = h, (z, self.core_weight, self.core_bias)
             made = generate_together(self.heads)
         finally:
             for head, h in zip(self.heads, last, strict=True):
-                head.z = h
+                head.z, head.core = h, ()
         if self._is_trained(z):
             for head, h in zip(self.heads, hidden, strict=True):
                 head.z = h.detach()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperfast.factored import trained_parameters
+from hyperfast.factored import trained_parameters, whole_numel
 from hyperfast.nn.generator import Generator, generate_together
 from hyperfast.ops._library import no_autocast
 
@@ -163,9 +163,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: `total`, `generator` (weights and biases), `embedding` (z), `other`, and
-    `generated`, the weights the generators make, which are no parameters."""
-    trained = {id(p): p.numel() for p in trained_parameters(model)}
+    """Numbers of parameters, of a sharded model those of all ranks: `total`, `generator` (weights and
+    biases), `embedding` (z), `other`, and `generated`, the weights the generators make, which are no
+    parameters."""
+    trained = {id(p): whole_numel(p) for p in trained_parameters(model)}
     counts = {"total": sum(trained.values()), "generator": 0, "embedding": 0, "generated": 0}
     for _, generator in named_generators(model):
         for p in generator.parameters():

@@ -26,19 +26,18 @@ def _state(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(number for t in tensors for number in (t.data_ptr(), 0 if t.is_inference() else t._version))
 
 
-def record(buffer: Tensor, weight: Tensor, bias: Tensor, z: Tensor) -> None:
-    """Notes that `buffer` holds the weights that weight, bias and z generate now."""
+def record(buffer: Tensor, *made_from: Tensor) -> None:
+    """Notes that `buffer` holds the weights that these tensors, weight, bias and z, generate now."""
     address = buffer.data_ptr()
     watched = weakref.ref(buffer, lambda _: _records.pop(address, None))
-    refs = (watched, weakref.ref(weight), weakref.ref(bias), weakref.ref(z))
-    _records[address] = _Record(refs, _state(weight, bias, z))
+    _records[address] = _Record((watched, *map(weakref.ref, made_from)), _state(*made_from))
 
 
-def is_current(buffer: Tensor | None, weight: Tensor, bias: Tensor | None, z: Tensor) -> bool:
-    """Whether `buffer` still holds what weight, bias and z generate."""
-    if buffer is None or bias is None:
+def is_current(buffer: Tensor | None, *made_from: Tensor | None) -> bool:
+    """Whether `buffer` still holds what these tensors generate."""
+    if buffer is None or any(t is None for t in made_from):
         return False
     found = _records.get(buffer.data_ptr())
     if found is None or any(ref() is None for ref in found.alive):
         return False
-    return found.state == _state(weight, bias, z)
+    return found.state == _state(*made_from)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hyperfast.factored import Factors, generator_of, is_stand_in
+from hyperfast.factored import Factors, generator_of, is_stand_in, shard_of
 
 if TYPE_CHECKING:
     from hyperfast.distributed.rows import RowShard
@@ -87,38 +87,49 @@ def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float
     all ranks must call it: they exchange one number and get the same norm."""
     factors = [f for f in factors if f.bias.grad is not None]
     carriers = {id(f.bias) for f in factors}
-    plain = [
-        p.grad for p in parameters if p.grad is not None and id(p) not in carriers and not is_stand_in(p)
-    ]
+    for p in parameters:
+        _refuse_unsent(p.grad)
+    plain = [p for p in parameters if p.grad is not None and id(p) not in carriers and not is_stand_in(p)]
     L, dws, zs = len(factors), [f.bias.grad for f in factors], [f.z for f in factors]
-    norms = _norms([*plain, *dws, *zs], norm_type)  # one norm for each tensor, as torch's get_total_norm
+    norms = _norms(
+        [*(p.grad for p in plain), *dws, *zs], norm_type
+    )  # one norm for each tensor, as torch's get_total_norm
     norms, dws, zs = norms[: len(plain)], norms[len(plain) : len(plain) + L], norms[len(plain) + L :]
-    weights = torch._foreach_mul(dws, zs) if factors else []
-    sharded: dict[int, tuple[RowShard, list[Tensor]]] = {}  # by process group
-    for f, dw, weight in zip(factors, dws, weights, strict=True):
-        own = norms
-        if f.shard is not None:
-            _refuse_unsent(f)
-            _, own = sharded.setdefault(id(f.shard.group), (f.shard, []))
-        own += [dw, weight] if f.bias_is_trained else [weight]
-    for shard, own in sharded.values():
-        norms += shard.of_ranks(_joined(own, norm_type)).unbind()
+    shards = [shard_of(p) for p in plain]
+    norms += [dw for dw, f in zip(dws, factors, strict=True) if f.bias_is_trained]
+    shards += [f.shard for f in factors if f.bias_is_trained]
+    norms += torch._foreach_mul(dws, zs) if factors else []
+    shards += [f.shard for f in factors]
+    if any(shard is not None for shard in shards):
+        norms = _of_all_rows(norms, shards, norm_type)
     if not norms:
         return torch.zeros((), device=parameters[0].device if parameters else None)
     return _joined(norms, norm_type)
 
 
-def _joined(norms: Sequence[Tensor], norm_type: float) -> Tensor:
+def _joined(norms: list[Tensor], norm_type: float) -> Tensor:
     """The norm of all from those of the parts."""
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
 
 
-def _refuse_unsent(f: Factors) -> None:
-    unsent = getattr(f.bias.grad, "unsent", None)
-    if unsent is not None and unsent.belongs_to(f.bias.grad):
+def _of_all_rows(norms: list[Tensor], shards: list[RowShard | None], norm_type: float) -> list[Tensor]:
+    """`norms` with, instead of those of this rank's rows, one for each rank and process group."""
+    made = [norm for norm, shard in zip(norms, shards, strict=True) if shard is None]
+    sharded: dict[int, tuple[RowShard, list[Tensor]]] = {}
+    for norm, shard in zip(norms, shards, strict=True):
+        if shard is not None:
+            sharded.setdefault(id(shard.group), (shard, []))[1].append(norm)
+    for shard, own in sharded.values():
+        made += shard.of_ranks(_joined(own, norm_type)).unbind()
+    return made
+
+
+def _refuse_unsent(gradient: Tensor | None) -> None:
+    unsent = getattr(gradient, "unsent", None)  # of `hyperfast.distributed.exchange`
+    if unsent is not None and unsent.belongs_to(gradient):
         raise RuntimeError(
-            f"dw of a sharded weight of {f.shard.rows} rows has not been sent: the last backward before a "
-            "step must follow a forward outside of no_sync"
+            f"the gradient of {len(unsent.dw)} generated weights has not been sent to other ranks: the last "
+            "backward before a step must follow a forward outside of no_sync"
         )
 
 
