@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -21,6 +24,11 @@ def is_joined() -> bool:
 
 def rank_in(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if is_joined() else 0
+
+
+def on_device_of(t: Tensor | None) -> AbstractContextManager[Any]:
+    """Where values are exchanged: NCCL takes them through the current GPU, which is to be that of `t`."""
+    return torch.cuda.device(t.device) if t is not None and t.is_cuda else nullcontext()
 
 
 def gather_values(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -6,10 +6,13 @@ own rows, and everything else in one file. It is written beside its place and mo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
+import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from hyperfast.distributed.agreement import (
     check_same,
     everywhere,
     first_difference,
+    gather_values,
     is_joined,
+    on_device_of,
     one_line,
     rank_in,
 )
@@ -37,6 +42,7 @@ from hyperfast.optim.factored_optimizer import state_shard
 Tensors = dict[str, dict[str, Tensor]]
 FORMAT, VERSION = "hyperfast-distributed-checkpoint", 1
 METADATA, REST, TENSORS = ".metadata", "rest.pt", ".distcp"  # torch's, ours, the ending of torch's
+SAVING, PREVIOUS = "saving-", "previous"  # what stands beside a checkpoint
 
 
 def save(
@@ -55,20 +61,25 @@ def save(
     that differ between ranks, values of other types, a folder with other files in it, a full disk.
     """
     model, folder = _unwrapped(model), Path(folder).resolve()
-    group, temporary = _group(model), _beside(folder, "saving")
-    try:
-        tensors, rest = everywhere(lambda: _state(model, optimizer), group)
-        all_of = {name: t for part in tensors.values() for name, t in part.items()}
-        check_same({name: f"{list(t.shape)} of {t.dtype}" for name, t in all_of.items()}, group)
-        first = rank_in(group) == 0
-        everywhere(lambda: _prepare(folder, temporary, rest | {"values": values}) if first else None, group)
-        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # one rank's: buffers may differ
-        _run(dcp.save, tensors, group, storage_writer=dcp.FileSystemWriter(temporary), planner=planner)
-        everywhere(lambda: _publish(folder, temporary) if first else None, group)
-    except ValueError as error:
-        if rank_in(group) == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"{folder}: not saved, {error}") from error
+    group = _group(model)
+    first = rank_in(group) == 0
+    with on_device_of(next(model.parameters(), None)), _named(folder, "not saved"):
+        # a new name each time: network file systems remember for a while what a name stood for
+        temporary = _beside(folder, SAVING + gather_values(uuid.uuid4().hex, group)[0])
+        try:
+            tensors, rest = everywhere(lambda: _state(model, optimizer), group)
+            check_same(_described(tensors), group)
+            everywhere(
+                lambda: _prepare(folder, temporary, rest | {"values": values}) if first else None, group
+            )
+            everywhere(lambda: _check_seen(temporary), group)
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # of one rank: buffers may differ
+            _run(dcp.save, tensors, group, storage_writer=dcp.FileSystemWriter(temporary), planner=planner)
+            everywhere(lambda: _publish(folder, temporary) if first else None, group)
+        except ValueError:
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def load(
@@ -88,23 +99,30 @@ def load(
     """
     model, folder = _unwrapped(model), Path(folder).resolve()
     group = _group(model)
-    try:
+    with on_device_of(next(model.parameters(), None)), _named(folder, "not loaded"):
         place, rest, tensors = everywhere(lambda: _targets(folder, model, optimizer), group)
         _run(dcp.load, tensors, group, storage_reader=dcp.FileSystemReader(place))
         if optimizer is not None:  # first: it may refuse options of the groups
             state = _optimizer_state(tensors["optimizer"], rest["optimizer"])
             everywhere(lambda: optimizer.load_state_dict(state), group)
         everywhere(lambda: model.load_state_dict(tensors["model"] | rest["model"]), group)
-    except ValueError as error:
-        raise ValueError(f"{folder}: not loaded, {error}") from error
     return rest["values"]
 
 
+@contextlib.contextmanager
+def _named(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {what}, {error}") from error
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without DDP and torch.compile around it, in whatever order."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
+        elif hasattr(model, "_orig_mod"):  # asking for its class would import the compiler
             model = model._orig_mod
         else:
             return model
@@ -136,6 +154,11 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[T
     groups = [group | {"params": own} for group, own in zip(state["param_groups"], names, strict=True)]
     rest["optimizer"] = {"kind": type(optimizer).__name__, "param_groups": groups, "states": states}
     return tensors, rest
+
+
+def _described(tensors: Tensors) -> dict[str, str]:
+    named = {f"{part}.{name}": t for part, of in tensors.items() for name, t in of.items()}
+    return {name: f"{list(t.shape)} of {t.dtype}" for name, t in named.items()}
 
 
 def _optimizer_state(states: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Any]:
@@ -176,15 +199,16 @@ def _targets(
     saved = {name[len("model.") :]: entry for name, entry in stored.items() if name.startswith("model.")}
     _check_model(model, saved, rest["model"])
     shards = _row_shards(model)
-    tensors = {"model": {name: _empty(entry, shards.get(name)) for name, entry in saved.items()}}
+    tensors = {"model": {name: _empty(entry, shards.get(name), None) for name, entry in saved.items()}}
     if optimizer is not None:
         _check_optimizer(model, optimizer, rest["optimizer"])
         tensors["optimizer"] = {}
         for name, key in ((name, key) for name, keys in rest["optimizer"]["states"].items() for key in keys):
             entry = stored.get(f"optimizer.{name}.{key}")
             if entry is not None:
-                rows = state_shard(shards.get(name), model.get_parameter(name), key)
-                tensors["optimizer"][f"{name}.{key}"] = _empty(entry, rows)
+                p = model.get_parameter(name)
+                rows = state_shard(shards.get(name), p, key)
+                tensors["optimizer"][f"{name}.{key}"] = _empty(entry, rows, p)
     return place, rest, tensors
 
 
@@ -209,8 +233,12 @@ def _row_shards(model: nn.Module) -> dict[str, RowShard]:
     return {name: shards[id(p)] for name, p in named if id(p) in shards}
 
 
-def _empty(entry: TensorStorageMetadata, rows: RowShard | None) -> Tensor:
+def _empty(entry: TensorStorageMetadata, rows: RowShard | None, like: Tensor | None) -> Tensor:
+    """On the CPU, to read `entry` into; these rows of it. Laid out as `like` where that has the same shape:
+    kernels walk through a parameter and its states alike."""
     dtype = entry.properties.dtype
+    if like is not None and like.shape == entry.size:
+        return torch.empty_like(like, dtype=dtype, device="cpu")
     if rows is None or not entry.size:
         return torch.empty(entry.size, dtype=dtype)
     return rows.sharded(torch.empty(rows.stop - rows.start, *entry.size[1:], dtype=dtype))
@@ -240,7 +268,7 @@ def _numbered(groups: list[list[str]]) -> dict[str, str]:
 
 def _opened(folder: Path) -> tuple[Path, Metadata, dict[str, Any]]:
     """Where the checkpoint is, its metadata and rest."""
-    places = (folder, _beside(folder, "previous"))  # the latter where a save died while moving
+    places = (folder, _beside(folder, PREVIOUS))  # the latter where a save died while moving
     place = next((place for place in places if (place / METADATA).is_file()), None)
     if place is None:
         there = "what is there is no checkpoint" if folder.exists() else "there is nothing"
@@ -272,10 +300,16 @@ def _prepare(folder: Path, temporary: Path, rest: dict[str, Any]) -> None:
             raise ValueError(f"the folder has {min(others)} in it, which is no part of a checkpoint")
     for name, value in (rest["model"] | rest["values"]).items():
         _check_value(name, value)
-    if temporary.exists():
-        shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
+    for left in folder.parent.iterdir():  # by a save that died
+        if left.name.startswith(_beside(folder, SAVING).name) and left != temporary:
+            shutil.rmtree(left)
     torch.save(rest, temporary / REST)
+
+
+def _check_seen(temporary: Path) -> None:
+    if not (temporary / REST).is_file():
+        raise ValueError(f"{temporary.parent} is not the folder that rank 0 sees: all ranks must share it")
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -292,7 +326,7 @@ def _check_value(name: str, value: Any) -> None:
 
 def _publish(folder: Path, temporary: Path) -> None:
     """Moves the complete checkpoint to its place."""
-    previous = _beside(folder, "previous")
+    previous = _beside(folder, PREVIOUS)
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
     if folder.exists():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from hyperfast.distributed.agreement import check_same, gather_values, is_joined, rank_in
+from hyperfast.distributed.agreement import check_same, gather_values, is_joined, on_device_of, rank_in
 from hyperfast.distributed.collectives import all_gather
 
 UNIT = 32  # a rank's rows begin at a multiple: whole groups of rows that share a scale (`hyperfast.states`)
@@ -206,14 +206,21 @@ def whole(state: Any, to: int | None = 0) -> Any:
     their rows are not all of a tensor.
     """
     found = dict(_sharded_in(state, "state"))
+    first = next(iter(found.values()), None)
+    with on_device_of(None if first is None else first.local):
+        gathered = _gather_all(found, to)
+    group = None if first is None else first.group
+    return _replaced(state, iter(gathered)) if to in (None, rank_in(group)) else None
+
+
+def _gather_all(found: dict[str, ShardedRows], to: int | None) -> list[Tensor | None]:
     group = next(iter(found.values())).group if found else None
     check_same({path: f"{list(rows.shape)} of {rows.dtype}" for path, rows in found.items()}, group)
     ranks = gather_values([(rows.start, len(rows.local)) for rows in found.values()], group)
     spans = dict(zip(found, zip(*ranks, strict=True), strict=True))
     for path, rows in found.items():
         _check_spans(path, spans[path], rows.rows)
-    gathered = [_gather(rows, spans[path], to) for path, rows in found.items()]
-    return _replaced(state, iter(gathered)) if to in (None, rank_in(group)) else None
+    return [_gather(rows, spans[path], to) for path, rows in found.items()]
 
 
 def _sharded_in(state: Any, path: str) -> Iterator[tuple[str, ShardedRows]]:

@@ -1,6 +1,7 @@
 """Checkpoints of one, two and four ranks load into each other bit for bit, and no failure loses one."""
 
 import copy
+import datetime
 import errno
 import os
 import shutil
@@ -16,9 +17,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import hyperfast
-from hyperfast.distributed import ShardedRows, checkpoint, load, rows, save, whole
+from hyperfast.distributed import ShardedRows, checkpoint, data_parallel, load, rows, save, shard_, whole
 from hyperfast.distributed.agreement import gather_values
-from hyperfast.distributed.sharding import shard_
 from hyperfast.nn import HyperLinear, LinearGenerator, SharedCoreGenerator, TwoLayerGenerator
 from hyperfast.optim import SGD, AdamW
 
@@ -99,14 +99,19 @@ def refusal(action, *args, **options) -> str:
     return messages[0]
 
 
+def join(rank: int, ranks: int, store: str) -> None:
+    timeout = datetime.timedelta(seconds=60)
+    method = f"file://{store}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timeout)
+
+
 def work(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/store{ranks}"
-    timeout = torch.distributed.default_pg_timeout.__class__(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+    join(rank, ranks, f"{folder}/store{ranks}")
     folder = Path(folder)
     for storage in STORAGES:
         goes_through(folder, ranks, storage)
+    passes_in_blocks(folder, ranks)
     loads_into_sharded_modules(folder)
     refuses_what_does_not_fit(folder, ranks)
     dist.destroy_process_group()
@@ -127,16 +132,27 @@ def goes_through(folder: Path, ranks: int, storage) -> None:
     gathered = whole(state(net, optimizer))
     if gathered is not None:
         torch.save(gathered, folder / f"ranks{ranks}-{storage}.pt")
-    rows.BLOCK_BYTES = 100  # many blocks, and another grid than that of the saved ones
     again, other = started(2, True, state_dtype=storage)
     load(place, again, other)
-    assert_same(whole(state(again, other), to=None), whole(state(net, optimizer), to=None))
     step(net, optimizer, 3)
     step(again, other, 3)
     assert_same(whole(state(again, other), to=None), whole(state(net, optimizer), to=None))
-    save(folder / f"blocks{ranks}", again, other)
-    rows.BLOCK_BYTES = 1 << 27
-    load(folder / f"blocks{ranks}", *started(4, True, state_dtype=storage))
+
+
+def passes_in_blocks(folder: Path, ranks: int) -> None:
+    """Tensors in many blocks, read on another grid than that of the saved ones; through wrappers."""
+    place, default = folder / f"blocks{ranks}", rows.BLOCK_BYTES
+    net, optimizer = started(2, True)
+    step(net, optimizer, 3)
+    for of_saved, of_loaded in ((400, 600), (default, 400)):
+        rows.BLOCK_BYTES = of_saved
+        save(place, nn.parallel.DistributedDataParallel(net), optimizer)
+        rows.BLOCK_BYTES = of_loaded
+        again, other = started(3, True)
+        load(place, again, other)
+        gathered = whole(state(again, other))
+        rows.BLOCK_BYTES = default
+        assert_same(gathered, whole(state(net, optimizer)))
 
 
 def loads_into_sharded_modules(folder: Path) -> None:
@@ -203,6 +219,9 @@ def refuses_what_does_not_fit(folder: Path, ranks: int) -> None:
     assert "notes.txt" in refusal(save, folder / "full", net)
     assert "no checkpoint" in refusal(load, folder / "full", net)
 
+    with pytest.raises(ValueError, match=f"rank {ranks - 1}: .*all ranks must share it"):
+        save(folder / f"of_rank_{dist.get_rank() // (ranks - 1)}" / "last", net)
+
     write = dcp.FileSystemWriter.write_data
     if last:
         dcp.FileSystemWriter.write_data = no_space
@@ -215,7 +234,7 @@ def refuses_what_does_not_fit(folder: Path, ranks: int) -> None:
 
     dist.barrier()
     if dist.get_rank() == 0:
-        damaged = place / f"__{ranks - 1}_0.distcp"
+        damaged = place / "__0_0.distcp"
         damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     dist.barrier()
     again, its = started(12, True)
@@ -265,6 +284,8 @@ def test_two_ranks(from_one):
 @pytest.mark.slow
 def test_four_ranks_and_two_read_what_four_wrote(from_one):
     check_ranks(4, from_one)
+    net, optimizer = started(21, False)
+    load(from_one / "ranks4-None", torch.compile(net), optimizer)
     for storage in STORAGES:  # two ranks go on from what four wrote
         for ending in ("", ".pt"):
             os.rename(from_one / f"ranks4-{storage}{ending}", from_one / f"was{ending}")
@@ -279,6 +300,60 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+class Trained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = HyperLinear(6, 13, z_dim=4)
+        self.core = HyperLinear(13, 7, generator=SharedCoreGenerator((7, 13), z_dim=2, hidden_dim=6))
+        self.norm = nn.LayerNorm(7)
+
+    def forward(self, x):
+        return self.norm(self.core(torch.tanh(self.fc(x))))
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, ranks: int = 1):
+    """Of a batch of 8 rows, those of the rank."""
+    for number in steps:
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        optimizer.zero_grad()
+        net(x[rank * 8 // ranks : (rank + 1) * 8 // ranks]).square().mul(torch.arange(7)).mean().backward()
+        optimizer.step()
+
+
+def trained() -> nn.Module:
+    torch.manual_seed(1)
+    return Trained().double()
+
+
+def go_on(rank: int, ranks: int, folder: str, saved: str | None, steps: range) -> None:
+    torch.set_num_threads(1)
+    join(rank, ranks, f"{folder}/store{ranks}-{steps.start}")
+    net = data_parallel(trained(), shard_generators=ranks > 1)
+    optimizer = AdamW(net.module, lr=0.05, max_grad_norm=0.1)
+    if saved is not None:
+        assert load(f"{folder}/{saved}", net, optimizer) == {"step": steps.start}
+    train(net, optimizer, steps, rank, ranks)
+    save(f"{folder}/{steps.stop}", net, optimizer, step=steps.stop)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_another_number_of_ranks(tmp_path):
+    """20 steps by two, four and one ranks in turn are those of one process with the joined batch."""
+    for ranks, steps in ((2, range(5)), (4, range(5, 10)), (1, range(10, 15)), (2, range(15, 20))):
+        saved = str(steps.start) if steps.start else None
+        arguments = (ranks, str(tmp_path), saved, steps)
+        mp.start_processes(go_on, arguments, nprocs=ranks, start_method="spawn")
+    one, loaded = hyperfast.factored_(trained()), hyperfast.factored_(trained())
+    optimizer, its = (AdamW(net, lr=0.05, max_grad_norm=0.1) for net in (one, loaded))
+    train(one, optimizer, range(20))
+    load(tmp_path / "20", loaded, its)
+    for ours, theirs in zip(loaded.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(its.state.values(), optimizer.state.values(), strict=True):
+        torch.testing.assert_close(ours["exp_avg"], theirs["exp_avg"], rtol=1e-9, atol=1e-12)
+
+
 def test_states_convert_and_other_optimizers_are_saved(from_one):
     kinds = [("8bit", None), (None, "8bit")]
     for saved, wanted in kinds:
@@ -288,16 +363,18 @@ def test_states_convert_and_other_optimizers_are_saved(from_one):
         twin.load_state_dict(net.state_dict())
         its.load_state_dict(torch.load(from_one / f"one-{saved}.pt")["optimizer"])
         assert_same(state(net, optimizer), state(twin, its))
-    net = torch.nn.Linear(3, 2)
+    net = torch.nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
     for make in (torch.optim.AdamW, torch.optim.SGD):
         optimizer = make(net.parameters(), lr=0.1)
-        net(torch.ones(1, 3)).sum().backward()
+        net(torch.ones(1, 3, 3, 3)).sum().backward()
         optimizer.step()
         save(from_one / "plain", net, optimizer)
         before, again = copy.deepcopy(state(net, optimizer)), make(net.parameters(), lr=0.2)
         nn.init.zeros_(net.weight)
-        load(from_one / "plain", torch.compile(net), again)
+        load(from_one / "plain", net, again)
         assert_same(state(net, again), before)
+        for key, value in again.state[net.weight].items():
+            assert key == "step" or value.stride() == net.weight.stride()
 
 
 def test_a_save_that_dies_leaves_a_checkpoint(from_one, monkeypatch):
@@ -350,6 +427,33 @@ def test_killed_at_any_moment(tmp_path):
         assert net.norm.weight.unique().tolist() == [epoch]
         seen.append(epoch)
     assert max(seen) > 1
+
+
+def die_while_saving(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    join(rank, 2, f"{folder}/store")
+    net, optimizer = started(1, True)
+    save(f"{folder}/last", net, optimizer, epoch=1)
+    if rank == 1:
+        dcp.FileSystemWriter.write_data = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    step(net, optimizer, 1)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        save(f"{folder}/last", net, optimizer, epoch=2)
+    Path(folder, "seconds").write_text(str(time.monotonic() - begin))
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_saving(tmp_path):
+    ranks = mp.start_processes(die_while_saving, (str(tmp_path),), 2, join=False, start_method="spawn")
+    for process in ranks.processes:
+        process.join()
+    assert [process.exitcode for process in ranks.processes] == [0, -signal.SIGKILL]
+    assert float((tmp_path / "seconds").read_text()) < 60
+    net, optimizer = started(2, False)
+    assert load(tmp_path / "last", net, optimizer) == {"epoch": 1} and not optimizer.state
+    save(tmp_path / "last", net, optimizer, epoch=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "seconds", "store"]
 
 
 def test_rows_of_a_rank_without_others():
