@@ -33,6 +33,7 @@ from train.command import (
     fill_in,
     make_optimizer,
     number,
+    placed,
     recipe_values,
     set_up_device,
 )
@@ -41,6 +42,7 @@ from train.generate_text import sample
 from train.language import BPC, TextData, vocabulary_of
 from train.loop import RunError, Trainer, autocast, constant, plateau
 from train.models.charlm import MODELS, CharLM
+from train.ranks import alone
 from train.report import save_figure
 from train.task import Row
 from train.text import Vocabulary, load_text
@@ -258,7 +260,7 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     model = build(vars(args), text.vocabulary, args.fused)
     if start:
         checkpoint.load_model(model, start[2], source)
-    model = model.to(args.device)
+    model = placed(model, args)
     recipe = recipe_values(args, Recipe) | {"val_split": val_split, "text_checksum": data.checksum}
     circumstances = {"early_stopping": args.patience, "text": text.name}
     circumstances |= {"load_model": str(args.load_model or "none")}
@@ -418,6 +420,7 @@ class CharLMCommand(Command):
     def run(self, args: argparse.Namespace, command: str) -> Trainer | None:
         if args.mode == "train":
             return super().run(args, command)
+        alone(f"--mode {args.mode}")
         {"eval": evaluate, "generate": generate}[args.mode](args)
         return None
 

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
+from hyperfast.optim.clip import factors_of
+
 FORMAT = "hyperfast-checkpoint"
 VERSION = 1
 CAPABILITIES = ("capturable", "fused", "foreach")  # of a group of torch's optimizers
@@ -151,15 +153,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     How `optimizer` computes (CAPABILITIES of its groups) stays as it is, whatever device the state is from.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [tuple(p.shape) for p in parameters]
+    for f in factors_of(parameters):
+        if f.shard is not None:  # this rank has some rows
+            for i, p in enumerate(parameters):
+                if p is f.weight or p is f.bias:
+                    shapes[i] = (f.shard.rows, *p.shape[1:])
     faults = [
-        f"{key} of parameter {i} has shape {tuple(value.shape)}, wanted {tuple(parameters[i].shape)}"
+        f"{key} of parameter {i} has shape {tuple(value.shape)}, wanted {shapes[i]}"
         for i, values in state["state"].items()
         for key, value in values.items()
         if i < len(parameters)
         and torch.is_tensor(value)
         and value.dim()
         and not key.endswith("_scales")  # of 8-bit states; the optimizer knows their shape
-        and value.shape != parameters[i].shape
+        and value.shape != shapes[i]
     ]
     if faults:
         raise CheckpointError(f"{path}: optimizer state of another model: {_first(faults)}")

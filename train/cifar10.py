@@ -31,12 +31,14 @@ from train.command import (
     image_data,
     make_optimizer,
     number,
+    placed,
     recipe_values,
 )
 from train.data import load_images
 from train.images import ImageData
 from train.loop import Trainer, one_cycle, piecewise
 from train.models.wrn import MODELS, build_wrn, rename_published_
+from train.ranks import alone
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 VALIDATION = 5000
@@ -168,7 +170,7 @@ def build(args: argparse.Namespace) -> Built:
         rename_published_(state)
         checkpoint.load_model(model, state, args.init_from)
     hyperfast.nn.generated_l2_(model, args.generated_l2)
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model = placed(model, args)
     return model, *make_optimizer(model, args, parameter_groups(model, args.decay))
 
 
@@ -205,6 +207,7 @@ class Cifar10(Command):
     def run(self, args: argparse.Namespace, command: str) -> Trainer | None:
         if not args.speed_test:
             return super().run(args, command)
+        alone("--speed-test")
         speed_test.run(args, lambda: load_data(args)[0])
         return None
 

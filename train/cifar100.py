@@ -29,6 +29,7 @@ from train.command import (
     image_data,
     make_optimizer,
     number,
+    placed,
     recipe_values,
 )
 from train.data import load_images
@@ -131,6 +132,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         _name_layers(args)
     except ValueError as error:
         options.error(str(error))
+    if args.shard_generator and args.progressive:
+        options.error("--shard-generator: not with --progressive, whose layers change hands whole")
     return args
 
 
@@ -158,7 +161,7 @@ def build(args: argparse.Namespace, epoch: int) -> Built:
     generated = [layer for layer, start in args.generated_from.items() if start <= epoch]
     model = build_model(args.model, fused=args.fused, init=args.init, generated=generated, z_dim=args.z_dims)
     hyperfast.nn.generated_l2_(model, args.generated_l2)
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model = placed(model, args)
     return model, *make_optimizer(model, args)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperfast
+from hyperfast.distributed import shard_
 from hyperfast.nn import named_generators
 from hyperfast.nn.init import DEFAULT, INITIALISATIONS
 from train import report, summary
@@ -33,6 +34,7 @@ from train.images import ImageData
 from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
 from train.losses import WithCenters
 from train.optimizers import NesterovSGD
+from train.ranks import here, joined, launcher, lost, processes, restarted
 from train.task import Task
 
 BETAS = (0.9, 0.999)
@@ -160,6 +162,11 @@ def add_loop_options(p: Parser, models: Iterable[str], default: str, out: str) -
     add("--max-steps", type=COUNT, help="stop the run after so many steps")
     add("--eval-batches", type=COUNT, help="evaluate on so many batches only")
     add("--save-every", type=COUNT, default=1, help="epochs between two last.pt (%(default)s)")
+    add = p.add_argument_group("several processes, torchrun --nproc-per-node N -m train....").add_argument
+    add("--shard-generator", action="store_true", help="each process keeps its own rows of the generators, "
+        "with their optimizer's states, instead of all")  # fmt: skip
+    add("--timeout", type=COUNT, default=600, metavar="SECONDS", help="how long the processes wait for one "
+        "that does not answer (%(default)s)")  # fmt: skip
 
 
 def add_state_option(p: Parser) -> None:
@@ -191,7 +198,7 @@ def add_recipe_options(
     add("--optimizer", choices=list(optimizers))
     add("--schedule", choices=list(schedules), help="of the learning rate")
     add("--epochs", type=COUNT)
-    add("--batch-size", type=COUNT)
+    add("--batch-size", type=COUNT, help="of all processes together")
     add("--lr", type=POSITIVE)
     add("--weight-decay", type=RATE)
     add("--clip", type=POSITIVE, help="gradient norm")
@@ -220,7 +227,8 @@ def fill_in(
     args: argparse.Namespace, options: Parser, recipes: Mapping[str, Mapping[str, Recipe]], out: str
 ) -> None:
     """Sets what was not given: the recipe's values, the run's folder `out`_MODEL, cuda_graph. Exits with one
-    line for a model without such a recipe and for options that do not go together."""
+    line for a model without such a recipe, for options that do not go together, and for an environment that
+    is not torchrun's."""
     by_model = recipes[args.recipe]
     if args.model not in by_model:
         options.error(f"--recipe {args.recipe} is for {', '.join(by_model)}, not for {args.model}")
@@ -230,13 +238,21 @@ def fill_in(
     args.out = args.out or Path("runs") / f"{out}_{args.model}"
     if args.state_dtype != "fp32" and not args.fused:
         options.error(f"--state-dtype {args.state_dtype} needs --fused")
+    if args.shard_generator and not (args.fused and OPTIMIZERS[args.optimizer].fused):
+        options.error("--shard-generator needs --fused and an optimizer that takes factored gradients")
+    try:
+        several = processes() > 1
+    except RunError as error:
+        options.error(str(error))
     on_gpu = args.device.partition(":")[0] == "cuda"
     if not on_gpu and args.cuda_graph:
         options.error(f"--cuda-graph needs --device cuda, got {args.device}")
     if not on_gpu and args.precision == "tf32":
         options.error(f"--precision tf32 needs --device cuda, got {args.device}")
+    if several and args.cuda_graph:
+        options.error("--cuda-graph is for one process: with several, the steps are not captured")
     if args.cuda_graph is None:
-        args.cuda_graph = on_gpu
+        args.cuda_graph = on_gpu and not several
 
 
 # -- device --------------------------------------------------------------------------------------
@@ -289,6 +305,21 @@ def image_data(
     checksum = zlib.crc32(torch.cat((labels, data.test_labels)).to(torch.uint8).numpy())
     test = data.test_images, data.test_labels
     return ImageData(*parts, test, augment, normalize, **options), checksum
+
+
+def placed(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """`model` on the run's device, convolutions in channels_last; with --shard-generator, of its generators
+    the rows of this process alone. The optimizer is made of what this returns. Raises RunError."""
+    if args.shard_generator:
+        if not here().joined:
+            raise RunError("--shard-generator: there is one process alone; start several with torchrun")
+        try:
+            shard_(model)
+        except ValueError as error:
+            raise RunError(f"--shard-generator: {error}") from error
+        if not any(getattr(generator, "shard", None) for _, generator in named_generators(model)):
+            raise RunError(f"--shard-generator: {args.model} has no generator larger than what it makes")
+    return model.to(args.device, memory_format=torch.channels_last)
 
 
 def make_optimizer(
@@ -347,8 +378,8 @@ def make_trainer(
     recipe = values("model", "init", "precision", "state_dtype") | recipe
     recipe |= values("seed", "eval_batches", "generated_l2")
     own = values("patience") if circumstances is None else circumstances
-    circumstances = values("fused", "device", "cuda_graph") | own
-    circumstances |= values("max_steps", "target_accuracy", "save_every")
+    circumstances = values("fused", "device", "cuda_graph", "shard_generator") | own
+    circumstances |= {"ranks": here().count} | values("max_steps", "target_accuracy", "save_every")
     circumstances |= {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     config = Config(
         epochs=args.epochs,
@@ -407,36 +438,50 @@ class Command:
 
     def line(self, arguments: Sequence[str]) -> str:
         """The command that has these arguments, as it stands in reports."""
-        return f"python -m train.{self.name} {shlex.join(arguments)}".strip()
+        return f"{launcher()} -m train.{self.name} {shlex.join(arguments)}".strip()
 
     def run(self, args: argparse.Namespace, command: str) -> Trainer:
-        """Train and report; returns the trainer with its records and the best epoch's weights.
+        """Train and report; returns the trainer with its records and, on the first rank, the best epoch's
+        weights.
 
         args: from `parse`. Raises RunError, CheckpointError, DataError, Interrupted, that also where a
         signal comes between the epochs.
         """
         try:
-            return self._run(args, command)
+            with joined(args):
+                return self._run(args, command)
         except KeyboardInterrupt:
             raise Interrupted(signal.SIGINT) from None
         except BrokenPipeError:
             raise Interrupted(signal.SIGPIPE) from None
 
     def _run(self, args: argparse.Namespace, command: str) -> Trainer:
-        set_up_device(args)
-        open_run(args.out, args.resume)
+        ranks = here()
+        ranks.together(lambda: set_up_device(args))
+        args.resume = args.resume or (restarted() and (args.out / "last.pt").exists())
+        ranks.on_first(lambda: open_run(args.out, args.resume))
         try:
-            trainer = self.make_trainer(args)
+            trainer = ranks.together(lambda: self._prepare(args))
         except BaseException:
             with contextlib.suppress(OSError):
                 args.out.rmdir()  # if it is empty: bad input leaves no folder
             raise
+        ranks.on_first(lambda: summary.discard(args.out))
+        reason = trainer.fit()
+        ranks.unshard(trainer.model)
+        ranks.on_first(lambda: self._report(trainer, args, command, reason))
+        return trainer
+
+    def _prepare(self, args: argparse.Namespace) -> Trainer:
+        """The loop where it begins."""
+        trainer = self.make_trainer(args)
         if args.resume:
             for difference in trainer.resume():
                 print(f"note: {difference}")
             print(f"resumed {args.out} after epoch {len(trainer.history)}")
-        summary.discard(args.out)
-        reason = trainer.fit()
+        return trainer
+
+    def _report(self, trainer: Trainer, args: argparse.Namespace, command: str, reason: str) -> None:
         trainer.load_best()
         print(f"writing {args.out / 'report.md'}", flush=True)
         frozen = args.out / "frozen.safetensors" if getattr(args, "save_frozen", False) else None
@@ -450,10 +495,10 @@ class Command:
             reason += f", {reached['training_seconds']:.1f} s of training"
         figure = f"{part} {metric.words} {metric.cell(best, part)}"
         print(f"{reason}; {figure} at the best validation epoch, {best['epoch']}; {path}")
-        return trainer
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Exit status: 0, 2 after an error (one line on stderr), 128 + signal after an interruption."""
+        """Exit status: 0, 2 after an error (one line on stderr, of each process), 128 + signal after an
+        interruption."""
         arguments = sys.argv[1:] if arguments is None else list(arguments)
         args = self.parse(arguments)
         command = self.line(arguments)
@@ -464,17 +509,29 @@ class Command:
             _mute()
             return 128 + signal.SIGPIPE
         except (RunError, CheckpointError, DataError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{_who()}error: {error}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            reason = lost(error)
+            if reason is None:
+                raise
+            print(f"{_who()}error: {reason}; {_how_to_go_on(args, command)}", file=sys.stderr)
             return 2
         except Interrupted as stop:
             if stop.number == signal.SIGPIPE:
                 _mute()
-            print(f"\nstopped by {stop}; {_how_to_go_on(args, command)}", file=sys.stderr)
+            if here().first:
+                print(f"\nstopped by {stop}; {_how_to_go_on(args, command)}", file=sys.stderr)
             return 128 + stop.number
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             return 130
         return 0
+
+
+def _who() -> str:
+    """Which of several processes speaks."""
+    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
 def _mute() -> None:

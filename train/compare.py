@@ -24,6 +24,7 @@ from train import comparison
 from train.checkpoint import CheckpointError
 from train.command import PARENT, Command, Parser
 from train.loop import Interrupted, RunError, make_folder
+from train.ranks import alone, processes
 from train.summary import FILE, Run, load_run
 
 COMMANDS = ("cifar100", "cifar10", "vgg", "conditional", "mnist", "charlm")
@@ -130,7 +131,11 @@ def train(p: Plan) -> tuple[int, int | None]:
     """Make one run in a process of its own: its exit status, and the signal that came meanwhile, if any.
 
     Its process group is its own too: a signal reaches it once, from here, and it stops after a whole step.
+    Under torchrun it is made here, by the ranks that there are.
     """
+    if processes() > 1:
+        status = p.training.main([*p.arguments, *p.resume])
+        return status, status - 128 if status > 128 else None
     received: list[int] = []
     process: subprocess.Popen | None = None
 
@@ -157,6 +162,7 @@ def run(args: argparse.Namespace, options: list[str], command: str) -> int:
 
     Raises RunError, CheckpointError, before anything is trained, for bad input; Interrupted.
     """
+    alone("train.compare")
     earlier = [load_run(folder) for folder in args.runs]
     plans = plan(args, options)
     make_folder(args.out)

@@ -21,7 +21,17 @@ import hyperfast
 from hyperfast.analysis import LayerEmbeddings, ZReport, table
 from hyperfast.nn import named_generators
 from train import cifar10, command
-from train.command import COUNT, Built, Command, Parser, fill_in, make_optimizer, number, recipe_values
+from train.command import (
+    COUNT,
+    Built,
+    Command,
+    Parser,
+    fill_in,
+    make_optimizer,
+    number,
+    placed,
+    recipe_values,
+)
 from train.data import batches
 from train.images import EVAL_BATCH, ImageData
 from train.loop import Trainer, one_cycle
@@ -82,7 +92,7 @@ def build(args: argparse.Namespace) -> Built:
     """Network, optimizer and step function of the recipe."""
     model = build_conditional(args.model, fused=args.fused, init=args.init, z_dim=args.z_dim)
     hyperfast.nn.generated_l2_(model, args.generated_l2)
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model = placed(model, args)
     return model, *make_optimizer(model, args)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from train.data import batches
 from train.loop import derive_seed
+from train.ranks import ALONE, Ranks
 from train.task import ACCURACY, Forward, Metric, RunError, Task
 
 EVAL_BATCH = 256
@@ -69,19 +70,23 @@ class ImageData(Task):
     def count(self, batch_size: int) -> int:
         return batch_size
 
-    def batches(self, epoch: int, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, epoch: int, seed: int, batch_size: int, ranks: Ranks = ALONE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented, mixed; a partial last one is dropped."""
         images, labels = self.train
+        own = ranks.own_batch(batch_size)
         order = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
-        chance = torch.Generator(images.device).manual_seed(derive_seed(seed, epoch, "augment"))
-        chunk = batch_size * max(1, self.at_once // batch_size)
+        chance = torch.Generator(images.device).manual_seed(derive_seed(seed, epoch, "augment", ranks.rank))
+        chunk = batch_size * max(1, self.at_once // own)
         for x, y in batches(images, labels, chunk, shuffle=order, drop_last=False):
             whole = len(y) // batch_size * batch_size
             if whole:
-                x, y = self.augment(x[:whole], chance), y[:whole]
+                x, y = (ranks.own_rows(t[:whole], batch_size) for t in (x, y))
+                x = self.augment(x, chance)
                 if self.mix is not None:
-                    x, y = self.mix(x, y, batch_size, chance)
-                yield from zip(_layout(x).split(batch_size), y.split(batch_size), strict=True)
+                    x, y = self.mix(x, y, own, chance)
+                yield from zip(_layout(x).split(own), y.split(own), strict=True)
 
     def loss(self, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The criterion and correct answers: those of the class with the largest share of the target, where
@@ -93,18 +98,24 @@ class ImageData(Task):
         return loss, (logits.detach().argmax(1) == labels).sum()
 
     def evaluate(
-        self, forward: Forward, part: str, limit: int | None, check: Callable[[], None]
+        self,
+        forward: Forward,
+        part: str,
+        limit: int | None,
+        check: Callable[[], None],
+        ranks: Ranks = ALONE,
     ) -> tuple[float, float]:
-        images, labels = getattr(self, part)
+        images, labels = (t if limit is None else t[: limit * EVAL_BATCH] for t in getattr(self, part))
         loss, correct, seen = 0.0, 0, 0
-        for i, (x, y) in enumerate(batches(images, labels, EVAL_BATCH, shuffle=None, drop_last=False)):
-            if i == limit:
-                break
+        for x, y in batches(images, labels, EVAL_BATCH * ranks.count, shuffle=None, drop_last=False):
             check()
+            own = ranks.share(len(y))
+            x, y = x[own], y[own]
             logits = forward(_layout(self.normalize(x))).float()
             loss = loss + F.cross_entropy(logits, y, reduction="sum")
             correct = correct + (logits.argmax(1) == y).sum()
             seen += len(y)
+        loss, correct, seen = ranks.total(loss, correct, seen)
         return float(loss) / seen, self.metric.mean(int(correct), seen)
 
 

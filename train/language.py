@@ -16,6 +16,7 @@ from torch import Tensor
 
 from train.checkpoint import CheckpointError
 from train.loop import derive_seed
+from train.ranks import ALONE, Ranks
 from train.task import Forward, Metric, Task
 from train.text import IGNORED, Text, Vocabulary, evaluation_streams, streams
 
@@ -49,12 +50,15 @@ class TextData(Task):
     def count(self, batch_size: int) -> int:
         return batch_size * self.length
 
-    def batches(self, epoch: int, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        tokens = self.text.train
+    def batches(
+        self, epoch: int, seed: int, batch_size: int, ranks: Ranks = ALONE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        tokens, own = self.text.train, ranks.share(batch_size)
         places = streams(tokens, batch_size, self.length).unused + 1
         for kept in self._state or ():
             kept.zero_()
-        return iter(streams(tokens, batch_size, self.length, derive_seed(seed, epoch, "order") % places))
+        rows = streams(tokens, batch_size, self.length, derive_seed(seed, epoch, "order") % places)
+        return ((x[own], y[own]) for x, y in rows)
 
     def loss(self, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy. The state goes in as a copy: backward needs it when the next one is in its place."""
@@ -68,18 +72,27 @@ class TextData(Task):
         return loss, loss.detach() * y.numel()
 
     def evaluate(
-        self, forward: Forward, part: str, limit: int | None, check: Callable[[], None]
+        self,
+        forward: Forward,
+        part: str,
+        limit: int | None,
+        check: Callable[[], None],
+        ranks: Ranks = ALONE,
     ) -> tuple[float, float]:
         """Every character but a part's first, which nothing goes before, is predicted once, from all that is
         before it in its passage, T characters at least (`evaluation_streams`)."""
         state, loss, seen = None, 0.0, 0
         for x, y in self._evaluation(part, limit):
             check()
-            logits, state = forward(x, state)
-            y = y.flatten()
+            own = ranks.share(len(x))
+            if not len(x[own]):
+                continue
+            logits, state = forward(x[own], state)
+            y = y[own].flatten()
             nats = F.cross_entropy(logits.float().flatten(0, 1), y, ignore_index=IGNORED, reduction="sum")
             loss = loss + nats.double()
             seen = seen + (y != IGNORED).sum()
+        loss, seen = ranks.total(loss, seen)
         return float(loss) / int(seen), self.metric.mean(float(loss), int(seen))
 
     def targets(self, part: str, limit: int | None) -> int:

@@ -10,6 +10,9 @@ well.
 
 On a GPU the step is a CUDA graph (`train.graph`), the data lie there, and batches are augmented many at a
 time, since that takes a hundred short kernels however many images there are.
+
+Several processes train one network as `train.ranks` says. Every figure on which a decision depends is that of
+all of them, so that all take the same one.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,10 +41,12 @@ from hyperfast.analysis import z_report
 from hyperfast.nn import named_weights
 from train import checkpoint
 from train.graph import CaptureError, CudaGraph, GraphedStep
+from train.ranks import Ranks, here
 from train.task import Metric, Row, RunError, Task
 from train.transfer import carry_moments, start_from_
 
 WINDOW = 20  # steps whose figures a GPU keeps before the host waits for them
+OWN = ("device", "threads", "torch")  # circumstances in which the ranks of a run may differ
 
 
 class Interrupted(Exception):
@@ -53,7 +59,8 @@ class Interrupted(Exception):
 
 @dataclass
 class Config:
-    """What the loop needs to know of a recipe. `max_steps` counts from the run's beginning."""
+    """What the loop needs to know of a recipe. `max_steps` counts from the run's beginning. `batch_size` is
+    that of all ranks together."""
 
     epochs: int
     batch_size: int
@@ -94,6 +101,9 @@ class Trainer:
     both counted from 0. `recipe` (plain values) must be equal on resume; `circumstances` may differ, which is
     said.
     `stages`: the network changes, outputs kept; the first three arguments are those of epoch 0.
+
+    The ranks are those of torch's process group, if there is one. The first one keeps `out`, where all must
+    find it to resume. All call `fit`; nothing is exchanged before.
     """
 
     def __init__(
@@ -110,7 +120,8 @@ class Trainer:
         stages: Stages | None = None,
     ) -> None:
         self.model, self.optimizer, self.step, self.schedule = model, optimizer, step, schedule
-        self.config, self.out = config, out
+        self.config, self.out, self.ranks = config, out, here()
+        self.ranks.own_batch(config.batch_size)
         self.recipe, self.circumstances = recipe, circumstances or {}
         self.stages, self.epoch_built = stages, 0
         self.device = torch.device(config.device)
@@ -121,7 +132,7 @@ class Trainer:
         self.best: Row | None = None
         self.steps = 0
         self.initial_z = z_statistics(model)
-        self._signals = _Signals()
+        self._signals = _Signals(self.ranks)
         self._prepare_step()
 
     # -- the run ----------------------------------------------------------------------------------
@@ -129,12 +140,25 @@ class Trainer:
     def fit(self) -> str:
         """Train until the end and return why it ended; raises Interrupted, RunError, CheckpointError."""
         with self._signals:
+            self._check_ranks()
+            self._trained = self.ranks.parallel(self.model)
             if not self.history:
                 self._save_last()
-            with SummaryWriter(self.out / "tensorboard", purge_step=len(self.history) + 1) as board:
+            with self._board() as board:
                 while (reason := self._ended()) is None:
                     self._run_epoch(board)
         return reason
+
+    def _check_ranks(self) -> None:
+        """Raises RunError, on all ranks, where they do not make the same run."""
+        circumstances = {name: value for name, value in self.circumstances.items() if name not in OWN}
+        beginning = {"epoch": len(self.history), "step": self.steps}
+        self.ranks.check_equal(recipe=self.recipe, circumstances=circumstances, beginning=beginning)
+
+    def _board(self) -> AbstractContextManager:
+        if not self.ranks.first:
+            return nullcontext()
+        return SummaryWriter(self.out / "tensorboard", purge_step=len(self.history) + 1)
 
     def _ended(self) -> str | None:
         config, epoch, metric = self.config, len(self.history), self.metric
@@ -157,12 +181,13 @@ class Trainer:
         reached = (row for row in self.history if not metric.better(target, metric.of(row, self.reported)))
         return next(reached, None)
 
-    def _run_epoch(self, board: SummaryWriter) -> None:
+    def _run_epoch(self, board: SummaryWriter | None) -> None:
         """One epoch with evaluation; the records and checkpoints are written last."""
         epoch = len(self.history) + 1
         self._change(epoch - 1)
         row: Row = {"epoch": epoch, **self._train(epoch - 1)}
         start = time.perf_counter()
+        self.ranks.settle(self.model)
         for part in self.data.parts:
             loss, figure = self.evaluate(part)
             row |= {f"{part}_loss": loss, f"{part}_{self.metric.name}": figure}
@@ -177,10 +202,13 @@ class Trainer:
             self._save_best()
         if self._last_is_due(row):
             self._save_last()
+        self.ranks.on_first(partial(self._record, row, board))
+
+    def _record(self, row: Row, board: SummaryWriter) -> None:
         write_csv(self.out / "metrics.csv", self.history)
         for name, value in row.items():
             if name != "epoch":
-                board.add_scalar(name, value, epoch)
+                board.add_scalar(name, value, row["epoch"])
         print(self._line(row), flush=True)
 
     def _change(self, epoch: int) -> None:
@@ -189,6 +217,7 @@ class Trainer:
         if self._build(epoch):
             start_from_(self.model, model.state_dict(), f"epoch {epoch}")
             carry_moments(model, optimizer, self.model, self.optimizer)
+            self._trained = self.ranks.parallel(self.model)
             before = {name for name, *_ in named_weights(model)}
             names = [name for name, *_ in named_weights(self.model) if name not in before]
             print(f"epoch {epoch + 1}: generated from here on: {', '.join(names)}", flush=True)
@@ -228,6 +257,7 @@ class Trainer:
     def _prepare_step(self) -> None:
         """Makes the step of the network and optimizer as they are now. A graph holds the addresses of their
         tensors: whatever replaces those comes here afterwards."""
+        self._trained = self.model  # what its forward goes through, with others from `fit` on
         self._run_step: Callable[[Tensor, Tensor], Tensor] = self._eager_step
         self._rate: Tensor | None = None
         if self.config.cuda_graph:
@@ -249,16 +279,17 @@ class Trainer:
         config, limit = self.config, self.steps_per_epoch
         if config.max_steps is not None:
             limit = min(limit, config.max_steps - self.steps)
-        torch.manual_seed(derive_seed(config.seed, epoch, "model"))
+        torch.manual_seed(derive_seed(config.seed, epoch, "model", self.ranks.rank))
         self.model.train()
-        meter = _Meter(epoch, self.window, self.device)
+        meter = _Meter(epoch, self.window, self.device, self.ranks)
         rate, started = None, self._seconds_to_start()
         self._wait_for_device()
         start, waiting = time.perf_counter(), _Stopwatch(self.device)
         inputs = self._train_batches(epoch)
         # tqdm counts images or characters, so its rate is that of them
         count = self.data.count(config.batch_size)
-        options = {"unit": f" {self.data.unit}", "unit_scale": True, "leave": False, "disable": None}
+        options = {"unit": f" {self.data.unit}", "unit_scale": True, "leave": False}
+        options["disable"] = None if self.ranks.first else True
         bar = tqdm(total=limit * count, desc=f"epoch {epoch + 1}", **options)
         with bar:
             for _ in range(limit):
@@ -311,7 +342,7 @@ class Trainer:
 
     def _eager_step(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step: loss, score and gradient norm, float32 [3] on the device."""
-        loss, score = self.data.loss(self._forward, x, y)
+        loss, score = self.data.loss(partial(self._forward, self._trained), x, y)
         loss.backward()
         norm = torch.as_tensor(self.step(), dtype=torch.float32, device=loss.device)
         figures = torch.stack((loss.detach().float(), score.float(), norm))
@@ -321,21 +352,27 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, part: str) -> tuple[float, float]:
         """Mean loss and the task's figure on "validation" or "test"."""
+        self._signals.check()
         self.model.eval()
-        return self.data.evaluate(self._forward, part, self.config.eval_batches, self._signals.check)
+        forward, limit = partial(self._forward, self.model), self.config.eval_batches
+        return self.data.evaluate(forward, part, limit, self._signals.check, self.ranks)
 
     def _train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.data.batches(epoch, self.config.seed, self.config.batch_size)
+        return self.data.batches(epoch, self.config.seed, self.config.batch_size, self.ranks)
 
-    def _forward(self, *inputs: Any) -> Any:
+    def _forward(self, network: nn.Module, *inputs: Any) -> Any:
         with autocast(self.device, self.config.precision):
-            return self.model(*inputs)
+            return network(*inputs)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
+    def _save(self, name: str, payload: dict[str, Any]) -> None:
+        whole = self.ranks.whole(payload | self.data.keep())
+        self.ranks.on_first(lambda: checkpoint.save(self.out / name, whole))
+
     def _save_last(self) -> None:
-        checkpoint.save(
-            self.out / "last.pt",
+        self._save(
+            "last.pt",
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -344,13 +381,12 @@ class Trainer:
                 "steps": self.steps,
                 "recipe": self.recipe,
                 "circumstances": self.circumstances,
-                **self.data.keep(),
             },
         )
 
     def _save_best(self) -> None:
         state = {"model": self.model.state_dict(), "row": self.best, "recipe": self.recipe}
-        checkpoint.save(self.out / "best.pt", state | self.data.keep())
+        self._save("best.pt", state)
 
     def resume(self) -> list[str]:
         """Continue from `last.pt`; returns what differs from then, in words.
@@ -371,7 +407,7 @@ class Trainer:
         return _differences(state["circumstances"], self.circumstances)
 
     def load_best(self) -> None:
-        """Put the weights of `best.pt` into the model."""
+        """Put the weights of `best.pt` into the model. Nothing is exchanged."""
         path = self.out / "best.pt"
         state = checkpoint.load(path, ("model", "row"))
         self._build(state["row"]["epoch"] - 1)
@@ -408,9 +444,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def derive_seed(seed: int, epoch: int, purpose: str) -> int:
-    """A 63-bit seed, independent for every epoch and purpose."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
+def derive_seed(seed: int, epoch: int, purpose: str, rank: int = 0) -> int:
+    """A 63-bit seed, independent for every epoch, purpose and rank."""
+    own = f"/{rank}" if rank else ""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}{own}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -495,10 +532,12 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 class _Meter:
-    """Sums of one epoch. Figures stay on the device for `window` steps, so a GPU is not stopped at each."""
+    """Sums of one epoch, over all ranks. Figures stay on the device for `window` steps, so a GPU is not
+    stopped at each."""
 
-    def __init__(self, epoch: int, window: int, device: torch.device) -> None:
+    def __init__(self, epoch: int, window: int, device: torch.device, ranks: Ranks) -> None:
         self.epoch, self.pending = epoch, []  # counts of the steps whose figures are in the ring
+        self.ranks = ranks
         self.ring = torch.empty(window, 3, device=device)
         self.steps = self.count = 0  # count: images or characters
         self.loss_sum = self.score = self.norm_sum = 0.0
@@ -512,8 +551,10 @@ class _Meter:
 
     def flush(self) -> None:
         """Take the pending values in; raises RunError at the first that is not finite."""
-        figures = self.ring[: len(self.pending)].tolist()
-        for (loss, score, norm), count in zip(figures, self.pending, strict=True):
+        everyones = self.ranks.gather(self.ring[: len(self.pending)]).tolist() if self.pending else [[]]
+        for figures, count in zip(zip(*everyones, strict=True), self.pending, strict=True):
+            losses, scores, norms = zip(*figures, strict=True)
+            loss, score, norm = sum(losses) / len(losses), sum(scores), sum(norms) / len(norms)
             for name, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     raise RunError(f"{_place(self.epoch, self.steps)}: {name} is {value}")
@@ -563,9 +604,11 @@ class _Stopwatch:
 
 
 class _Signals:
-    """SIGINT and SIGTERM are raised as Interrupted at the next `check`; a second one acts at once."""
+    """SIGINT and SIGTERM are raised as Interrupted at the next `check`, on all ranks at the same one; a
+    second one acts at once."""
 
-    received = 0
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
 
     def __enter__(self) -> _Signals:
         self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -576,13 +619,13 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.ranks.received:
             raise KeyboardInterrupt
-        self.received = number
+        self.ranks.received = number
 
     def check(self) -> None:
-        if self.received:
-            raise Interrupted(self.received)
+        if self.ranks.signal:
+            raise Interrupted(self.ranks.signal)
 
 
 def _place(epoch: int, step: int) -> str:

@@ -34,12 +34,14 @@ from train.command import (
     image_data,
     make_optimizer,
     number,
+    placed,
     recipe_values,
 )
 from train.data import load_images
 from train.images import ImageData
 from train.loop import Interrupted, RunError, Trainer, exponential_by_step, one_cycle
 from train.models.mnist import MODELS, build_mnist
+from train.ranks import here, joined, restarted
 
 MEAN, STD = (0.1307,), (0.3081,)
 VALIDATION = 10_000
@@ -145,7 +147,7 @@ def build(args: argparse.Namespace) -> Built:
     """Network, optimizer and step function of the recipe."""
     model = build_mnist(args.model, fused=args.fused, init=args.init)
     hyperfast.nn.generated_l2_(model, args.generated_l2)
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model = placed(model, args)
     return model, *make_optimizer(model, args)
 
 
@@ -209,10 +211,14 @@ def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> 
     if args.resume and not any(plan.started for plan in plans):
         raise RunError(f"--resume: no run in {args.out}")
     finished, failures = compare.train_all(plans, lambda finished, failures: None, stops=lambda plan: True)
-    if not failures:
+
+    def write() -> None:
         models = [load_trained(run.folder) for run in finished]
         path = twins.write(finished, models, [PUBLISHED[name] for name in pair], args.out, line)
         print(f"\n{path}")
+
+    if not failures:
+        here().on_first(write)
     return 1 if failures else 0
 
 
@@ -224,8 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (args.twin and MODELS[args.model].twin):
         return COMMAND.main(arguments)
     line = COMMAND.line(arguments)
+    started = any((args.out / name / "last.pt").exists() for name in (args.model, MODELS[args.model].twin))
+    args.resume = args.resume or (restarted() and started)
     try:
-        return run_twins(args, arguments, line)
+        with joined(args):
+            return run_twins(args, arguments, line)
     except compare.Refused:
         return 2
     except (RunError, CheckpointError, OSError) as error:

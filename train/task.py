@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from train.ranks import Ranks
 
 Row = dict[str, Any]  # one epoch: plain ints and floats by column name; times in seconds
 Forward = Callable[..., Any]  # the network in the run's precision
@@ -88,9 +91,12 @@ class Task(ABC):
         """Images or characters of a step."""
 
     @abstractmethod
-    def batches(self, epoch: int, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input and target of the steps of an epoch, all of one shape, by `seed` and `epoch` alone. What is
-        carried from step to step begins anew, in the same memory."""
+    def batches(
+        self, epoch: int, seed: int, batch_size: int, ranks: Ranks
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Input and target of the steps of an epoch, all of one shape, by `seed` and `epoch` alone: this
+        rank's rows of batches that do not depend on how many ranks there are. What is carried from step to
+        step begins anew, in the same memory."""
 
     @abstractmethod
     def loss(self, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,9 +105,10 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(
-        self, forward: Forward, part: str, limit: int | None, check: Callable[[], None]
+        self, forward: Forward, part: str, limit: int | None, check: Callable[[], None], ranks: Ranks
     ) -> tuple[float, float]:
-        """Mean loss and figure of a part, or of its first `limit` batches. check: called before each."""
+        """Mean loss and figure of a part, or of its first `limit` batches; each rank takes its share, in the
+        same number of forwards, and all get the same figures. check: called before each."""
 
     def keep(self) -> dict[str, Any]:
         """What checkpoints must hold for the network to be used later, plain values by name."""

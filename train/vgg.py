@@ -36,6 +36,7 @@ from train.command import (
     image_data,
     make_optimizer,
     number,
+    placed,
     recipe_values,
 )
 from train.data import load_images
@@ -43,6 +44,7 @@ from train.images import ImageData
 from train.loop import Trainer, constant, cosine, piecewise
 from train.losses import LOSSES, WithCenters
 from train.models.vgg import HYPERS, MODELS, VGG, build_vgg
+from train.ranks import processes
 
 MEAN = STD = (0.5, 0.5, 0.5)
 CLASSES = 10
@@ -137,6 +139,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, value in USUAL.get(args.optimizer, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.loss == "center" and processes() > 1:
+        options.error("--loss center is for one process: its centers are of whole batches")
     if args.hyper != "none":
         args.out = args.out or Path("runs") / f"vgg_{args.model}_{args.hyper}"
     fill_in(args, options, RECIPES, "vgg")
@@ -180,7 +184,7 @@ def build(args: argparse.Namespace) -> Built:
     if not command.OPTIMIZERS[args.optimizer].fused:
         hyperfast.factored_(model, False)  # the kernels stay, gradients are dense
     hyperfast.nn.generated_l2_(model, args.generated_l2)
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model = placed(model, args)
     return model, *make_optimizer(model, args)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
+from hyperfast.distributed.agreement import check_same
 from hyperfast.distributed.sharding import shard_
 from hyperfast.nn.generator import LinearGenerator, factored_, generators, ignored_by_ddp, invalidate
 
@@ -144,19 +145,7 @@ def _description(model: nn.Module, arguments: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_equal(described: dict[str, str], group: dist.ProcessGroup | None) -> None:
-    """ValueError on every rank where one describes something else than the first."""
-    everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, described, group=group)
-    first = everywhere[0]
-    for rank, other in enumerate(everywhere):
-        for name in first | other:
-            here, there = first.get(name, "missing"), other.get(name, "missing")
-            if here != there:
-                raise ValueError(
-                    f"ranks must have equal models: {name} is {here} on rank 0, {there} on rank {rank}"
-                )
-        for here, there in zip(first, other, strict=True):
-            if here != there:
-                raise ValueError(
-                    f"ranks must have equal models: where rank 0 has {here}, rank {rank} has {there}"
-                )
+    try:
+        check_same(described, group)
+    except ValueError as error:
+        raise ValueError(f"ranks must have equal models and arguments: {error}") from None

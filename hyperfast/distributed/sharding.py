@@ -28,11 +28,17 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     of shared cores included, in place; returns `model`.
 
     The parameters stay the same objects, now [n, K] and [n], n about N / ranks (`generator.shard`), without
-    gradients: make the optimizer, one of `hyperfast.optim`, before its first step or after. Switches factored
+    gradients; an optimizer, one of `hyperfast.optim`, must not have stepped them before. Switches factored
     mode on. Embeddings, cores and generators smaller than what they make (two-layer, chunked) stay whole on
     every rank, for DDP like the main network. All ranks must call it, with equal values, before the model is
-    wrapped in DDP; `hyperfast.distributed.data_parallel(model, shard_generators=True)` does it all. Raises
-    ValueError for a model that is sharded already and what factored mode refuses.
+    wrapped in DDP; `hyperfast.distributed.data_parallel(model, shard_generators=True)` does it all.
+
+    From then on a forward after a change of parameters is collective, and so is every backward: all ranks
+    generate and use the same layers in the same order. Within `ddp.no_sync()` nothing but a first gather is
+    sent; `zero_grad(set_to_none=True)` alone may touch gradients before the backward that sends. Refused are
+    create_graph=True and torch.func; torch.compile has a graph break where weights are generated. Raises
+    ValueError for a model that is sharded already, a rank that is not in the group, and what factored mode
+    refuses.
     """
     linear = _linear_generators(model)
     if any(g.shard is not None for g in linear):
@@ -42,14 +48,15 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     for g in linear:
         if type(g).forward is not LinearGenerator.forward:
             raise ValueError(f"a {type(g).__name__} has a forward of its own, which would miss rows")
+    shards = [RowShard.of(g.shapes[0].numel(), group) for g in linear]
     factored_(model)
     sharded = set()
-    for g in linear:
-        g.set_shard(RowShard.of(g.shapes[0].numel(), group), generate)
+    for g, shard in zip(linear, shards, strict=True):
+        g.set_shard(shard, generate)
         for p in g.sharded_parameters():
             if id(p) not in sharded:  # generators may share it
                 sharded.add(id(p))
-                _replace(p, p.detach()[g.shard.own].clone())
+                _replace(p, p.detach()[shard.own].clone())
     ignored_by_ddp(model)
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import hyperfast
-from hyperfast.distributed import data_parallel
+from hyperfast.distributed import data_parallel, unshard_
 from hyperfast.nn import (
     HyperConv2d,
     HyperLinear,
@@ -137,8 +137,12 @@ def assert_equal_states(model: nn.Module, expected: nn.Module, tolerance: float)
         torch.testing.assert_close(ours[name], t, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def whole(net: nn.Module) -> nn.Module:
+    return unshard_(copy.deepcopy(net))
+
+
 def assert_equal_on_all_ranks(model: nn.Module) -> None:
-    for name, t in model.state_dict().items():
+    for name, t in whole(model).state_dict().items():
         first = t.clone()
         dist.broadcast(first, 0)
         assert torch.equal(t, first), name
@@ -157,7 +161,7 @@ def trains_as_one_process(
     dense = generated_l2_(seeded(build, seed=0), l2)
     hyperfast.factored_(net, factored)
     model = data_parallel(net, **options)
-    assert_equal_states(net, dense, 0)
+    assert_equal_states(whole(net), dense, 0)
     if hook is not None:
         model.register_comm_hook(None, hook)
     optimizer, theirs = AdamW(net, **OPTIONS), torch.optim.AdamW(dense.parameters(), **OPTIONS)
@@ -175,7 +179,7 @@ def trains_as_one_process(
         theirs.zero_grad()
         loss(dense, *batch(step)).backward()
         theirs.step()
-    assert_equal_states(net, dense, 1e-9)
+    assert_equal_states(whole(net), dense, 1e-9)
     assert_equal_on_all_ranks(net)
 
 
@@ -240,33 +244,6 @@ def sends_while_the_backward_runs(rank: int) -> None:
         assert late[0] == "first layer" and sorted(late) == sorted(early), late
 
 
-def generates_and_differentiates_as_before(rank: int) -> None:
-    """`early` changes no value and no gradient, with penalties, autocast and in second derivatives."""
-    for l2, dtype in ((0.0, None), (0.1, None), (0.0, torch.bfloat16), (0.1, torch.bfloat16)):
-        results = []
-        for early in (False, True):
-            torch.manual_seed(1)
-            g = generated_l2_(LinearGenerator((5, 7), 3, init="hyperfan"), l2).requires_grad_()
-            g.set_factored(True)
-            g.early = early
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                (w,) = g()
-            w.float().sin().sum().backward()
-            with torch.no_grad():
-                (evaluated,) = g()
-            results.append((w.detach(), g.bias.grad, g.z.grad, evaluated))
-            assert g.weight.grad is None and w.shape == (5, 7)
-            results[-1] += _second_derivatives(g) if dtype is None and not l2 else ()
-        for late, early in zip(*results, strict=True):
-            assert late.dtype == early.dtype and torch.equal(late, early)
-
-
-def _second_derivatives(g: LinearGenerator) -> tuple[Tensor, ...]:
-    parameters = g.weight, g.bias, g.z
-    first = torch.autograd.grad(g()[0].sin().sum(), parameters, create_graph=True)
-    return torch.autograd.grad(sum(d.square().sum() for d in first), parameters)
-
-
 def compresses_dw(rank: int) -> None:
     net, dense = seeded(hypernetwork), seeded(hypernetwork)
     model = data_parallel(hyperfast.factored_(net))
@@ -324,14 +301,14 @@ def refuses_different_models(rank: int) -> None:
 
     two_layer = hyperfast.nn.TwoLayerGenerator((4, 3), 4)
     others = {
-        r"parameter 0.generator.weight is .*\[12, 4\].* on rank 0, .*\[12, 5\].* on rank 1": lambda: net(5),
-        r"float32 .* on rank 0, .*float64": lambda: net(dtype=torch.float64),
-        r"factored=False.* on rank 0, .*factored=True": lambda: hyperfast.factored_(net()),
-        r"l2=0.0 on rank 0, .*l2=0.5 on rank 1": lambda: generated_l2_(net(), 0.5),
-        r"parameter 0.generator.weight is .* on rank 0, missing on rank 1": lambda: net(generator=two_layer),
-        r"parameter 1.bias is trained.* on rank 0, frozen": frozen,
-        r"parameter 0.bias is .* on rank 0, missing on rank 1": lambda: net(bias=False),
-        r"missing on rank 0": lambda: nn.Sequential(*net(), nn.Linear(2, 2)),
+        r"parameter 0.generator.weight is .*\[12, 4\].* in rank 0, .*\[12, 5\].* in rank 1": lambda: net(5),
+        r"float32 .* in rank 0, .*float64": lambda: net(dtype=torch.float64),
+        r"factored=False.* in rank 0, .*factored=True": lambda: hyperfast.factored_(net()),
+        r"l2=0.0 in rank 0, .*l2=0.5 in rank 1": lambda: generated_l2_(net(), 0.5),
+        r"parameter 0.generator.weight is in rank 0 and not in rank 1": lambda: net(generator=two_layer),
+        r"parameter 1.bias is trained.* in rank 0, frozen": frozen,
+        r"parameter 0.bias is in rank 0 and not in rank 1": lambda: net(bias=False),
+        r"is in rank 1 and not in rank 0": lambda: nn.Sequential(*net(), nn.Linear(2, 2)),
     }
     for pattern, other in others.items():
         with pytest.raises(ValueError, match=pattern) as caught:
@@ -339,7 +316,9 @@ def refuses_different_models(rank: int) -> None:
         said: list = [None] * RANKS
         dist.all_gather_object(said, str(caught.value))
         assert said[0] == said[1]
-    with pytest.raises(ValueError, match="argument bucket_cap_mb is '?2'? on rank 0, '?3'? on rank 1"):
+    with pytest.raises(
+        ValueError, match="equal models and arguments: argument bucket_cap_mb is 2 in rank 0, 3"
+    ):
         data_parallel(net(), bucket_cap_mb=2 + rank)
     with pytest.raises(ValueError, match="in a DistributedDataParallel already"):
         data_parallel(data_parallel(net()))
@@ -357,6 +336,7 @@ NETWORKS = {
 }
 WAYS = {
     "dense": {"factored": False},
+    "sharded": {"shard_generators": True, "factored": False},
     "L2": {"l2": 0.1},
     "bucket views": {"gradient_as_bucket_view": True},
     "static graph": {"static_graph": True},
@@ -364,6 +344,27 @@ WAYS = {
     "unused parameters looked for": {"find_unused_parameters": True},
     "hook": {"hook": allreduce_hook},
 }
+
+
+def compiles(rank: int, around: str) -> None:
+    """The wrapped model compiled, and a compiled model wrapped."""
+    net, dense = seeded(Net), seeded(Net)
+    hyperfast.factored_(net)
+    model = data_parallel(net) if around == "ddp" else data_parallel(torch.compile(net))
+    model = torch.compile(model) if around == "ddp" else model
+    optimizer, theirs = AdamW(net, **OPTIONS), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(model, *own(rank, step)).backward()
+        optimizer.step()
+        theirs.zero_grad()
+        loss(dense, *batch(step)).backward()
+        theirs.step()
+    assert_equal_states(net, dense, 1e-9)
+
+
+def compiled_checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
+    return {around: partial(compiles, rank, around) for around in ("ddp", "model")}
 
 
 def checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
@@ -374,7 +375,6 @@ def checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
     named["trains: weights for each sample"] = partial(trains, OfSamples, factored=False)
     others = (
         sends_while_the_backward_runs,
-        generates_and_differentiates_as_before,
         compresses_dw,
         leaves_unused_layers_out,
         joins_ranks_with_fewer_batches,
@@ -385,7 +385,7 @@ def checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
     return named
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, checks: Callable = checks) -> None:
     torch.set_num_threads(1)
     store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timeout)
@@ -419,6 +419,12 @@ def test_two_ranks_equal_one_process(tmp_path, plain_twin, assert_equal_paramete
         ours.load_state_dict(rank["model"])
         assert_equal_parameters(ours, twin, 1e-9)
         assert rank["norms"] == pytest.approx(norms, rel=1e-9)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_compiled(tmp_path):
+    mp.start_processes(work, (str(tmp_path), compiled_checks), nprocs=RANKS, start_method="spawn")
 
 
 def test_needs_a_process_group():

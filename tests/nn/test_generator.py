@@ -323,3 +323,28 @@ def test_nothing_keeps_a_dead_model_alive():
     del layer, optimizer
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_handing_dw_on_early_changes_no_value_and_no_gradient(l2, dtype):
+    results = []
+    for early in (False, True):
+        torch.manual_seed(1)
+        g = hyperfast.factored_(generated_l2_(LinearGenerator((5, 7), 3, init="hyperfan"), l2))
+        g.early = early
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            (w,) = g()
+            (twice,) = g()
+        (w.float().sin() * twice.float()).sum().backward()
+        with torch.no_grad():
+            (evaluated,) = g()
+        assert g.weight.grad is None and w.shape == (5, 7)
+        g.l2 = 0.0  # second derivatives are without it (`generated_l2_`)
+        parameters = g.weight, g.bias, g.z
+        first = torch.autograd.grad(g()[0].sin().sum(), parameters, create_graph=True)
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), parameters)
+        results.append((w.detach(), g.bias.grad, g.z.grad, evaluated, *first, *second))
+    for late, early in zip(*results, strict=True):
+        assert late.dtype == early.dtype
+        torch.testing.assert_close(early, late, rtol=1e-6, atol=1e-6)

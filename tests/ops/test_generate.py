@@ -498,6 +498,8 @@ def test_bad_next_weights_and_backend(no_native):
         ops.generate(weights, biases, zs, next_weights=[None])
     with pytest.raises(ValueError, match="backend must be one of auto, reference, got 'cuda'"):
         ops.generate(weights, biases, zs, backend="cuda")
+    with pytest.raises(ValueError, match="early hands dw to the biases: every layer needs one"):
+        ops.generate(weights, [None, *biases[1:]], zs, factored=True, early=True)
 
 
 class Calls(TorchDispatchMode):

@@ -17,6 +17,7 @@ from tests.train.tiny import Net, data, make
 from train import checkpoint, images, loop, summary
 from train.checkpoint import CheckpointError
 from train.loop import Interrupted, RunError, cosine, exponential_by_step, one_cycle, piecewise
+from train.ranks import Ranks
 
 
 def assert_same(a, b):
@@ -214,9 +215,9 @@ def test_signals_leave_a_resumable_run(tmp_path, number):
 
 
 def test_a_second_signal_acts_at_once():
-    with pytest.raises(KeyboardInterrupt), loop._Signals() as signals:
+    with pytest.raises(KeyboardInterrupt), loop._Signals(Ranks()) as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == signal.SIGINT
+        assert signals.ranks.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -281,7 +282,7 @@ def test_non_finite_evaluation_stops_before_the_checkpoint(tmp_path):
 
 
 def test_values_wait_on_a_gpu_but_the_first_bad_step_is_named():
-    meter = loop._Meter(epoch=4, window=3, device=torch.device("cpu"))
+    meter = loop._Meter(epoch=4, window=3, device=torch.device("cpu"), ranks=Ranks())
     meter.add(torch.tensor([1.0, 4.0, 2.0]), 8)
     assert not meter.fresh and meter.steps == 0
     meter.add(torch.tensor([math.inf, 1.0, 2.0]), 8)
