@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 import re
 from argparse import Namespace
@@ -19,8 +20,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from hyperfast.distributed import data_parallel, gather_weights, unshard_, whole
+from hyperfast.distributed import data_parallel, unshard_, whole
 from hyperfast.distributed.collectives import all_gather
 from hyperfast.nn import named_generators
 from train.checkpoint import CheckpointError, one_line
@@ -90,7 +92,7 @@ class Ranks:
         return model
 
     def settle(self, model: nn.Module) -> None:
-        """After the steps of an epoch: makes `model` the same on all ranks, ready to be evaluated."""
+        """After the steps of an epoch: makes all of `model` the same on all ranks."""
 
     def whole(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` with what the ranks have shared out gathered on the first one; None on others."""
@@ -162,7 +164,7 @@ class Group(Ranks):
         for rank, other in enumerate(others, start=1):
             for what, theirs in other.items():
                 names = [n for n in first[what] | theirs if first[what].get(n) != theirs.get(n)]
-                differ = [f"{n} is {first[what].get(n)} there, {theirs.get(n)} here" for n in names]
+                differ = [f"{n} {theirs.get(n)} instead of {first[what].get(n)}" for n in names]
                 if differ:
                     raise RunError(f"rank {rank} has another {what} than rank 0: {'; '.join(differ)}")
 
@@ -172,7 +174,9 @@ class Group(Ranks):
         return values
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        return data_parallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return data_parallel(model, gradient_as_bucket_view=True, **{buffers: False})
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:
@@ -184,7 +188,6 @@ class Group(Ranks):
             mean /= self.count
             for buffer, part in zip(statistics, mean.split([b.numel() for b in statistics]), strict=True):
                 buffer.copy_(part.view_as(buffer))
-        gather_weights(model)
 
     def whole(self, state: dict[str, Any]) -> dict[str, Any]:
         return whole(state, to=0)
@@ -292,5 +295,7 @@ def lost(error: RuntimeError) -> str | None:
     text = one_line(error)
     if not isinstance(error, dist.DistError) and not LOST.search(text):
         return None
-    reason = re.sub(r"^\[[^\]]*\]\s*", "", text)  # gloo begins with the place in its source
+    reason = re.sub(r"^\[[^\]]*\]\s*", "", text).partition(". ")[
+        0
+    ]  # gloo: place in its source, reason, advice
     return f"another process ended or does not answer: {reason}"

@@ -16,7 +16,13 @@ from hyperfast import ops
 from hyperfast.distributed.collectives import all_gather
 from hyperfast.distributed.exchange import exchanged
 from hyperfast.distributed.rows import RowShard
-from hyperfast.nn.generator import LinearGenerator, factored_, generators, ignored_by_ddp
+from hyperfast.nn.generator import (
+    LinearGenerator,
+    factored_,
+    generate_together,
+    generators,
+    ignored_by_ddp,
+)
 from hyperfast.ops._library import autocast_dtype, has_tangent, is_transformed, no_autocast
 from hyperfast.ops.next_weights import is_current, record
 
@@ -78,16 +84,13 @@ def unshard_(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 def gather_weights(model: nn.Module) -> None:
     """Gathers the weights that the sharded generators of `model` make now, unless they are at hand, in
-    autocast's dtype under autocast; the forwards that follow, until something is updated, send nothing. All
-    ranks must call it. Leaves out heads of shared cores: only a forward knows what they generate from."""
-    batches: dict[tuple, list[LinearGenerator]] = {}
-    for g in _linear_generators(model):
-        if g.shard is not None and isinstance(g.z, nn.Parameter):
-            batches.setdefault((g.backend, g.weight.dtype, g.weight.device, id(g.shard.group)), []).append(g)
-    for batch in batches.values():
-        _whole(batch)
+    autocast's dtype under autocast: a forward that follows, until something is updated, sends nothing, so
+    that a rank may run it alone. All ranks must call it."""
+    makers = (g for _, g in generators(model) if isinstance(g.z, nn.Parameter))  # not the heads of a core
+    generate_together(g for g in makers if any(part.shard is not None for _, part in generators(g)))
 
 
 @torch.compiler.disable  # a graph break: whether to gather depends on what changed since the last time

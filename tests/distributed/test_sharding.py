@@ -7,6 +7,7 @@ import datetime
 import pickle
 import traceback
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import hyperfast
-from hyperfast.distributed import exchange, gather_weights, rows, shard_, sharding, unshard_
+from hyperfast.distributed import collectives, exchange, gather_weights, rows, shard_, sharding, unshard_
 from hyperfast.distributed.rows import RowShard
 from hyperfast.nn import HyperConv2d, HyperLinear, LinearGenerator, generate_layers, generated_l2_
 from hyperfast.nn.generator import generators
@@ -283,7 +284,6 @@ def messages_go_once_a_step():
         assert messages[2 * gathers :] == ["gather"]  # of norms
         messages.clear()
         gather_weights(sharded)
-        assert messages == (["gather"] if build is not shared_core else [])  # heads: in the forward
         ddp(own(batch()[0]))
         assert messages == ["gather"]
 
@@ -389,10 +389,10 @@ def a_nonfinite_gradient_of_one_rank_stops_all():
     losses(ddp, one)[0].backward()
     if dist.get_rank() == 0:
         sharded.conv.generator.bias.grad[0] = float("nan")
-    before = copy.deepcopy(sharded.state_dict())
+    before = [p.detach().clone() for p in sharded.parameters()]
     optimizer.step()
     assert optimizer.skipped_steps == 1
-    assert all(torch.equal(t, sharded.conv.generator.weight) for t in [before["conv.generator.weight"]])
+    assert all(torch.equal(p, old) for p, old in zip(sharded.parameters(), before, strict=True))
 
 
 @check
@@ -493,6 +493,25 @@ def a_rank_holds_its_share():
     assert g.gathered.w.untyped_storage().nbytes() == g.shard.chunk * ranks * 8
     w = g()[0]
     assert w.data_ptr() == g.gathered.w.data_ptr()  # no copy
+
+
+@check
+def reduce_scatters_where_there_is_nccl():
+    """With gloo's reduce-scatter in NCCL's place, which takes the mean as well."""
+    real, is_nccl = dist.reduce_scatter_tensor, collectives._is_nccl
+
+    def mean(out, parts, op, group, async_op):
+        assert op == dist.ReduceOp.AVG and async_op
+        real(out, parts, dist.ReduceOp.SUM, group=group)
+        out /= dist.get_world_size(group)
+        return SimpleNamespace(wait=lambda: None)
+
+    dist.reduce_scatter_tensor, collectives._is_nccl = mean, lambda device, group: True
+    try:
+        uses_of_one_weight_add_up()
+        what_was_added_up_goes_with_the_gradient()
+    finally:
+        dist.reduce_scatter_tensor, collectives._is_nccl = real, is_nccl
 
 
 @check
@@ -605,7 +624,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 
 @needs_gloo
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_two_ranks(tmp_path):
     run(2, [name for name in CHECKS if name not in SLOW], tmp_path)
 
