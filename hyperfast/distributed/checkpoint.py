@@ -58,7 +58,8 @@ def save(
     whatever dies in between, `load` finds the one or the other.
 
     Raises ValueError, the same on every rank, with the earlier checkpoint unchanged: models or optimizers
-    that differ between ranks, values of other types, a folder with other files in it, a full disk.
+    that differ between ranks, values of other types, a folder with other files in it or that not all ranks
+    see, a full disk. Where a rank dies, the others get the process group's RuntimeError.
     """
     model, folder = _unwrapped(model), Path(folder).resolve()
     group = _group(model)
@@ -148,8 +149,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[T
     name_of = dict(zip(numbers, (name for group in names for name in group), strict=True))
     for i, found in state["state"].items():
         name = name_of[i]
-        of_state = {f"{name}.{key}": t for key, t in found.items() if isinstance(t, Tensor)}
-        tensors["optimizer"] |= of_state
+        tensors["optimizer"] |= {f"{name}.{key}": t for key, t in found.items() if isinstance(t, Tensor)}
         states[name] = {key: None if isinstance(value, Tensor) else value for key, value in found.items()}
     groups = [group | {"params": own} for group, own in zip(state["param_groups"], names, strict=True)]
     rest["optimizer"] = {"kind": type(optimizer).__name__, "param_groups": groups, "states": states}
@@ -214,9 +214,8 @@ def _targets(
 
 def _check_model(model: nn.Module, saved: dict[str, TensorStorageMetadata], others: dict[str, Any]) -> None:
     """ValueError unless tensors of such sizes, and others, are what the model's state dict has."""
-    theirs = {name: str(list(entry.size)) for name, entry in saved.items()} | dict.fromkeys(
-        others, "no tensor"
-    )
+    theirs = dict.fromkeys(others, "no tensor")
+    theirs |= {name: str(list(entry.size)) for name, entry in saved.items()}
     ours = {
         name: str(list(value.shape)) if isinstance(value, Tensor) else "no tensor"
         for name, value in model.state_dict().items()

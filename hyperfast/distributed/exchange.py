@@ -36,20 +36,22 @@ LAST = 0  # sequence number: of the nodes that are ready the engine runs the lar
 class Unsent:
     """dw [N] of backwards whose gradients DDP was told not to send (`no_sync`), added up.
 
-    It belongs to the gradient of bias, zeros until then, and goes with it when somebody sets that to None or
-    to zero. passes: how many backwards it is from.
+    It belongs to the gradient of bias, which waits for it, and goes with it when that is set to None. passes:
+    how many backwards it is from; taken: the backward that has put it into a message.
     """
 
-    def __init__(self, dw: Tensor, mark: Tensor):
-        self.dw, self.passes, self.version = dw, 1, mark._version
-
-    def belongs_to(self, gradient: Tensor) -> bool:
-        return self.version == gradient._version
+    def __init__(self, dw: Tensor, version: int):
+        self.dw, self.passes, self.version, self.taken = dw, 1, version, -1
 
     @staticmethod
     def of(bias: Tensor) -> Unsent | None:
         found = getattr(bias.grad, "unsent", None)
-        return found if found is not None and found.belongs_to(bias.grad) else None
+        if found is not None and found.version != bias.grad._version:
+            raise RuntimeError(
+                "the gradient of a sharded generator has changed while an accumulation in no_sync goes on: "
+                "begin anew with zero_grad(set_to_none=True)"
+            )
+        return found
 
     @classmethod
     def add(cls, bias: Tensor, dw: Tensor) -> None:
@@ -60,7 +62,7 @@ class Unsent:
             return
         if bias.grad is None:
             bias.grad = torch.zeros_like(bias)
-        bias.grad.unsent = cls(dw.to(bias.dtype, copy=True), bias.grad)
+        bias.grad.unsent = cls(dw.to(bias.dtype, copy=True), bias.grad._version)
 
 
 class Bucket:
@@ -93,10 +95,12 @@ class Bucket:
         self.parts[:, self.passes[i]] += passes
         self.here.add(i)
 
-    def send(self) -> None:
+    def send(self, backward: int) -> None:
         for i in self.layers:
-            if (unsent := Unsent.of(self.biases[i])) is not None:
+            unsent = Unsent.of(self.biases[i])
+            if unsent is not None and unsent.taken != backward:
                 self.put(i, unsent.dw, unsent.passes)
+                unsent.taken = backward
             if i not in self.here:
                 self.parts[:, self.columns[i]] = 0
         self.message = ReduceScatter(self.parts, self.shards[self.layers[0]].group)
@@ -157,14 +161,14 @@ class Exchange:
             return
         self._bucket(self.bucket_of[i]).put(i, dw)
         while (k := self.begun) in self.buckets and len(self.buckets[k].here) == len(self.plan[k]):
-            self.buckets[k].send()
+            self.buckets[k].send(self.backward)
             self.begun += 1
 
     def receive(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer: dw of the own rows and how many backwards it is from."""
         self._enter()
         for k in range(self.begun, len(self.plan)):
-            self._bucket(k).send()
+            self._bucket(k).send(self.backward)
         received = {
             i: (dw, passes) for k in range(len(self.plan)) for i, dw, passes in self.buckets.pop(k).receive()
         }

@@ -33,8 +33,10 @@ class RowShard:
 
     @classmethod
     def of(cls, rows: int, group: dist.ProcessGroup | None = None) -> RowShard:
-        """This rank's."""
-        return cls(rows, dist.get_rank(group), dist.get_world_size(group), group)
+        """This rank's; ValueError where it is not in the group."""
+        if (rank := dist.get_rank(group)) < 0:
+            raise ValueError("this rank is not in the process group")
+        return cls(rows, rank, dist.get_world_size(group), group)
 
     @property
     def chunk(self) -> int:

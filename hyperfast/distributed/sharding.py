@@ -16,7 +16,13 @@ from hyperfast import ops
 from hyperfast.distributed.collectives import all_gather
 from hyperfast.distributed.exchange import exchanged
 from hyperfast.distributed.rows import RowShard
-from hyperfast.nn.generator import LinearGenerator, factored_, generators, ignored_by_ddp
+from hyperfast.nn.generator import (
+    LinearGenerator,
+    factored_,
+    generate_together,
+    generators,
+    ignored_by_ddp,
+)
 from hyperfast.ops._library import autocast_dtype, has_tangent, is_transformed, no_autocast
 from hyperfast.ops.next_weights import is_current, record
 
@@ -28,11 +34,17 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     of shared cores included, in place; returns `model`.
 
     The parameters stay the same objects, now [n, K] and [n], n about N / ranks (`generator.shard`), without
-    gradients: make the optimizer, one of `hyperfast.optim`, before its first step or after. Switches factored
+    gradients; an optimizer, one of `hyperfast.optim`, must not have stepped them before. Switches factored
     mode on. Embeddings, cores and generators smaller than what they make (two-layer, chunked) stay whole on
     every rank, for DDP like the main network. All ranks must call it, with equal values, before the model is
-    wrapped in DDP; `hyperfast.distributed.data_parallel(model, shard_generators=True)` does it all. Raises
-    ValueError for a model that is sharded already and what factored mode refuses.
+    wrapped in DDP; `hyperfast.distributed.data_parallel(model, shard_generators=True)` does it all.
+
+    From then on a forward after a change of parameters is collective, and so is every backward: all ranks
+    generate and use the same layers in the same order. Within `ddp.no_sync()` nothing but a first gather is
+    sent; `zero_grad(set_to_none=True)` alone may touch gradients before the backward that sends. Refused are
+    create_graph=True and torch.func; torch.compile has a graph break where weights are generated. Raises
+    ValueError for a model that is sharded already, a rank that is not in the group, and what factored mode
+    refuses.
     """
     linear = _linear_generators(model)
     if any(g.shard is not None for g in linear):
@@ -42,14 +54,15 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     for g in linear:
         if type(g).forward is not LinearGenerator.forward:
             raise ValueError(f"a {type(g).__name__} has a forward of its own, which would miss rows")
+    shards = [RowShard.of(g.shapes[0].numel(), group) for g in linear]
     factored_(model)
     sharded = set()
-    for g in linear:
-        g.set_shard(RowShard.of(g.shapes[0].numel(), group), generate)
+    for g, shard in zip(linear, shards, strict=True):
+        g.set_shard(shard, generate)
         for p in g.sharded_parameters():
             if id(p) not in sharded:  # generators may share it
                 sharded.add(id(p))
-                _replace(p, p.detach()[g.shard.own].clone())
+                _replace(p, p.detach()[shard.own].clone())
     ignored_by_ddp(model)
     return model
 
@@ -71,16 +84,13 @@ def unshard_(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 def gather_weights(model: nn.Module) -> None:
     """Gathers the weights that the sharded generators of `model` make now, unless they are at hand, in
-    autocast's dtype under autocast; the forwards that follow, until something is updated, send nothing. All
-    ranks must call it. Leaves out heads of shared cores: only a forward knows what they generate from."""
-    batches: dict[tuple, list[LinearGenerator]] = {}
-    for g in _linear_generators(model):
-        if g.shard is not None and isinstance(g.z, nn.Parameter):
-            batches.setdefault((g.backend, g.weight.dtype, g.weight.device, id(g.shard.group)), []).append(g)
-    for batch in batches.values():
-        _whole(batch)
+    autocast's dtype under autocast: a forward that follows, until something is updated, sends nothing, so
+    that a rank may run it alone. All ranks must call it."""
+    makers = (g for _, g in generators(model) if isinstance(g.z, nn.Parameter))  # not the heads of a core
+    generate_together(g for g in makers if any(part.shard is not None for _, part in generators(g)))
 
 
 @torch.compiler.disable  # a graph break: whether to gather depends on what changed since the last time

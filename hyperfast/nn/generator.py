@@ -480,7 +480,8 @@ def invalidate(module: nn.Module) -> None:
     """Forgets the next weights of every generator in `module`.
 
     Needed only after edits that autograd's version counters do not see: through `.data`, or another library's
-    view of the memory. A CUDA graph captured before goes on with the forgotten ones: capture again.
+    view of the memory. A CUDA graph captured before goes on with the forgotten ones: capture again. Of a
+    sharded model all ranks must do it, for all gather in the forward that follows.
     """
     for _, generator in generators(module):
         generator.drop_next_weights()

@@ -125,11 +125,10 @@ def _of_all_rows(norms: list[Tensor], shards: list[RowShard | None], norm_type: 
 
 
 def _refuse_unsent(gradient: Tensor | None) -> None:
-    unsent = getattr(gradient, "unsent", None)  # of `hyperfast.distributed.exchange`
-    if unsent is not None and unsent.belongs_to(gradient):
+    if hasattr(gradient, "unsent"):  # set by `hyperfast.distributed.exchange`
         raise RuntimeError(
-            f"the gradient of {len(unsent.dw)} generated weights has not been sent to other ranks: the last "
-            "backward before a step must follow a forward outside of no_sync"
+            f"the gradient of {len(gradient.unsent.dw)} generated weights has not been sent to other ranks: "
+            "the last backward before a step must follow a forward outside of no_sync"
         )
 
 

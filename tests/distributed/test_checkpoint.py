@@ -429,6 +429,33 @@ def test_killed_at_any_moment(tmp_path):
     assert max(seen) > 1
 
 
+def die_while_saving(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    join(rank, 2, f"{folder}/store")
+    net, optimizer = started(1, True)
+    save(f"{folder}/last", net, optimizer, epoch=1)
+    if rank == 1:
+        dcp.FileSystemWriter.write_data = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    step(net, optimizer, 1)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        save(f"{folder}/last", net, optimizer, epoch=2)
+    Path(folder, "seconds").write_text(str(time.monotonic() - begin))
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_saving(tmp_path):
+    ranks = mp.start_processes(die_while_saving, (str(tmp_path),), 2, join=False, start_method="spawn")
+    for process in ranks.processes:
+        process.join()
+    assert [process.exitcode for process in ranks.processes] == [0, -signal.SIGKILL]
+    assert float((tmp_path / "seconds").read_text()) < 60
+    net, optimizer = started(2, False)
+    assert load(tmp_path / "last", net, optimizer) == {"epoch": 1} and not optimizer.state
+    save(tmp_path / "last", net, optimizer, epoch=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "seconds", "store"]
+
+
 def test_rows_of_a_rank_without_others():
     whole_rows = ShardedRows(torch.arange(6.0).view(3, 2), 3, 0)
     assert torch.equal(whole_rows.whole(), whole_rows.local)

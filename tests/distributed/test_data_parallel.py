@@ -59,6 +59,19 @@ class Twice(nn.Module):
         return torch.tanh(self.a(torch.tanh(self.a(self.b(x, v), w)), w) + self.a(x))[:, :3]
 
 
+class Checkpointed(nn.Module):
+    """Layers that the backward computes once more: one with its generation, one without."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = HyperLinear(32, 32, z_dim=3), HyperLinear(32, 3, z_dim=3)
+
+    def forward(self, x):
+        (w,) = self.b.generator()
+        x = torch.utils.checkpoint.checkpoint(self.a, x.flatten(1), use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(self.b, torch.tanh(x), w, use_reentrant=False)
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -212,11 +225,13 @@ class Convolutions(nn.Module):
         return x
 
 
-def events_of_a_backward(early: bool, l2: float, dtype: torch.dtype | None) -> list[str]:
+def events_of_a_backward(
+    early: bool, l2: float = 0.0, dtype: torch.dtype | None = None, **options
+) -> list[str]:
     """Of the second backward: DDP makes its buckets in the order of the first."""
     events: list[str] = []
     net = generated_l2_(hyperfast.factored_(Convolutions(events)), l2)
-    model = data_parallel(net, bucket_cap_mb=1e-4)
+    model = data_parallel(net, bucket_cap_mb=1e-4, **options)
     for generator in (layer.generator for layer in net.layers):
         generator.early = early
 
@@ -237,10 +252,11 @@ def events_of_a_backward(early: bool, l2: float, dtype: torch.dtype | None) -> l
 
 def sends_while_the_backward_runs(rank: int) -> None:
     backward = [f"dw {i}" for i in (4, 3, 2, 1)]
-    for l2, dtype in ((0.0, None), (0.1, None), (0.0, torch.bfloat16), (0.1, torch.bfloat16)):
-        early = events_of_a_backward(True, l2, dtype)
+    l2, autocast = {"l2": 0.1}, {"dtype": torch.bfloat16}
+    for way in ({}, l2, autocast, l2 | autocast, {"gradient_as_bucket_view": True}):
+        early = events_of_a_backward(True, **way)
         assert early[:6] == [*backward, "first layer", "dw 0"], early
-        late = events_of_a_backward(False, l2, dtype)
+        late = events_of_a_backward(False, **way)
         assert late[0] == "first layer" and sorted(late) == sorted(early), late
 
 
@@ -324,6 +340,8 @@ def refuses_different_models(rank: int) -> None:
         data_parallel(data_parallel(net()))
     with pytest.raises(ValueError, match="takes no mixed_precision: use torch.autocast"):
         data_parallel(net(), mixed_precision=True)
+    with pytest.raises(RuntimeError, match="ranks with sharded generators cannot join"):
+        data_parallel(net(), shard_generators=True).join()
 
 
 NETWORKS = {
@@ -332,6 +350,7 @@ NETWORKS = {
     "frozen generator": with_a_frozen_generator,
     "frozen embedding": with_a_frozen_embedding,
     "generated twice, z shared": Twice,
+    "activation checkpoints": Checkpointed,
     "two-layer, chunked": dense_kinds,
 }
 WAYS = {

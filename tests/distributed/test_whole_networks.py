@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
 ]
 
+LR = 1e-3
+
 
 class Run(NamedTuple):
     """way: "dense" (plain PyTorch, torch's optimizer), "factored" or "sharded". rows: of the joined batch."""
@@ -61,11 +63,11 @@ def optimizer_of(run: Run, net: nn.Module) -> torch.optim.Optimizer:
     if run.way == "dense":
         own = {"fused": True}  # the same rule in less time
         if run.adamw:
-            return torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01, **own)
-        return torch.optim.Adam(net.parameters(), lr=1e-3, **own)
+            return torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.01, **own)
+        return torch.optim.Adam(net.parameters(), lr=LR, **own)
     if run.adamw:
-        return hyperfast.optim.AdamW(net, lr=1e-3, weight_decay=0.01, max_grad_norm=1.0)
-    return hyperfast.optim.Adam(net, lr=1e-3)
+        return hyperfast.optim.AdamW(net, lr=LR, weight_decay=0.01, max_grad_norm=1.0)
+    return hyperfast.optim.Adam(net, lr=LR)
 
 
 def batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -101,28 +103,28 @@ def state_of(run: Run, folder: Path) -> dict[str, Tensor]:
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Over all parameters and buffers, each relative to its largest element."""
+    """Over all parameters and buffers, each relative to its largest element, or to how far 50 steps can move
+    one: biases before a batch norm stay at 0 but for rounding, for their gradient is 0."""
     assert list(ours) == list(theirs)
     pairs = ((ours[name], t) for name, t in theirs.items() if t.is_floating_point())
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=50 * LR)).item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("way", ["factored", "sharded"])
-def test_full_equals_ddp_on_dense_generators(way, tmp_path):
+def test_full_equals_ddp_on_dense_generators(tmp_path):
     theirs = state_of(Run("full", "dense", ranks=2), tmp_path)
-    ours = state_of(Run("full", way, ranks=2), tmp_path)
-    difference = largest_difference(ours, theirs)
-    print(f"largest relative difference {difference:.1e}")
-    assert difference <= 1e-9
+    for way in ("factored", "sharded"):
+        difference = largest_difference(state_of(Run("full", way, ranks=2), tmp_path), theirs)
+        print(f"{way}: largest relative difference {difference:.1e}")
+        assert difference <= 1e-9
 
 
 @pytest.mark.parametrize(
-    ("way", "ranks", "steps"), [("factored", 2, 50), ("sharded", 2, 50), ("factored", 4, 5)]
+    ("way", "ranks", "steps"),
+    [("factored", 2, 50), ("sharded", 2, 50), ("factored", 4, 5), ("sharded", 4, 5)],
 )
 def test_all_layers_equals_one_process(way, ranks, steps, tmp_path):
     shared = {"steps": steps, "adamw": False, "dropout": 0.0}
     theirs = train(Run("all_layers", "dense", ranks=1, **shared)).state_dict()
-    ours = state_of(Run("all_layers", way, ranks=ranks, **shared), tmp_path)
-    difference = largest_difference(ours, theirs)
-    print(f"largest relative difference {difference:.1e}")
+    difference = largest_difference(state_of(Run("all_layers", way, ranks=ranks, **shared), tmp_path), theirs)
+    print(f"{way}, {ranks} ranks: largest relative difference {difference:.1e}")
     assert difference <= 1e-9
