@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import hyperfast
 from hyperfast.distributed import shard_
 from hyperfast.nn import named_generators
+from hyperfast.nn.generator import generators
 from hyperfast.nn.init import DEFAULT, INITIALISATIONS
 from train import report, summary
 from train.allocator import keep_freed_memory
@@ -317,7 +318,7 @@ def placed(model: nn.Module, args: argparse.Namespace) -> nn.Module:
             shard_(model)
         except ValueError as error:
             raise RunError(f"--shard-generator: {error}") from error
-        if not any(getattr(generator, "shard", None) for _, generator in named_generators(model)):
+        if not any(generator.shard for _, generator in generators(model)):
             raise RunError(f"--shard-generator: {args.model} has no generator larger than what it makes")
     return model.to(args.device, memory_format=torch.channels_last)
 

@@ -129,6 +129,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if args.min_lr > args.lr:
         options.error(f"--min-lr {args.min_lr} is larger than --lr {args.lr}")
     args.init = args.init or MODELS[args.model].init
+    args.shard_generator = args.shard_generator and MODELS[args.model].twin is not None  # else it has none
     if args.model == "single" and args.init == "keep":
         options.error("--init keep: the generator of single cannot start from a given weight")
     return args

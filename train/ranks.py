@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyperfast.distributed import data_parallel, unshard_, whole
 from hyperfast.distributed.collectives import all_gather
-from hyperfast.nn import named_generators
+from hyperfast.nn.generator import generators
 from train.checkpoint import CheckpointError, one_line
 from train.data import DataError
 from train.task import RunError
@@ -193,7 +193,7 @@ class Group(Ranks):
         return whole(state, to=0)
 
     def unshard(self, model: nn.Module) -> None:
-        if any(getattr(generator, "shard", None) for _, generator in named_generators(model)):
+        if any(generator.shard for _, generator in generators(model)):
             unshard_(model)
 
 
