@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast import reference, states
-from hyperfast.factored import Factors, generator_of, is_stand_in
+from hyperfast.factored import Factors, generator_of, is_stand_in, shard_of
 from hyperfast.nn.generator import generators
 from hyperfast.ops._library import check_backend, to_device
 from hyperfast.optim.clip import alike, factors_of, grad_norm
@@ -499,7 +499,7 @@ class FactoredOptimizer(torch.optim.Optimizer):
     ) -> dict[str, Any]:
         """`state_dict` with `change(rows that this rank has, None for all; state)` in place of every state of
         one or more dimensions. Raises ValueError with the parameter's number where `change` does."""
-        shards = {id(p): f.shard for f in self._factors() for p in (f.weight, f.bias)}
+        shards = {id(p): shard_of(p) for p in self._parameters()}
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for p in self._parameters() if not is_stand_in(p)]
         changed = dict(state_dict["state"])

@@ -31,13 +31,16 @@ VALUES = {"epoch": 3, "history": [0.5, None, {"best": (1, 2.5)}], "order": torch
 
 
 class Net(nn.Module):
-    """Generators of every kind: of odd sizes, without bias, of fewer rows than two ranks' shares."""
+    """Generators of every kind: of odd sizes, without bias, of fewer rows than two ranks' shares, of which
+    the bias alone is trained."""
 
     def __init__(self, z_dim=4):
         super().__init__()
         self.fc = HyperLinear(12, 11, z_dim=z_dim)
         self.bare = HyperLinear(7, 5, generator=LinearGenerator((5, 7), 3, bias=False, init="hyperfan"))
         self.small = HyperLinear(3, 2, z_dim=17)
+        self.fixed = HyperLinear(9, 8, z_dim=2)
+        self.fixed.generator.weight.requires_grad_(False)
         self.core = SharedCoreGenerator([(4, 33), (3, 3)], z_dim=2, hidden_dim=6)
         self.units = TwoLayerGenerator([(4, 2, 3, 3)], z_dim=3, hidden_dim=2)
         self.norm = nn.BatchNorm1d(3)
