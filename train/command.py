@@ -510,13 +510,13 @@ class Command:
             _mute()
             return 128 + signal.SIGPIPE
         except (RunError, CheckpointError, DataError, OSError) as error:
-            print(f"{_who()}error: {error}", file=sys.stderr)
+            _say(f"error: {error}")
             return 2
         except RuntimeError as error:
             reason = lost(error)
             if reason is None:
                 raise
-            print(f"{_who()}error: {reason}; {_how_to_go_on(args, command)}", file=sys.stderr)
+            _say(f"error: {reason}; {_how_to_go_on(args, command)}")
             return 2
         except Interrupted as stop:
             if stop.number == signal.SIGPIPE:
@@ -530,9 +530,10 @@ class Command:
         return 0
 
 
-def _who() -> str:
-    """Which of several processes speaks."""
-    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+def _say(line: str) -> None:
+    """On stderr, whole where several processes do, each with its rank."""
+    who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    sys.stderr.write(f"{who}{line}\n")
 
 
 def _mute() -> None:

@@ -285,7 +285,11 @@ def join(args: Namespace) -> None:
         options["device_id"] = torch.device(args.device)
     timeout = datetime.timedelta(seconds=args.timeout)
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **options)
+        store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, with the addresses of those that are gone in it
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        options |= {"store": store, "rank": rank, "world_size": count, "timeout": timeout}
+        dist.init_process_group("nccl" if on_gpu else "gloo", **options)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes did not meet within {args.timeout} s: {one_line(error)}") from error
 
