@@ -222,7 +222,8 @@ def fake_step(fused, precision, device):
         with torch.device(device):
             model = cifar100.build_model("full", fused=fused)
         trainer = object.__new__(Trainer)  # without the data and records of a run
-        trainer.model, trainer.device, trainer.data = model, torch.device(device), object.__new__(ImageData)
+        trainer.model = trainer._trained = model
+        trainer.device, trainer.data = torch.device(device), object.__new__(ImageData)
         trainer.config = Config(1, 64, precision=precision, cuda_graph=True)
         trainer.optimizer, trainer.step = cifar100.make_optimizer(model, args)
         for group in trainer.optimizer.param_groups:

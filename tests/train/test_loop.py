@@ -167,7 +167,14 @@ def test_resume_of_a_finished_run_does_nothing(tmp_path):
 # replace counts files: 1 last.pt at the start, then best.pt (if better), last.pt, metrics.csv of each epoch
 @pytest.mark.parametrize(
     ("moment", "count"),
-    [("step", 3), ("step", 10), ("fsync", 3), ("replace", 2), ("replace", 3), ("replace", 4)],
+    [
+        ("step", 3),
+        pytest.param("step", 10, marks=pytest.mark.slow),
+        pytest.param("fsync", 3, marks=pytest.mark.slow),
+        pytest.param("replace", 2, marks=pytest.mark.slow),
+        ("replace", 3),
+        pytest.param("replace", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_kill_9_then_resume_equals_an_uninterrupted_run(tmp_path, moment, count):
     """Killed in the first and second epoch, while a file is written, and around each rename."""

@@ -408,7 +408,8 @@ def test_nothing_in_a_step_waits_for_a_gpu(options, narrow, monkeypatch):
         with torch.device("cuda"):
             model, optimizer, step = vgg.build(args)
         trainer = object.__new__(Trainer)  # without the data and records of a run
-        trainer.model, trainer.optimizer, trainer.step = model.train(), optimizer, step
+        trainer.model = trainer._trained = model.train()
+        trainer.optimizer, trainer.step = optimizer, step
         trainer.device, trainer.config = torch.device("cuda"), Config(1, 8, precision="bf16", cuda_graph=True)
         criterion = LOSSES[args.loss]().to("cuda")
         trainer.data = ImageData(*[None] * 5, criterion=criterion)
