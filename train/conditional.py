@@ -195,6 +195,7 @@ COMMAND = Command(
     make_trainer=lambda args: make_trainer(args, *cifar10.load_data(args)),
     published=lambda args: None,
     extra=conditioning,
+    build=build,
 )
 main, run = COMMAND.main, COMMAND.run
 

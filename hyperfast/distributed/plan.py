@@ -342,8 +342,8 @@ def _named(name: str) -> Callable[[], nn.Module]:
     return lambda: models.build_model(name)
 
 
-LEGEND = """MB are 10^6 bytes. sent: through the network; held: between steps; passing: what a step holds beyond
-that, activations apart. step: predicted, its formula in hyperfast/distributed/plan.py."""
+LEGEND = """MB are 10^6 bytes. sent: through the network; held: between steps; passing: what a step holds
+beyond that, activations apart. step: predicted, its formula in hyperfast/distributed/plan.py."""
 
 
 def rows(
@@ -381,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--model", required=True,
-        help="a name in train/models (full, enhanced, ...; a wrong one lists all), or package.module:callable",
+        help="a name in train/models (full, ...; a wrong one lists all), or package.module:callable",
     )  # fmt: skip
     p.add_argument(
         "--ranks", type=int, nargs="+", required=True, help="number of processes; several: a table"

@@ -293,7 +293,7 @@ def test_sharding_is_for_models_that_have_something_to_shard(capsys, command, op
     assert caught.value.code == 2 and "--shard-generator" in error and error.count("\n") == 1
     own = {vgg: ["--hyper", "shared"], conditional: ["--model", "static"]}.get(command, [])
     if command not in (cifar10, charlm):
-        assert command.parse([*own, "--shard-generator"]).shard_generator
+        assert command.COMMAND.build and command.parse([*own, "--shard-generator"]).shard_generator
 
 
 def test_a_restarted_job_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
