@@ -20,7 +20,7 @@ from torch import nn
 
 import train
 from tests.train import joined, tiny
-from train import charlm, checkpoint, cifar10, cifar100, command, conditional, mnist, ranks, report, vgg
+from train import checkpoint, cifar100, command, compare, ranks, report
 from train.loop import Interrupted
 from train.task import RunError
 
@@ -273,27 +273,28 @@ def test_options_that_do_not_go_with_sharding(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("command", "options"),
+    ("name", "options"),
     [
-        (cifar100, ["--model", "standard_deep"]),
-        (cifar100, ["--model", "mnist_style"]),
-        (cifar100, ["--generate", "none"]),
-        (mnist, ["--model", "single"]),
-        (vgg, []),
-        (vgg, ["--hyper", "two_layer"]),
-        (conditional, []),
-        (cifar10, []),
-        (charlm, []),
+        ("cifar100", ["--model", "standard_deep"]),
+        ("cifar100", ["--model", "mnist_style"]),
+        ("cifar100", ["--generate", "none"]),
+        ("mnist", ["--model", "single"]),
+        ("vgg", []),
+        ("vgg", ["--hyper", "two_layer"]),
+        ("conditional", []),
+        ("cifar10", []),
+        ("charlm", []),
     ],
 )
-def test_sharding_is_for_models_that_have_something_to_shard(capsys, command, options):
+def test_sharding_is_for_models_that_have_something_to_shard(capsys, name, options):
+    training = compare.training_command(name)
     with pytest.raises(SystemExit) as caught:
-        command.parse([*options, "--shard-generator"])
+        training.parse([*options, "--shard-generator"])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and "--shard-generator" in error and error.count("\n") == 1
-    own = {vgg: ["--hyper", "shared"], conditional: ["--model", "static"]}.get(command, [])
-    if command not in (cifar10, charlm):
-        assert command.COMMAND.build and command.parse([*own, "--shard-generator"]).shard_generator
+    own = {"vgg": ["--hyper", "shared"], "conditional": ["--model", "static"]}.get(name, [])
+    if name not in ("cifar10", "charlm"):
+        assert training.build and training.parse([*own, "--shard-generator"]).shard_generator
 
 
 def test_a_restarted_job_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
