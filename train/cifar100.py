@@ -102,6 +102,7 @@ def parser() -> Parser:
     )
     command.add_run_options(p, "CIFAR-100", MODELS, "full", "runs/cifar100_MODEL")
     command.add_state_option(p)
+    command.add_shard_option(p)
     add = p.add_argument
     add("--init-from", type=Path, metavar="FILE", help="start from this network, plain or not: best.pt of a "
         "run, frozen.safetensors, a published checkpoint")  # fmt: skip
@@ -134,6 +135,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.error(str(error))
     if args.shard_generator and args.progressive:
         options.error("--shard-generator: not with --progressive, whose layers change hands whole")
+    linear = issubclass(MODELS[args.model].generator, LinearGenerator)
+    if args.shard_generator and not (args.generated_from and linear):
+        options.error(command.NOT_SHARDED.format(args.model))
     return args
 
 
@@ -196,6 +200,7 @@ COMMAND = Command(
     parse,
     make_trainer=lambda args: make_trainer(args, *load_data(args)),
     published=published,
+    build=partial(build, epoch=0),
 )
 main, run = COMMAND.main, COMMAND.run
 

@@ -35,7 +35,7 @@ from train.images import ImageData
 from train.loop import Config, Interrupted, RunError, Stages, Trainer, open_run
 from train.losses import WithCenters
 from train.optimizers import NesterovSGD
-from train.ranks import here, joined, launcher, lost, processes, restarted
+from train.ranks import Ranks, goes_on, here, joined, launcher, lost, mark, processes, unmark, was_restarted
 from train.task import Task
 
 BETAS = (0.9, 0.999)
@@ -163,11 +163,10 @@ def add_loop_options(p: Parser, models: Iterable[str], default: str, out: str) -
     add("--max-steps", type=COUNT, help="stop the run after so many steps")
     add("--eval-batches", type=COUNT, help="evaluate on so many batches only")
     add("--save-every", type=COUNT, default=1, help="epochs between two last.pt (%(default)s)")
-    add = p.add_argument_group("several processes, torchrun --nproc-per-node N -m train....").add_argument
-    add("--shard-generator", action="store_true", help="each process keeps its own rows of the generators, "
-        "with their optimizer's states, instead of all")  # fmt: skip
-    add("--timeout", type=COUNT, default=600, metavar="SECONDS", help="how long the processes wait for one "
-        "that does not answer (%(default)s)")  # fmt: skip
+    add("--timeout", type=COUNT, default=600, metavar="SECONDS", help="of several processes (torchrun): how "
+        "long they wait for one that does not answer, at their start, while another reads or downloads the "
+        "data, in a step, while the first saves; the report has no limit (%(default)s)")  # fmt: skip
+    p.set_defaults(shard_generator=False)
 
 
 def add_state_option(p: Parser) -> None:
@@ -178,6 +177,15 @@ def add_state_option(p: Parser) -> None:
         default="fp32",
         help="how the moments of generators are stored; needs --fused (%(default)s)",
     )
+
+
+def add_shard_option(p: Parser) -> None:
+    """For commands with generators that can be sharded; their `Command` has build."""
+    p.add_argument("--shard-generator", action="store_true", help="of several processes (torchrun), each "
+        "keeps its own rows of the generators, with their optimizer's states, instead of all")  # fmt: skip
+
+
+NOT_SHARDED = "--shard-generator: {} has no generator larger than what it makes"
 
 
 def add_recipe_options(
@@ -242,7 +250,7 @@ def fill_in(
     if args.shard_generator and not (args.fused and OPTIMIZERS[args.optimizer].fused):
         options.error("--shard-generator needs --fused and an optimizer that takes factored gradients")
     try:
-        several = processes() > 1
+        several = processes() > 1 or args.shard_generator
     except RunError as error:
         options.error(str(error))
     on_gpu = args.device.partition(":")[0] == "cuda"
@@ -251,7 +259,7 @@ def fill_in(
     if not on_gpu and args.precision == "tf32":
         options.error(f"--precision tf32 needs --device cuda, got {args.device}")
     if several and args.cuda_graph:
-        options.error("--cuda-graph is for one process: with several, the steps are not captured")
+        options.error("--cuda-graph is for one process with whole generators: else no step is captured")
     if args.cuda_graph is None:
         args.cuda_graph = on_gpu and not several
 
@@ -312,14 +320,12 @@ def placed(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     """`model` on the run's device, convolutions in channels_last; with --shard-generator, of its generators
     the rows of this process alone. The optimizer is made of what this returns. Raises RunError."""
     if args.shard_generator:
-        if not here().joined:
-            raise RunError("--shard-generator: there is one process alone; start several with torchrun")
         try:
             shard_(model)
         except ValueError as error:
             raise RunError(f"--shard-generator: {error}") from error
         if not any(generator.shard for _, generator in generators(model)):
-            raise RunError(f"--shard-generator: {args.model} has no generator larger than what it makes")
+            raise RunError(NOT_SHARDED.format(args.model))
     return model.to(args.device, memory_format=torch.channels_last)
 
 
@@ -423,7 +429,8 @@ class Command:
     builds the loop; it may raise CheckpointError, DataError, RunError. published(args): what was reported of
     this very model, if anything. extra(trainer, args): sections of report.md, Markdown, of a run that has
     ended; pictures go into trainer.out. alone: options with which it trains the one model and no other.
-    called(args): what it trains, in the report's title.
+    called(args): what it trains, in the report's title. build(args): network, optimizer and step function,
+    where they can be sharded.
     """
 
     name: str
@@ -436,6 +443,7 @@ class Command:
     extra: Callable[[Trainer, argparse.Namespace], str] = lambda trainer, args: ""
     alone: tuple[str, ...] = ()
     called: Callable[[argparse.Namespace], str] = lambda args: args.model
+    build: Callable[[argparse.Namespace], Built] | None = None
 
     def line(self, arguments: Sequence[str]) -> str:
         """The command that has these arguments, as it stands in reports."""
@@ -449,29 +457,37 @@ class Command:
         signal comes between the epochs.
         """
         try:
-            with joined(args):
-                return self._run(args, command)
+            with joined(args) as ranks:
+                trainer, reason = self._train(args, ranks)
+            if ranks.first:  # nothing is exchanged any more: nobody waits
+                self._report(trainer, args, command, reason)
+                unmark(args.out)
+            return trainer
         except KeyboardInterrupt:
             raise Interrupted(signal.SIGINT) from None
         except BrokenPipeError:
             raise Interrupted(signal.SIGPIPE) from None
 
-    def _run(self, args: argparse.Namespace, command: str) -> Trainer:
-        ranks = here()
+    def _train(self, args: argparse.Namespace, ranks: Ranks) -> tuple[Trainer, str]:
+        """The trained loop, and why it ended."""
+        if args.shard_generator and not ranks.joined:
+            raise RunError("--shard-generator: there is one process alone; start several with torchrun")
         ranks.together(lambda: set_up_device(args))
-        args.resume = args.resume or (restarted() and (args.out / "last.pt").exists())
-        ranks.on_first(lambda: open_run(args.out, args.resume))
+        restarted = was_restarted(ranks)
+        args.resume = ranks.on_first(lambda: _open(args, restarted))
         try:
             trainer = ranks.together(lambda: self._prepare(args))
         except BaseException:
             with contextlib.suppress(OSError):
                 args.out.rmdir()  # if it is empty: bad input leaves no folder
             raise
-        ranks.on_first(lambda: summary.discard(args.out))
-        reason = trainer.fit()
-        ranks.unshard(trainer.model)
-        ranks.on_first(lambda: self._report(trainer, args, command, reason))
-        return trainer
+
+        def begin() -> None:
+            summary.discard(args.out)
+            mark(args.out)
+
+        ranks.on_first(begin)
+        return trainer, trainer.fit()
 
     def _prepare(self, args: argparse.Namespace) -> Trainer:
         """The loop where it begins."""
@@ -483,6 +499,9 @@ class Command:
         return trainer
 
     def _report(self, trainer: Trainer, args: argparse.Namespace, command: str, reason: str) -> None:
+        if args.shard_generator:  # a whole network, for this process alone
+            whole = argparse.Namespace(**vars(args) | {"shard_generator": False})
+            trainer.model, trainer.optimizer, trainer.step = self.build(whole)
         trainer.load_best()
         print(f"writing {args.out / 'report.md'}", flush=True)
         frozen = args.out / "frozen.safetensors" if getattr(args, "save_frozen", False) else None
@@ -503,31 +522,49 @@ class Command:
         arguments = sys.argv[1:] if arguments is None else list(arguments)
         args = self.parse(arguments)
         command = self.line(arguments)
-        try:
+
+        def work() -> int:
             self.run(args, command)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has enough
+            return 0
+
+        return exit_status(work, lambda: _how_to_go_on(args, command))
+
+
+def exit_status(work: Callable[[], int], how_to_go_on: Callable[[], str]) -> int:
+    """work()'s, or 2 after an error (one line on stderr, of each process), 128 + signal after an
+    interruption, which the first one tells."""
+    try:
+        status = work()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has enough
+        _mute()
+        return 128 + signal.SIGPIPE
+    except (RunError, CheckpointError, DataError, OSError) as error:
+        _say(f"error: {error}")
+        return 2
+    except RuntimeError as error:
+        reason = lost(error)
+        if reason is None:
+            raise
+        _say(f"error: {reason}; {how_to_go_on()}")
+        return 2
+    except Interrupted as stop:
+        if stop.number == signal.SIGPIPE:
             _mute()
-            return 128 + signal.SIGPIPE
-        except (RunError, CheckpointError, DataError, OSError) as error:
-            _say(f"error: {error}")
-            return 2
-        except RuntimeError as error:
-            reason = lost(error)
-            if reason is None:
-                raise
-            _say(f"error: {reason}; {_how_to_go_on(args, command)}")
-            return 2
-        except Interrupted as stop:
-            if stop.number == signal.SIGPIPE:
-                _mute()
-            if here().first:
-                print(f"\nstopped by {stop}; {_how_to_go_on(args, command)}", file=sys.stderr)
-            return 128 + stop.number
-        except KeyboardInterrupt:
-            print("\nstopped", file=sys.stderr)
-            return 130
-        return 0
+        if here().first and os.environ.get("RANK", "0") == "0":
+            print(f"\nstopped by {stop}; {how_to_go_on()}", file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def _open(args: argparse.Namespace, restarted: bool) -> bool:
+    """Opens args.out; whether the run there is continued."""
+    resume = args.resume or goes_on(args.out, restarted)
+    open_run(args.out, resume)
+    return resume
 
 
 def _say(line: str) -> None:

@@ -24,7 +24,7 @@ from train import comparison
 from train.checkpoint import CheckpointError
 from train.command import PARENT, Command, Parser
 from train.loop import Interrupted, RunError, make_folder
-from train.ranks import alone, processes
+from train.ranks import alone
 from train.summary import FILE, Run, load_run
 
 COMMANDS = ("cifar100", "cifar10", "vgg", "conditional", "mnist", "charlm")
@@ -121,10 +121,15 @@ def plan(args: argparse.Namespace, options: list[str]) -> list[Plan]:
         made = training.parse(arguments).model  # leaves with one line if an option does not fit the model
         if made != model:
             raise RunError(f"--models {model}: the other options make it {made}; name that one instead")
-    exist = [str(p.folder) for p in plans if p.started]
-    if exist and not args.resume:
-        raise RunError(f"{', '.join(exist)}: already there; continue with --resume, or choose another --out")
+    if not args.resume:
+        check_new(plans)
     return plans
+
+
+def check_new(plans: Sequence[Plan]) -> None:
+    """Raises RunError for runs that exist."""
+    if exist := [str(p.folder) for p in plans if p.started]:
+        raise RunError(f"{', '.join(exist)}: already there; continue with --resume, or choose another --out")
 
 
 def train(p: Plan) -> tuple[int, int | None]:
@@ -133,8 +138,12 @@ def train(p: Plan) -> tuple[int, int | None]:
     Its process group is its own too: a signal reaches it once, from here, and it stops after a whole step.
     Under torchrun it is made here, by the ranks that there are.
     """
-    if processes() > 1:
-        status = p.training.main([*p.arguments, *p.resume])
+    if "RANK" in os.environ:
+        os.environ[PARENT] = "1"
+        try:
+            status = p.training.main([*p.arguments, *p.resume])
+        finally:
+            del os.environ[PARENT]
         return status, status - 128 if status > 128 else None
     received: list[int] = []
     process: subprocess.Popen | None = None

@@ -69,6 +69,7 @@ def parser() -> Parser:
     )
     command.add_run_options(p, "CIFAR-10", MODELS, "conditional", "runs/conditional_MODEL", init="hyperfan")
     p.set_defaults(state_dtype="fp32")
+    command.add_shard_option(p)
     p.add_argument("--z-dim", type=COUNT, default=Z_DIM, help="of the embeddings (%(default)s)")
     own = command.add_recipe_options(p, RECIPES, "own: this project's", SCHEDULES)
     own("--warm-up", type=number(float, 0, high=1), metavar="SHARE", help="of all steps, in one_cycle")
@@ -85,6 +86,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             options.error(
                 f"--{name.replace('_', '-')}: {args.model} has weights for every image, not one set"
             )
+    if args.shard_generator and args.model != "static":
+        options.error(command.NOT_SHARDED.format(args.model))
     return args
 
 
@@ -192,6 +195,7 @@ COMMAND = Command(
     make_trainer=lambda args: make_trainer(args, *cifar10.load_data(args)),
     published=lambda args: None,
     extra=conditioning,
+    build=build,
 )
 main, run = COMMAND.main, COMMAND.run
 

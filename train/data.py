@@ -7,6 +7,7 @@ torchvision downloads.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
@@ -195,7 +196,10 @@ def _find(spec: DatasetSpec, root: Path, part: tuple[int, int] | None) -> ImageS
 def _load_cached(spec: DatasetSpec) -> ImageSet:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperfast"
     try:
-        spec.torchvision_class(str(cache), train=True, download=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / f"{spec.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the first process downloads, the others find it there
+            spec.torchvision_class(str(cache), train=True, download=True)
     except Exception as error:  # network, disk, archive: all end in the same choices
         raise DataError(
             f"no {spec.name} data was given and downloading it to {cache} failed ({error}). Choose one: "

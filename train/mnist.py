@@ -10,6 +10,9 @@ epoch. `--no-twin` trains the one model.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,9 +42,9 @@ from train.command import (
 )
 from train.data import load_images
 from train.images import ImageData
-from train.loop import Interrupted, RunError, Trainer, exponential_by_step, one_cycle
+from train.loop import Interrupted, RunError, Trainer, exponential_by_step, make_folder, one_cycle
 from train.models.mnist import MODELS, build_mnist
-from train.ranks import here, joined, restarted
+from train.ranks import goes_on, joined, mark, unmark, was_restarted
 
 MEAN, STD = (0.1307,), (0.3081,)
 VALIDATION = 10_000
@@ -109,6 +112,7 @@ def parser() -> Parser:
     inits = ("keep", *INITIALISATIONS)
     command.add_run_options(p, "MNIST", MODELS, "shared", "runs/mnist_MODEL", inits, init=None)
     command.add_state_option(p)
+    command.add_shard_option(p)
     p.set_defaults(save_frozen=True)
     p.add_argument("--twin", action=argparse.BooleanOptionalAction, default=True, help="train the plain twin "
         "of a hypernetwork too, and compare them (%(default)s)")  # fmt: skip
@@ -130,6 +134,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.error(f"--min-lr {args.min_lr} is larger than --lr {args.lr}")
     args.init = args.init or MODELS[args.model].init
     args.shard_generator = args.shard_generator and MODELS[args.model].twin is not None  # else it has none
+    if args.shard_generator and args.model != "shared":
+        options.error(command.NOT_SHARDED.format(args.model))
     if args.model == "single" and args.init == "keep":
         options.error("--init keep: the generator of single cannot start from a given weight")
     return args
@@ -189,38 +195,65 @@ COMMAND = Command(
     published=lambda args: PUBLISHED[args.model],
     extra=own_section,
     alone=("--no-twin",),
+    build=build,
 )
 
 
-def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> int:
-    """Train a hypernetwork and its plain twin and compare them; the exit status.
-
-    args: from `parse(arguments)`. Raises RunError (compare.Refused where a training has said why),
-    CheckpointError, Interrupted.
-    """
-    pair = args.model, MODELS[args.model].twin
+def plan_twins(args: argparse.Namespace, arguments: Sequence[str]) -> list[compare.Plan]:
+    """The runs of a hypernetwork and of its plain twin, there or not. args: from `parse(arguments)`."""
     own = Parser(add_help=False, allow_abbrev=False)  # what is not for the single runs
     for name in ("--model", "--out"):
         own.add_argument(name)
     own.add_argument("--resume", action="store_true")
     own.add_argument("--twin", action="store_true")
     _, options = own.parse_known_args(arguments)
-    runs = argparse.Namespace(
-        command=COMMAND.name, models=",".join(pair), runs=[], out=args.out, resume=args.resume
-    )
-    plans = compare.plan(runs, options)
-    if args.resume and not any(plan.started for plan in plans):
+    pair = f"{args.model},{MODELS[args.model].twin}"
+    runs = argparse.Namespace(command=COMMAND.name, models=pair, runs=[], out=args.out, resume=True)
+    return compare.plan(runs, options)
+
+
+def open_twins(args: argparse.Namespace, plans: Sequence[compare.Plan], restarted: bool) -> list[bool]:
+    """Sure that the runs are there just when they are continued: which of them are not finished."""
+    started = any(plan.started for plan in plans)
+    if args.resume and not started:
         raise RunError(f"--resume: no run in {args.out}")
-    finished, failures = compare.train_all(plans, lambda finished, failures: None, stops=lambda plan: True)
+    if not (args.resume or goes_on(args.out, restarted)):
+        compare.check_new(plans)
+    left = [plan.finished() is None for plan in plans]
+    make_folder(args.out)
+    mark(args.out)
+    return left
 
-    def write() -> None:
-        models = [load_trained(run.folder) for run in finished]
-        path = twins.write(finished, models, [PUBLISHED[name] for name in pair], args.out, line)
-        print(f"\n{path}")
 
-    if not failures:
-        here().on_first(write)
-    return 1 if failures else 0
+def run_twins(args: argparse.Namespace, arguments: Sequence[str], line: str) -> int:
+    """Train a hypernetwork and its plain twin, the first process compares them; the exit status.
+
+    args: from `parse(arguments)`. Raises RunError, CheckpointError, Interrupted.
+    """
+    plans = plan_twins(args, arguments)
+    with joined(args) as ranks:  # which each training leaves: the report waits for nobody
+        restarted = was_restarted(ranks)
+        left = ranks.on_first(lambda: open_twins(args, plans, restarted))
+    if not ranks.first:
+        statuses = (compare.train(plan)[0] for plan in itertools.compress(plans, left))
+        return next(filter(None, statuses), 0)
+    try:
+        finished, failures = compare.train_all(
+            plans, lambda finished, failures: None, stops=lambda plan: True
+        )
+    except compare.Refused:
+        if not any(plan.started for plan in plans):  # bad input leaves no folder
+            unmark(args.out)
+            with contextlib.suppress(OSError):
+                args.out.rmdir()
+        return 2
+    if failures:
+        return 1
+    models = [load_trained(run.folder) for run in finished]
+    path = twins.write(finished, models, [PUBLISHED[plan.name] for plan in plans], args.out, line)
+    print(f"\n{path}")
+    unmark(args.out)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -230,22 +263,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if not (args.twin and MODELS[args.model].twin):
         return COMMAND.main(arguments)
-    line = COMMAND.line(arguments)
-    started = any((args.out / name / "last.pt").exists() for name in (args.model, MODELS[args.model].twin))
-    args.resume = args.resume or (restarted() and started)
-    try:
-        with joined(args):
+    line, pair = COMMAND.line(arguments), (args.model, MODELS[args.model].twin)
+
+    def how_to_go_on() -> str:
+        saved = any((args.out / name / "last.pt").exists() for name in pair)
+        return f"continue with: {line} --resume" if saved and not args.resume else f"continue with: {line}"
+
+    def work() -> int:
+        try:
             return run_twins(args, arguments, line)
-    except compare.Refused:
-        return 2
-    except (RunError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt) as stop:
-        saved = any((args.out / name / "last.pt").exists() for name in (args.model, MODELS[args.model].twin))
-        again = f"{line} --resume" if saved and not args.resume else line
-        print(f"stopped; continue with: {again}", file=sys.stderr)
-        return 128 + getattr(stop, "number", 2)
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT) from None
+
+    return command.exit_status(work, how_to_go_on)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import inspect
+import itertools
 import os
 import re
+import time
+import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -22,19 +27,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hyperfast.distributed import data_parallel, unshard_, whole
+from hyperfast.distributed import data_parallel, whole
 from hyperfast.distributed.collectives import all_gather
-from hyperfast.nn.generator import generators
 from train.checkpoint import CheckpointError, one_line
 from train.data import DataError
 from train.task import RunError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SHARED = (RunError, CheckpointError, DataError, OSError)  # what goes wrong for a reason the user can mend
-# what torch says, in an ordinary RuntimeError, when another process is gone or silent
-LOST = re.compile(
-    r"gloo|Connection (closed|reset)|Broken pipe|Timed? ?out|NCCL|Socket|TCPStore", re.IGNORECASE
-)
+# what torch says, in an ordinary RuntimeError, of communication; of a process that is gone or silent
+COMMUNICATION = re.compile(r"gloo|NCCL|Socket|TCPStore", re.IGNORECASE)
+SILENT = re.compile(r"timed? ?out", re.IGNORECASE)
+GONE = re.compile(rf"connection (\w+ )*closed|connection reset|broken pipe|{SILENT.pattern}", re.IGNORECASE)
+POLL = 0.1  # seconds
+MARK = ".job"  # in the folder of a run that a job of torchrun is making: which one
 T = TypeVar("T")
 
 
@@ -80,9 +86,9 @@ class Ranks:
         """work() on every rank, which exchanges nothing; an error on any of them is raised on all."""
         return work()
 
-    def on_first(self, work: Callable[[], object]) -> None:
-        """work() on the first rank alone, for which the others wait; its error is raised on all."""
-        work()
+    def on_first(self, work: Callable[[], T]) -> T:
+        """work() of the first rank alone, for which the others wait; its result, or its error, on all."""
+        return work()
 
     def check_equal(self, **values: Any) -> None:
         """Raises RunError on all ranks where one has other values, dicts of plain ones, than the first."""
@@ -97,9 +103,6 @@ class Ranks:
     def whole(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` with what the ranks have shared out gathered on the first one; None on others."""
         return state
-
-    def unshard(self, model: nn.Module) -> None:
-        """Makes `model` whole, for one rank to use alone."""
 
 
 ALONE = Ranks()  # where nothing but its rank and number is asked for
@@ -147,17 +150,18 @@ class Group(Ranks):
         rank, error = next((i, e) for i, e in enumerate(errors) if e is not None)
         raise type(error)(f"rank {rank}: {error}")
 
-    def on_first(self, work: Callable[[], object]) -> None:
-        error = None
+    def on_first(self, work: Callable[[], T]) -> T:
+        result, error = None, None
         if self.first:
             try:
-                work()
+                result = work()
             except SHARED as caught:
                 error = caught
-        outcome = [_portable(error)]
+        outcome = [result, _portable(error)]
         dist.broadcast_object_list(outcome, src=0)
-        if outcome[0] is not None:
-            raise outcome[0]
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def check_equal(self, **values: Any) -> None:
         first, *others = self._everyones(values)
@@ -191,10 +195,6 @@ class Group(Ranks):
 
     def whole(self, state: dict[str, Any]) -> dict[str, Any]:
         return whole(state, to=0)
-
-    def unshard(self, model: nn.Module) -> None:
-        if any(generator.shard for _, generator in generators(model)):
-            unshard_(model)
 
 
 def _statistics(model: nn.Module) -> Iterator[Tensor]:
@@ -238,35 +238,61 @@ def alone(what: str) -> None:
         raise RunError(f"{what} is for one process: start it with python, not with torchrun")
 
 
-def restarted() -> bool:
-    """Whether torchrun starts the processes again after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def launcher() -> str:
     """What starts a program like this one, as it stands in reports."""
+    if "RANK" not in os.environ:
+        return "python"
     count = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if count == 1:
-        return "python"
     return f"torchrun --nproc-per-node {local}" + (f" --nnodes {count // local}" if count > local else "")
 
 
+def was_restarted(ranks: Ranks) -> bool:
+    """Whether torchrun started the processes again after one of them failed, which its own node counts. An
+    exchange."""
+    return ranks.total(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))[0] > 0
+
+
+def _job() -> bytes:
+    """What torchrun's job is called, with its restarts; nothing without torchrun."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    return " ".join(os.environ[name] for name in names if name in os.environ).encode()
+
+
+def mark(out: Path) -> None:
+    """Notes in the folder `out` that the run there is this job's, to go on with when it is restarted."""
+    if job := _job():
+        (out / MARK).write_bytes(job)
+
+
+def unmark(out: Path) -> None:
+    """The run in `out` is done, or no one's to go on with."""
+    (out / MARK).unlink(missing_ok=True)
+
+
+def goes_on(out: Path, restarted: bool) -> bool:
+    """Whether this job had begun the run in `out` before it was restarted."""
+    file = out / MARK
+    own = file.exists() and file.read_bytes() == _job()
+    if own and not restarted:  # jobs may have the same name: that was another
+        unmark(out)
+    return own and restarted
+
+
 @contextlib.contextmanager
-def joined(args: Namespace) -> Iterator[None]:
-    """The process group while it is needed, on args.device, which becomes this process's own GPU; only the
-    first rank's standard output is seen. One that is there already stays. Raises RunError."""
-    if dist.is_available() and dist.is_initialized():
-        yield
-        return
-    if processes() == 1 and not (args.shard_generator and "RANK" in os.environ):
-        yield
+def joined(args: Namespace) -> Iterator[Ranks]:
+    """The ranks to train with, in a process group on args.device, which becomes this process's own GPU; only
+    the first rank's standard output is seen meanwhile. A group that is there already stays. Raises
+    RunError."""
+    there = dist.is_available() and dist.is_initialized()
+    if there or (processes() == 1 and not (args.shard_generator and "RANK" in os.environ)):
+        yield here()
         return
     join(args)
     with contextlib.ExitStack() as stack:
         if not here().first:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        yield
+        yield here()
     dist.destroy_process_group()  # after an error the others may be gone: the process's end does it
 
 
@@ -285,21 +311,66 @@ def join(args: Namespace) -> None:
         options["device_id"] = torch.device(args.device)
     timeout = datetime.timedelta(seconds=args.timeout)
     try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives a restart, with the addresses of those that are gone in it
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        options |= {"store": store, "rank": rank, "world_size": count, "timeout": timeout}
+        store, rank, count = _meeting(timeout)
+        options |= {
+            "store": _agreed(store, rank, count, timeout),
+            "rank": rank,
+            "world_size": count,
+            "timeout": timeout,
+        }
         dist.init_process_group("nccl" if on_gpu else "gloo", **options)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes did not meet within {args.timeout} s: {one_line(error)}") from error
+        within = f" within {args.timeout} s" if SILENT.search(str(error)) else ""
+        raise RunError(f"the processes did not meet{within}: {one_line(error)}") from error
+
+
+@functools.cache
+def _meeting(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """The store of torchrun's processes, this one's rank and how many there are. Once: rank 0 may host it."""
+    return next(dist.rendezvous("env://", timeout=timeout))
+
+
+_groups = itertools.count()
+
+
+def _agreed(store: dist.Store, rank: int, count: int, timeout: datetime.timedelta) -> dist.Store:
+    """Of the store, the part of one process group. torchrun's store outlives a restart, with what the dead
+    left in it, and nodes count restarts differently: so the first rank names the group to each of the others
+    that asks it now. For a later group than the first they wait without limit: it may be writing a report."""
+    later, own = next(_groups) > 0, uuid.uuid4().hex
+    if rank:
+        store.set(f"asks {rank}", own)
+        _poll(lambda: store.check([f"answer {own}"]), "rank 0", None if later else timeout)
+        name = store.get(f"answer {own}").decode()
+        store.set(f"{name} {rank}", "here")
+        return dist.PrefixStore(name, store)
+    for other in range(1, count):
+
+        def is_there(other: int = other) -> bool:
+            if store.check([f"asks {other}"]):
+                store.set(f"answer {store.get(f'asks {other}').decode()}", own)
+            return store.check([f"{own} {other}"])
+
+        _poll(is_there, f"rank {other}", timeout)
+    return dist.PrefixStore(own, store)
+
+
+def _poll(is_there: Callable[[], bool], who: str, timeout: datetime.timedelta | None) -> None:
+    """Waits, seeing signals. Raises RuntimeError after the timeout, if there is one."""
+    start = time.monotonic()
+    while not is_there():
+        if timeout is not None and time.monotonic() - start > timeout.total_seconds():
+            raise RuntimeError(f"timed out waiting for {who}")
+        time.sleep(POLL)
 
 
 def lost(error: RuntimeError) -> str | None:
     """In one line why the others cannot be reached, None for an error of another kind."""
-    text = one_line(error)
-    if not isinstance(error, dist.DistError) and not LOST.search(text):
+    text = " ".join(str(error).split())
+    gone = GONE.search(text)
+    if not (gone or isinstance(error, dist.DistError) or COMMUNICATION.search(text)):
         return None
-    reason = re.sub(r"^\[[^\]]*\]\s*", "", text).partition(". ")[
-        0
-    ]  # gloo: place in its source, reason, advice
-    return f"another process ended or does not answer: {reason}"
+    if not gone:
+        return f"communication failed: {text}"
+    text = re.sub(r"^\[[^\]]*\]\s*", "", text)  # gloo: place in its source, reason, advice
+    return f"another process ended or does not answer: {text.partition('. ')[0]}"

@@ -113,6 +113,7 @@ def parser() -> Parser:
     inits = ("keep", *INITIALISATIONS)
     command.add_run_options(p, "CIFAR-10", MODELS, "vgg_a_bn", "runs/vgg_MODEL", inits, init=None)
     p.set_defaults(state_dtype="fp32")
+    command.add_shard_option(p)
     add = p.add_argument
     add("--hyper", choices=["none", *HYPERS], default="none", help="generate the weights: by a linear "
         "generator each, by one two-layer generator (3 x 3 kernels but the first), from one shared "
@@ -144,6 +145,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if args.hyper != "none":
         args.out = args.out or Path("runs") / f"vgg_{args.model}_{args.hyper}"
     fill_in(args, options, RECIPES, "vgg")
+    if args.shard_generator and args.hyper not in ("linear", "shared"):
+        options.error(command.NOT_SHARDED.format(called(args)))
     return args
 
 
@@ -278,6 +281,7 @@ COMMAND = Command(
     published=published,
     extra=published_table,
     called=called,
+    build=build,
 )
 main, run = COMMAND.main, COMMAND.run
 

@@ -334,20 +334,25 @@ def _imported(module: str, attribute: str) -> Callable[[], nn.Module]:
 def _named(name: str) -> Callable[[], nn.Module]:
     try:
         models = importlib.import_module("train.models")
-    except ImportError:
+    except ImportError as error:
         raise ValueError(
-            f"the model {name!r} is one of the repository's training commands: run from its root, or name "
-            "your own as package.module:callable"
+            f"the models of the training commands, {name!r}, cannot be imported: {error}; run from the "
+            "repository's root, or name your own as package.module:callable"
         ) from None
     return lambda: models.build_model(name)
+
+
+LEGEND = """MB are 10^6 bytes. sent: through the network; held: between steps; passing: what a step holds
+beyond that, activations apart. step: predicted, its formula in hyperfast/distributed/plan.py."""
 
 
 def rows(
     made: Sequence[Plan], bandwidth: float, memory: float, main: float
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table; MB are 10^6 bytes."""
-    header = ["way", "ranks", "sent, MB", "gradients", "weights", "held, MB", "parameters", "gradients"]
-    header += ["buckets", "states", "weights", "passing", "step, ms"]
+    header = ["way", "ranks", "sent, MB", "sent: gradients", "sent: weights", "held, MB"]
+    header += [f"held: {what}" for what in ("parameters", "gradients", "buckets", "states", "weights")]
+    header += ["passing", "step, ms"]
     lines = []
     for p in made:
         sent = (p.sent, p.sent_gradients, p.sent_weights)
@@ -359,9 +364,12 @@ def rows(
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
 
 
@@ -371,13 +379,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Bytes sent, memory and predicted time of a training step with AdamW on one rank: dense "
         "generators, factored ones, sharded ones. The formulas: hyperfast/distributed/plan.py.",
     )
-    p.add_argument("--model", required=True, help="of train.models (full), or package.module:callable")
+    p.add_argument(
+        "--model", required=True,
+        help="a name in train/models (full, ...; a wrong one lists all), or package.module:callable",
+    )  # fmt: skip
     p.add_argument(
         "--ranks", type=int, nargs="+", required=True, help="number of processes; several: a table"
     )
     p.add_argument(
-        "--bandwidth", type=_positive, required=True, help="bytes a second that one rank can send: 50e9"
-    )
+        "--bandwidth", type=_positive, required=True,
+        help="bytes, not bits, a second that one rank can send: 50e9 for 400 Gbit/s",
+    )  # fmt: skip
     p.add_argument(
         "--memory-bandwidth",
         type=_positive,
@@ -407,6 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = f"network {args.bandwidth / 1e9:g} GB/s, memory {memory / 1e9:.3g} GB/s"
     print(f"{args.model}: one rank, a step; {rates}, main network {1e3 * args.main:g} ms\n")
     print(table(header, lines))
+    print(f"\n{LEGEND}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import sys
 
 import pytest
 import torch
@@ -159,7 +160,24 @@ def test_command(capsys):
     own = command(capsys, "--model", f"{__name__}:network", *options)
     assert own.count("| dense |") == 2
     measured = command(capsys, "--model", f"{__name__}:network", "--ranks", "8", "--bandwidth", "1e9")
-    assert "GB/s" in measured
+    assert "GB/s" in measured and "passing: what" in measured
+    header = printed.splitlines()[2].split(" | ")
+    assert len(set(header)) == len(header) and "sent: weights" in header and "held: weights" in header
+
+
+@pytest.mark.parametrize(
+    "bandwidth,message", [("400Gb", "'400Gb' is not a number"), ("-1", "must be positive, got -1")]
+)
+def test_bandwidth_is_a_positive_number(capsys, bandwidth, message):
+    with pytest.raises(SystemExit):
+        plan.main(["--model", "full", "--ranks", "2", f"--bandwidth={bandwidth}"])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_why_the_models_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "train.models", None)
+    with pytest.raises(ValueError, match="'full', cannot be imported: .*train.models.*package.module:call"):
+        plan.load("full")
 
 
 @pytest.mark.parametrize(

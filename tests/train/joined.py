@@ -7,12 +7,13 @@ As a program, `torchrun ... joined.py [FAULT@RANK@STEP] OPTIONS`, one rank has a
 import os
 import signal
 import sys
+import time
 
 import torch
 from torch import nn
 
 import hyperfast
-from train import checkpoint, cifar100
+from train import checkpoint, cifar100, report
 from train.augment import normalize
 from train.data import ImageSet
 
@@ -90,6 +91,14 @@ def full(trainer):
         raise OSError(28, "No space left on device")
 
     checkpoint.torch.save = save
+
+
+def slow_report(trainer):
+    def write(*args):
+        time.sleep(8)
+        return real(*args)
+
+    real, report.write = report.write, write
 
 
 def faulty(fault, rank, step) -> None:

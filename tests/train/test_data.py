@@ -8,6 +8,8 @@ import os
 import pickle
 import struct
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -503,6 +505,25 @@ class TestFinding:
         assert (tmp_path / "cache" / "hyperfast" / "cifar-100-python" / "train").is_file()
         archive.unlink()
         check(data.load(tiny))
+
+    def test_one_process_of_a_machine_downloads_and_the_others_wait(self, tiny, tmp_path, server):
+        kind = tiny.torchvision_class
+        write_pickles(tmp_path / "tv", kind)
+        kind.url = f"{server}/{write_archive(tmp_path / 'tar', kind, tmp_path / 'tv').name}"
+        at_once, most, made = [], [], kind.__init__
+
+        def init(self, *args, download=False, **options):
+            at_once.append(download)
+            most.append(sum(at_once))
+            time.sleep(0.1 * download)
+            made(self, *args, download=download, **options)
+            at_once.remove(download)
+
+        kind.__init__ = init
+        with ThreadPoolExecutor(3) as pool:
+            for loaded in [pool.submit(data.load, tiny) for _ in range(3)]:
+                check(loaded.result())
+        assert max(most) == 1
 
     def test_truncated_download(self, tiny, tmp_path, server):
         kind = tiny.torchvision_class

@@ -63,7 +63,7 @@ def run(out, *options):
 
 def one_line(capsys):
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
+    assert error.strip().count("\n") == 0 and "Traceback" not in error, error
     return error
 
 
