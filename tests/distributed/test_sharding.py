@@ -346,6 +346,28 @@ def what_was_added_up_goes_with_the_gradient():
 
 
 @check
+def a_backward_of_losses_in_and_out_of_no_sync_loses_nothing():
+    for quiet_first in (True, False):
+        sharded, one = pair(Net)
+        ddp = DistributedDataParallel(sharded)
+        if not quiet_first:
+            loud, expected = losses(ddp, one)
+        with ddp.no_sync():
+            quiet, also_expected = losses(ddp, one, 1)
+        if quiet_first:
+            loud, expected = losses(ddp, one)
+        (quiet + loud).backward()
+        if quiet_first:  # its dw comes when the message has left
+            with pytest.raises(RuntimeError, match="have no part of a forward within"):
+                AdamW(sharded).step()
+            ddp.zero_grad()
+            loud, also_expected = losses(ddp, one)[0], 0
+            loud.backward()
+        (expected + also_expected).backward()
+        assert_equal_gradients(sharded, one)
+
+
+@check
 def parts_can_be_frozen():
     for names in (("weight",), ("weight", "bias"), ("z",), ("weight", "bias", "z")):
         sharded, one = pair(Net, 0.1)
