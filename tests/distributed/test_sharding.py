@@ -574,10 +574,16 @@ def clear_refusals():
         w.mul_(2)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(sharded(x).sum(), [sharded.conv.generator.z], create_graph=True)
-    g = shard_(HyperLinear(4, 3)).generator
-    g.set_shard(dataclasses.replace(g.shard, ranks=g.shard.ranks + 1), g.generate_sharded)
-    with pytest.raises(RuntimeError, match="of a group of"):
-        g()
+    for other in ({"ranks": dist.get_world_size() + 1}, {"rank": dist.get_rank() + 1}):  # was pickled there
+        g = shard_(HyperLinear(4, 3)).generator
+        g.set_shard(dataclasses.replace(g.shard, **other), g.generate_sharded)
+        with pytest.raises(RuntimeError, match="of a group of"):
+            g()
+    one_rank = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    ddp = DistributedDataParallel(nn.Sequential(shard_(HyperLinear(4, 3), one_rank), nn.Linear(3, 3)))
+    if dist.get_world_size() > 1:
+        with pytest.raises(RuntimeError, match="DDP is over ranks .* sharded over"):
+            ddp(torch.ones(1, 4))
 
     class Own(LinearGenerator):
         def forward(self, z=None):
