@@ -54,9 +54,9 @@ def save(
     Collective: all ranks call it, with a folder that all of them see; without a process group this process is
     the only rank. Every rank writes its own rows of sharded generators; all else, values too, is rank 0's.
     values: tensors and plain Python values, as `torch.load(weights_only=True)` reads them. model may be
-    wrapped (DDP, torch.compile). All ranks are those of the process group of a sharded model or of DDP; a model
-    that is not sharded and given without its DDP is that of all processes. An earlier checkpoint at `folder` goes when the new one is complete:
-    whatever dies in between, `load` finds the one or the other.
+    wrapped (DDP, torch.compile). All ranks are those of the process group of a sharded model or of DDP; a
+    model that is not sharded and given without its DDP is that of all processes. An earlier checkpoint at
+    `folder` goes when the new one is complete: whatever dies in between, `load` finds the one or the other.
 
     Raises ValueError, the same on every rank, with the earlier checkpoint unchanged: models or optimizers
     that differ between ranks, values of other types, a folder with other files in it or that not all ranks
@@ -89,11 +89,11 @@ def load(
     """Loads what `save` saved into `model` and `optimizer`, bit for bit, and returns the values, tensors on
     the CPU.
 
-    Collective, by any number of ranks, those that `save` says: each reads its own rows of sharded generators, whether they were saved
-    sharded or not, and a model that is not sharded reads all. Optimizer states that do not exist yet are
-    made; those of another `state_dtype` are converted. Nothing changes before everything is read: for that
-    long a rank has its tensors twice, once on the CPU. Metadata of torch's distributed checkpoints are a
-    pickle: load none from people you do not trust.
+    Collective, by any number of ranks, those that `save` says: each reads its own rows of sharded generators,
+    whether they were saved sharded or not, and a model that is not sharded reads all. Optimizer states that
+    do not exist yet are made; those of another `state_dtype` are converted. Nothing changes before everything
+    is read: for that long a rank has its tensors twice, once on the CPU. Metadata of torch's distributed
+    checkpoints are a pickle: load none from people you do not trust.
 
     Raises ValueError, the same on every rank: no checkpoint there, a damaged one, one of another model or
     another optimizer.

@@ -115,9 +115,9 @@ _communicators: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKe
 
 
 def _communicator(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Another group of the ranks of `group`, for DDP's messages, one for all models: where ranks use different
-    layers, DDP's buckets and those of rows are ready in different orders, and the messages of one group must
-    have one order."""
+    """Another group of the ranks of `group`, for DDP's messages, one for all models: where ranks use other
+    layers, DDP's buckets and those of rows are ready in another order, and the messages of one group must
+    have the same on all ranks."""
     group = group or dist.group.WORLD
     ranks = dist.get_process_group_ranks(group)
     part = len(ranks) < dist.get_world_size()
