@@ -72,7 +72,8 @@ _staging = _Staging()
 
 
 def segments(rows: Sequence[Sequence[int]], blocks: Sequence[int], device: torch.device) -> Segments:
-    """The table of `rows` on `device`; blocks: how many each row takes, at least 1."""
+    """The table of `rows` on `device`; blocks: how many each row takes, 0 for a layer
+    without rows."""
     on_gpu = device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return _made(rows, blocks, device, _staging.take)

@@ -85,6 +85,17 @@ def test_equals_reference(cuda_kernels, dtype, offset, assert_accurate):
         assert_accurate(outs, expected, dtype, plain)
 
 
+def test_layers_without_rows(cuda_kernels, assert_accurate):
+    """Of a rank that owns none: alone, they launch nothing; between others."""
+    launch(cuda_kernels, segments(cuda_kernels, [(0, 3), (0, 16)], torch.float32), torch.float32)
+    made = segments(cuda_kernels, [(0, 3), (65, 3), (0, 16), (65, 16), (0, 8)], torch.float32)
+    launch(cuda_kernels, made, torch.float32)
+    rows = [[None if t is None else t.double() for t in row[:3]] for row in made]
+    expected = reference.generate(*zip(*rows, strict=True))
+    assert all(out[len(weight) :].isnan().all() for weight, *_, out in made), "wrote past N"
+    assert_accurate([out[: len(row[0])] for *row, out in made][1::2], expected[1::2], torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_runs_on_the_current_stream_and_in_a_graph(cuda_kernels):

@@ -210,6 +210,15 @@ def test_untrained_biases_stay(cuda_kernels):
     assert stayed == [not trained for trained in p.trained]
 
 
+def test_layers_without_rows_launch_nothing(cuda_kernels, monkeypatch):
+    """A rank may own none. z changes with the optimizer's own step."""
+    monkeypatch.setattr(f"{__name__}.SHAPES", [(0, K) for _, K in SHAPES])
+    for storage in ("plain", "bfloat16", "8bit"):
+        p = Problem(cuda_kernels, "adam", storage, torch.float32)
+        p.run()
+        assert not any(t.numel() for t in p.written())
+
+
 ROW = (64, 64, 0, 64, 0, 64, 64, 0, 64, 0, 64, 64, 64, 64, 5, 3, 1)
 
 

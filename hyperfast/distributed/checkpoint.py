@@ -54,15 +54,15 @@ def save(
     Collective: all ranks call it, with a folder that all of them see; without a process group this process is
     the only rank. Every rank writes its own rows of sharded generators; all else, values too, is rank 0's.
     values: tensors and plain Python values, as `torch.load(weights_only=True)` reads them. model may be
-    wrapped (DDP, torch.compile). An earlier checkpoint at `folder` goes when the new one is complete:
-    whatever dies in between, `load` finds the one or the other.
+    wrapped (DDP, torch.compile). All ranks are those of the process group of a sharded model or of DDP; a
+    model that is not sharded and given without its DDP is that of all processes. An earlier checkpoint at
+    `folder` goes when the new one is complete: whatever dies in between, `load` finds the one or the other.
 
     Raises ValueError, the same on every rank, with the earlier checkpoint unchanged: models or optimizers
     that differ between ranks, values of other types, a folder with other files in it or that not all ranks
     see, a full disk. Where a rank dies, the others get the process group's RuntimeError.
     """
-    model, folder = _unwrapped(model), Path(folder).resolve()
-    group = _group(model)
+    (model, group), folder = _unwrapped(model), Path(folder).resolve()
     first = rank_in(group) == 0
     with on_device_of(next(model.parameters(), None)), _named(folder, "not saved"):
         # a new name each time: network file systems remember for a while what a name stood for
@@ -89,17 +89,16 @@ def load(
     """Loads what `save` saved into `model` and `optimizer`, bit for bit, and returns the values, tensors on
     the CPU.
 
-    Collective, by any number of ranks: each reads its own rows of sharded generators, whether they were saved
-    sharded or not, and a model that is not sharded reads all. Optimizer states that do not exist yet are
-    made; those of another `state_dtype` are converted. Nothing changes before everything is read: for that
-    long a rank has its tensors twice, once on the CPU. Metadata of torch's distributed checkpoints are a
-    pickle: load none from people you do not trust.
+    Collective, by any number of ranks, those that `save` says: each reads its own rows of sharded generators,
+    whether they were saved sharded or not, and a model that is not sharded reads all. Optimizer states that
+    do not exist yet are made; those of another `state_dtype` are converted. Nothing changes before everything
+    is read: for that long a rank has its tensors twice, once on the CPU. Metadata of torch's distributed
+    checkpoints are a pickle: load none from people you do not trust.
 
     Raises ValueError, the same on every rank: no checkpoint there, a damaged one, one of another model or
     another optimizer.
     """
-    model, folder = _unwrapped(model), Path(folder).resolve()
-    group = _group(model)
+    (model, group), folder = _unwrapped(model), Path(folder).resolve()
     with on_device_of(next(model.parameters(), None)), _named(folder, "not loaded"):
         place, rest, tensors = everywhere(lambda: _targets(folder, model, optimizer), group)
         _run(dcp.load, tensors, group, storage_reader=dcp.FileSystemReader(place))
@@ -118,20 +117,18 @@ def _named(folder: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{folder}: {what}, {error}") from error
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without DDP and torch.compile around it, in whatever order."""
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
+    """Without DDP and torch.compile around it, in whatever order, and the group of the ranks that share it;
+    None: all."""
+    group = None
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+            model, group = model.module, model.process_group
         elif hasattr(model, "_orig_mod"):  # asking for its class would import the compiler
             model = model._orig_mod
         else:
-            return model
-
-
-def _group(model: nn.Module) -> dist.ProcessGroup | None:
-    """Of the ranks that share `model`; None: all."""
-    return next((g.shard.group for _, g in generators(model) if g.shard is not None), None)
+            break
+    return model, next((g.shard.group for _, g in generators(model) if g.shard is not None), group)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[Tensors, dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,8 @@ def data_parallel(
 
     Generators stay dense or factored as they are (`hyperfast.factored_`). Factored ones send dw [N] instead
     of a gradient [N, K], while the backward still runs. shard_generators: each rank keeps N / ranks rows of
-    every linear generator and their optimizer's states (`hyperfast.distributed.shard_`). Make the optimizer
-    afterwards, of `model`.
+    every linear generator and their optimizer's states (`hyperfast.distributed.shard_`, which may also have
+    been called before). Make the optimizer afterwards, of `model`.
 
     All ranks start from the values of the first one, unless `init_sync=False`. options: those of
     DistributedDataParallel. Batches of different sizes need `with ddp.join()`, which sharded generators
@@ -70,8 +71,12 @@ def data_parallel(
     if shard_generators:
         shard_(model, group)
     ignored_by_ddp(model)
-    for generator in _linear_generators(model):
+    linear = _linear_generators(model)
+    for generator in linear:
         generator.early = True
+    if any(generator.shard is not None for generator in linear):
+        with _device_of(model):
+            group = _communicator(group)
     return DataParallel(model, process_group=group, **options)
 
 
@@ -104,6 +109,30 @@ class _JoinHook(JoinHook):
         last = torch.tensor(rank, device=self.model.join_device)
         dist.all_reduce(last, dist.ReduceOp.MAX, group=group)
         _broadcast_factored(self.model.module, group, int(last))
+
+
+_communicators: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def _communicator(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Another group of the ranks of `group`, for DDP's messages, one for all models: where ranks use other
+    layers, DDP's buckets and those of rows are ready in another order, and the messages of one group must
+    have the same on all ranks."""
+    group = group or dist.group.WORLD
+    ranks = dist.get_process_group_ranks(group)
+    part = len(ranks) < dist.get_world_size()
+    if part and dist.group.WORLD.bound_device_id is not None:
+        return group  # NCCL would split the communicator of all ranks, and the others are not here
+    if group not in _communicators:
+        backend = group._get_backend(group._device_types[0])
+        backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+        _communicators[group] = dist.new_group(
+            ranks,
+            timeout=backend.options._timeout,
+            backend=dist.get_backend_config(group),
+            use_local_synchronization=part,
+        )
+    return _communicators[group]
 
 
 def _device_of(model: nn.Module) -> Any:

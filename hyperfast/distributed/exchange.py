@@ -9,7 +9,11 @@ come. `Receive` runs when nothing else can: it waits for the messages and has dw
 gradient of bias, and all dz. z stays a parameter of DDP, which takes the mean of its gradient over ranks:
 each gives ranks times what its rows add, so the mean is the sum over all rows.
 
-Every rank must generate and use the same layers in the same order; one that no rank uses has no gradient.
+Every rank must generate and use the same layers in the same order. One that no rank uses has no gradient, but
+DDP gives its z zeros unless it looks for unused parameters.
+
+A loss of a forward in `no_sync` must not share a backward with one outside: its dw may come when the messages
+have left. It stays with the gradient of bias then, and a step raises.
 """
 
 from __future__ import annotations
@@ -37,11 +41,11 @@ class Unsent:
     """dw [N] of backwards whose gradients DDP was told not to send (`no_sync`), added up.
 
     It belongs to the gradient of bias, which waits for it, and goes with it when that is set to None. passes:
-    how many backwards it is from; taken: the backward that has put it into a message.
+    how many backwards it is from.
     """
 
     def __init__(self, dw: Tensor, version: int):
-        self.dw, self.passes, self.version, self.taken = dw, 1, version, -1
+        self.dw, self.passes, self.version = dw, 1, version
 
     @staticmethod
     def of(bias: Tensor) -> Unsent | None:
@@ -63,6 +67,13 @@ class Unsent:
         if bias.grad is None:
             bias.grad = torch.zeros_like(bias)
         bias.grad.unsent = cls(dw.to(bias.dtype, copy=True), bias.grad._version)
+
+    @classmethod
+    def take(cls, bias: Tensor) -> Unsent | None:
+        found = cls.of(bias)
+        if found is not None:
+            del bias.grad.unsent
+        return found
 
 
 class Bucket:
@@ -95,12 +106,11 @@ class Bucket:
         self.parts[:, self.passes[i]] += passes
         self.here.add(i)
 
-    def send(self, backward: int) -> None:
+    def send(self) -> None:
         for i in self.layers:
-            unsent = Unsent.of(self.biases[i])
-            if unsent is not None and unsent.taken != backward:
+            unsent = Unsent.take(self.biases[i])
+            if unsent is not None:
                 self.put(i, unsent.dw, unsent.passes)
-                unsent.taken = backward
             if i not in self.here:
                 self.parts[:, self.columns[i]] = 0
         self.message = ReduceScatter(self.parts, self.shards[self.layers[0]].group)
@@ -161,21 +171,18 @@ class Exchange:
             return
         self._bucket(self.bucket_of[i]).put(i, dw)
         while (k := self.begun) in self.buckets and len(self.buckets[k].here) == len(self.plan[k]):
-            self.buckets[k].send(self.backward)
+            self.buckets[k].send()
             self.begun += 1
 
     def receive(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer: dw of the own rows and how many backwards it is from."""
         self._enter()
         for k in range(self.begun, len(self.plan)):
-            self._bucket(k).send(self.backward)
+            self._bucket(k).send()
         received = {
             i: (dw, passes) for k in range(len(self.plan)) for i, dw, passes in self.buckets.pop(k).receive()
         }
         self._begin(-1)
-        for i in self.sent:
-            if Unsent.of(self.biases[i]) is not None:
-                del self.biases[i].grad.unsent
         return received
 
 

@@ -7,6 +7,7 @@ rows. Nobody but its owner reads or updates a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     gradients; an optimizer, one of `hyperfast.optim`, must not have stepped them before. Switches factored
     mode on. Embeddings, cores and generators smaller than what they make (two-layer, chunked) stay whole on
     every rank, for DDP like the main network. All ranks must call it, with equal values, before the model is
-    wrapped in DDP; `hyperfast.distributed.data_parallel(model, shard_generators=True)` does it all.
+    wrapped in DDP over the same ranks; `hyperfast.distributed.data_parallel(model, shard_generators=True)`
+    does it all, and gives DDP a communicator of its own.
 
     From then on a forward after a change of parameters is collective, and so is every backward: all ranks
     generate and use the same layers in the same order. Within `ddp.no_sync()` nothing but a first gather is
@@ -99,12 +101,13 @@ def generate(batch: Sequence[LinearGenerator]) -> list[Tensor]:
 
     What the ranks gathered is kept, and used again until weight, bias or z change; the results are views of
     it. Raises ValueError within a transform of torch.func and for parameters that are not the rank's rows,
-    RuntimeError where the process group is not the one the generators were sharded for.
+    RuntimeError where the process group, or the rank in it, is not the one the generators were sharded for,
+    or DDP is over other ranks.
     """
     whole, dtype = _whole(batch), autocast_dtype(batch[0].weight)
     trained = [t for g in batch for t in (g.gradient_bias, g.z)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
-        return exchanged(batch, whole, dtype, _sends(batch[0].gathered))
+        return exchanged(batch, whole, dtype, _sends(batch[0]))
     return [w.to(dtype or w.dtype).view(g.shapes[0]) for g, w in zip(batch, whole, strict=True)]
 
 
@@ -159,6 +162,9 @@ def _gather(batch: Sequence[LinearGenerator], dtype: torch.dtype) -> None:
 
 def _check(g: LinearGenerator) -> None:
     shard = g.shard
+    group, owner = shard.group, (shard.rank, shard.ranks)
+    if not dist.is_initialized() or (dist.get_rank(group), dist.get_world_size(group)) != owner:
+        raise RuntimeError(f"this generator has the rows of rank {shard.rank} of a group of {shard.ranks}")
     if is_transformed() or has_tangent(g.weight, g.gradient_bias, g.z):
         raise ValueError("a sharded generator works in no transform of torch.func: unshard_(model) first")
     if len(g.weight) != shard.stop - shard.start or len(g.gradient_bias) != len(g.weight):
@@ -166,14 +172,30 @@ def _check(g: LinearGenerator) -> None:
             f"weight and bias must be rows {shard.start} to {shard.stop} of {shard.rows}, got shapes "
             f"{list(g.weight.shape)} and {list(g.gradient_bias.shape)}"
         )
-    if not dist.is_initialized() or dist.get_world_size(shard.group) != shard.ranks:
-        raise RuntimeError(f"this generator has the rows of rank {shard.rank} of a group of {shard.ranks}")
 
 
-def _sends(gathered: Gathered) -> bool:
+_same_ranks: WeakKeyDictionary[nn.Module, set[dist.ProcessGroup | None]] = WeakKeyDictionary()
+
+
+def _check_ranks(ddp: nn.parallel.DistributedDataParallel, group: dist.ProcessGroup | None) -> None:
+    """RuntimeError unless DDP is over the ranks of `group`; compares them once."""
+    if group in (same := _same_ranks.setdefault(ddp, set())):
+        return
+    theirs, ours = (set(dist.get_process_group_ranks(g)) for g in (ddp.process_group, group))
+    if theirs != ours:
+        raise RuntimeError(
+            f"DDP is over ranks {sorted(theirs)}, and generators in it are sharded over {sorted(ours)}: both "
+            "must be the same"
+        )
+    same.add(group)
+
+
+def _sends(g: LinearGenerator) -> bool:
     """As DDP takes it: whether this forward runs outside of its `no_sync`. An activation checkpoint that runs
     a forward again, in the backward, does as the first."""
-    ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    ddp, gathered = nn.parallel.DistributedDataParallel._get_active_ddp_module(), g.gathered
+    if ddp is not None:
+        _check_ranks(ddp, g.shard.group)
     if ddp is not None or torch._C._current_graph_task_id() == -1:
         gathered.sends = ddp is None or ddp.require_backward_grad_sync
     return gathered.sends

@@ -128,7 +128,8 @@ def _refuse_unsent(gradient: Tensor | None) -> None:
     if hasattr(gradient, "unsent"):  # set by `hyperfast.distributed.exchange`
         raise RuntimeError(
             f"the gradient of {len(gradient.unsent.dw)} generated weights has not been sent to other ranks: "
-            "the last backward before a step must follow a forward outside of no_sync"
+            "the last backward before a step must follow a forward outside of no_sync, and have no part of a "
+            "forward within it"
         )
 
 

@@ -115,6 +115,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     for storage in STORAGES:
         goes_through(folder, ranks, storage)
     passes_in_blocks(folder, ranks)
+    saves_for_the_ranks_of_ddp(folder)
     loads_into_sharded_modules(folder)
     refuses_what_does_not_fit(folder, ranks)
     dist.destroy_process_group()
@@ -156,6 +157,17 @@ def passes_in_blocks(folder: Path, ranks: int) -> None:
         gathered = whole(state(again, other))
         rows.BLOCK_BYTES = default
         assert_same(gathered, whole(state(net, optimizer)))
+
+
+def saves_for_the_ranks_of_ddp(folder: Path) -> None:
+    """Of one rank alone, while the others go on."""
+    if dist.get_rank() == 0:
+        alone = dist.new_group([0], use_local_synchronization=True)
+        net, again = (nn.parallel.DistributedDataParallel(nn.Linear(2, 2), process_group=alone) for _ in "12")
+        save(folder / "alone", net)
+        load(folder / "alone", again)
+        assert_same(again.state_dict(), net.state_dict())
+        remove(folder / "alone")
 
 
 def loads_into_sharded_modules(folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import hyperfast
-from hyperfast.distributed import data_parallel, unshard_
+from hyperfast.distributed import data_parallel, shard_, unshard_
 from hyperfast.nn import (
     HyperConv2d,
     HyperLinear,
@@ -286,6 +286,37 @@ def leaves_unused_layers_out(rank: int) -> None:
     assert_equal_on_all_ranks(net)
 
 
+class Uneven(nn.Module):
+    """Ordinary and generated layers that are not used on every rank, of a size that fills a socket."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(512, 512), HyperLinear(512, 512), HyperLinear(512, 3)
+
+    def forward(self, x, use):
+        weights = generate_layers(self)
+        x = x.flatten(1).repeat(1, 16)
+        if use:
+            x = self.a(x + self.stem(x), weights["a"])
+        return self.b(torch.tanh(x), weights["b"])
+
+
+def trains_ranks_that_use_different_layers(rank: int) -> None:
+    """DDP's buckets and those of the rows are not ready in one order on both."""
+    net = seeded(Uneven)
+    model = data_parallel(net, shard_generators=True, find_unused_parameters=True)
+    assert model.process_group is not dist.group.WORLD
+    again = data_parallel(shard_(HyperLinear(2, 2)))  # sharded before
+    assert again.process_group is model.process_group
+    optimizer = AdamW(net, lr=0.01)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = own(rank, step)
+        F.cross_entropy(model(x, use=step % 2 == rank), y).backward()
+        optimizer.step()
+    assert_equal_on_all_ranks(net)
+
+
 def joins_ranks_with_fewer_batches(rank: int) -> None:
     net, dense = seeded(hypernetwork), seeded(hypernetwork)
     model = data_parallel(hyperfast.factored_(net))
@@ -396,6 +427,7 @@ def checks(rank: int, folder: str) -> dict[str, Callable[[], None]]:
         sends_while_the_backward_runs,
         compresses_dw,
         leaves_unused_layers_out,
+        trains_ranks_that_use_different_layers,
         joins_ranks_with_fewer_batches,
         refuses_different_models,
     )

@@ -346,6 +346,28 @@ def what_was_added_up_goes_with_the_gradient():
 
 
 @check
+def a_backward_of_losses_in_and_out_of_no_sync_loses_nothing():
+    for quiet_first in (True, False):
+        sharded, one = pair(Net)
+        ddp = DistributedDataParallel(sharded)
+        if not quiet_first:
+            loud, expected = losses(ddp, one)
+        with ddp.no_sync():
+            quiet, also_expected = losses(ddp, one, 1)
+        if quiet_first:
+            loud, expected = losses(ddp, one)
+        (quiet + loud).backward()
+        if quiet_first:  # its dw comes when the message has left
+            with pytest.raises(RuntimeError, match="have no part of a forward within"):
+                AdamW(sharded).step()
+            ddp.zero_grad()
+            loud, also_expected = losses(ddp, one)[0], 0
+            loud.backward()
+        (expected + also_expected).backward()
+        assert_equal_gradients(sharded, one)
+
+
+@check
 def parts_can_be_frozen():
     for names in (("weight",), ("weight", "bias"), ("z",), ("weight", "bias", "z")):
         sharded, one = pair(Net, 0.1)
@@ -552,10 +574,16 @@ def clear_refusals():
         w.mul_(2)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(sharded(x).sum(), [sharded.conv.generator.z], create_graph=True)
-    g = shard_(HyperLinear(4, 3)).generator
-    g.set_shard(dataclasses.replace(g.shard, ranks=g.shard.ranks + 1), g.generate_sharded)
-    with pytest.raises(RuntimeError, match="of a group of"):
-        g()
+    for other in ({"ranks": dist.get_world_size() + 1}, {"rank": dist.get_rank() + 1}):  # was pickled there
+        g = shard_(HyperLinear(4, 3)).generator
+        g.set_shard(dataclasses.replace(g.shard, **other), g.generate_sharded)
+        with pytest.raises(RuntimeError, match="of a group of"):
+            g()
+    one_rank = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    ddp = DistributedDataParallel(nn.Sequential(shard_(HyperLinear(4, 3), one_rank), nn.Linear(3, 3)))
+    if dist.get_world_size() > 1:
+        with pytest.raises(RuntimeError, match="DDP is over ranks .* sharded over"):
+            ddp(torch.ones(1, 4))
 
     class Own(LinearGenerator):
         def forward(self, z=None):
