@@ -287,18 +287,18 @@ def leaves_unused_layers_out(rank: int) -> None:
 
 
 class Uneven(nn.Module):
-    """Ordinary and generated layers that are not used on every rank, of a size that fills a socket."""
+    """An ordinary layer that is not used on every rank, of a size that fills a socket."""
 
     def __init__(self):
         super().__init__()
-        self.stem, self.a, self.b = nn.Linear(512, 512), HyperLinear(512, 512), HyperLinear(512, 3)
+        self.stem, self.a, self.b = nn.Linear(640, 640), HyperLinear(640, 64), HyperLinear(64, 3)
 
     def forward(self, x, use):
         weights = generate_layers(self)
-        x = x.flatten(1).repeat(1, 16)
+        x = x.flatten(1).repeat(1, 20)
         if use:
-            x = self.a(x + self.stem(x), weights["a"])
-        return self.b(torch.tanh(x), weights["b"])
+            x = x + self.stem(x)
+        return self.b(torch.tanh(self.a(x, weights["a"])), weights["b"])
 
 
 def trains_ranks_that_use_different_layers(rank: int) -> None:
