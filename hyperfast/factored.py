@@ -71,10 +71,15 @@ def shard_of(parameter: Tensor) -> RowShard | None:
     return _shards.get(parameter)
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Of the parameter with the rows of all ranks."""
+    shard = shard_of(parameter)
+    return parameter.shape if shard is None else torch.Size((shard.rows, *parameter.shape[1:]))
+
+
 def whole_numel(parameter: Tensor) -> int:
     """Elements on all ranks together."""
-    shard = shard_of(parameter)
-    return parameter.numel() if shard is None else shard.rows * parameter.shape[1:].numel()
+    return whole_shape(parameter).numel()
 
 
 def generator_of(weight: Tensor) -> Generator | None:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
-from hyperfast.optim.clip import factors_of
+from hyperfast.factored import whole_shape
 
 FORMAT = "hyperfast-checkpoint"
 VERSION = 1
@@ -153,12 +153,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     How `optimizer` computes (CAPABILITIES of its groups) stays as it is, whatever device the state is from.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = [tuple(p.shape) for p in parameters]
-    for f in factors_of(parameters):
-        if f.shard is not None:  # this rank has some rows
-            for i, p in enumerate(parameters):
-                if p is f.weight or p is f.bias:
-                    shapes[i] = (f.shard.rows, *p.shape[1:])
+    shapes = [tuple(whole_shape(p)) for p in parameters]
     faults = [
         f"{key} of parameter {i} has shape {tuple(value.shape)}, wanted {shapes[i]}"
         for i, values in state["state"].items()

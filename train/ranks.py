@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperfast.distributed import data_parallel, whole
+from hyperfast.distributed.agreement import gather_values, is_joined
 from hyperfast.distributed.collectives import all_gather
 from train.checkpoint import CheckpointError, one_line
 from train.data import DataError
@@ -138,7 +139,7 @@ class Group(Ranks):
             result = work()
         except SHARED as caught:
             error = caught
-        errors = self._everyones(_portable(error))
+        errors = gather_values(_portable(error))
         if any(errors):
             self._raise(errors)
         return result
@@ -164,18 +165,13 @@ class Group(Ranks):
         return outcome[0]
 
     def check_equal(self, **values: Any) -> None:
-        first, *others = self._everyones(values)
+        first, *others = gather_values(values)
         for rank, other in enumerate(others, start=1):
             for what, theirs in other.items():
                 names = [n for n in first[what] | theirs if first[what].get(n) != theirs.get(n)]
                 differ = [f"{n} {theirs.get(n)} instead of {first[what].get(n)}" for n in names]
                 if differ:
                     raise RunError(f"rank {rank} has another {what} than rank 0: {'; '.join(differ)}")
-
-    def _everyones(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
-        return values
 
     def parallel(self, model: nn.Module) -> nn.Module:
         known = inspect.signature(DistributedDataParallel).parameters
@@ -215,7 +211,7 @@ def _portable(error: Exception | None) -> Exception | None:
 
 def here() -> Ranks:
     """The ranks that this process trains with."""
-    return Group() if dist.is_available() and dist.is_initialized() else Ranks()
+    return Group() if is_joined() else Ranks()
 
 
 def processes() -> int:
@@ -284,8 +280,7 @@ def joined(args: Namespace) -> Iterator[Ranks]:
     """The ranks to train with, in a process group on args.device, which becomes this process's own GPU; only
     the first rank's standard output is seen meanwhile. A group that is there already stays. Raises
     RunError."""
-    there = dist.is_available() and dist.is_initialized()
-    if there or (processes() == 1 and not (args.shard_generator and "RANK" in os.environ)):
+    if is_joined() or (processes() == 1 and not (args.shard_generator and "RANK" in os.environ)):
         yield here()
         return
     join(args)

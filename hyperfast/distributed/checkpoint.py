@@ -35,7 +35,7 @@ from hyperfast.distributed.agreement import (
     rank_in,
 )
 from hyperfast.distributed.rows import RowShard
-from hyperfast.factored import is_stand_in
+from hyperfast.factored import is_stand_in, shard_of
 from hyperfast.nn.generator import generators
 from hyperfast.optim.factored_optimizer import state_shard
 
@@ -224,9 +224,8 @@ def _check_model(model: nn.Module, saved: dict[str, TensorStorageMetadata], othe
 
 def _row_shards(model: nn.Module) -> dict[str, RowShard]:
     """By names of parameters of which this rank has some rows."""
-    shards = {id(p): g.shard for _, g in generators(model) if g.shard for p in g.sharded_parameters()}
     named = model.named_parameters(remove_duplicate=False)
-    return {name: shards[id(p)] for name, p in named if id(p) in shards}
+    return {name: shard for name, p in named if (shard := shard_of(p)) is not None}
 
 
 def _empty(entry: TensorStorageMetadata, rows: RowShard | None, like: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ on all ranks.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,9 +16,10 @@ from torch import nn
 from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
-from hyperfast.distributed.agreement import check_same
+from hyperfast.distributed.agreement import check_same, is_joined, on_device_of
 from hyperfast.distributed.sharding import shard_
-from hyperfast.nn.generator import LinearGenerator, factored_, generators, ignored_by_ddp, invalidate
+from hyperfast.factored import whole_shape
+from hyperfast.nn.generator import factored_, generators, ignored_by_ddp, invalidate, linear_generators
 
 REFUSED = {
     "mixed_precision": "use torch.autocast",
@@ -52,7 +52,7 @@ def data_parallel(
     arguments differ, for a model that is wrapped already, and for options that do not go with generators
     (`REFUSED`).
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not is_joined():
         raise RuntimeError(
             "data_parallel needs a process group: run the program by torchrun and call "
             "torch.distributed.init_process_group first"
@@ -62,7 +62,7 @@ def data_parallel(
             raise ValueError(f"data_parallel takes no {name}: {instead}")
     if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise ValueError("the model, or a part of it, is in a DistributedDataParallel already")
-    with _device_of(model):
+    with on_device_of(next(model.parameters(), None)):
         _check_equal(_description(model, options | {"shard_generators": shard_generators}), group)
         if shard_generators:
             factored_(model)
@@ -71,11 +71,11 @@ def data_parallel(
     if shard_generators:
         shard_(model, group)
     ignored_by_ddp(model)
-    linear = _linear_generators(model)
+    linear = linear_generators(model)
     for generator in linear:
         generator.early = True
     if any(generator.shard is not None for generator in linear):
-        with _device_of(model):
+        with on_device_of(next(model.parameters(), None)):
             group = _communicator(group)
     return DataParallel(model, process_group=group, **options)
 
@@ -84,7 +84,7 @@ class DataParallel(DistributedDataParallel):
     """What `data_parallel` returns: DistributedDataParallel whose `join` keeps factored weights equal too."""
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        if any(g.shard is not None for g in _linear_generators(self.module)):
+        if any(g.shard is not None for g in linear_generators(self.module)):
             raise RuntimeError(
                 "ranks with sharded generators cannot join: each needs the others' rows in every forward; "
                 "give all ranks the same number of batches"
@@ -135,19 +135,9 @@ def _communicator(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return _communicators[group]
 
 
-def _device_of(model: nn.Module) -> Any:
-    """Where collectives of objects put them, with NCCL: the GPU of the model, current or not."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _linear_generators(model: nn.Module) -> list[LinearGenerator]:
-    return [g for _, g in generators(model) if isinstance(g, LinearGenerator)]
-
-
 def _broadcast_factored(model: nn.Module, group: dist.ProcessGroup | None, source: int) -> None:
     """Gives all ranks of the group the factored generators of one of them."""
-    whole = [g for g in _linear_generators(model) if g.factored and g.shard is None]
+    whole = [g for g in linear_generators(model) if g.factored and g.shard is None]
     for p in {id(p): p for g in whole for p in g.sharded_parameters()}.values():
         values = p.detach().contiguous()
         dist.broadcast(values, group=group, group_src=source)
@@ -158,14 +148,11 @@ def _broadcast_factored(model: nn.Module, group: dist.ProcessGroup | None, sourc
 
 def _description(model: nn.Module, arguments: dict[str, Any]) -> dict[str, str]:
     """What must be the same on all ranks, in words, by name."""
-    linear = _linear_generators(model)
-    rows = {id(p): g.shard.rows for g in linear if g.shard is not None for p in g.sharded_parameters()}
     named = {"model": type(model).__name__}
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         kind = ("trained" if t.requires_grad else "frozen") if isinstance(t, nn.Parameter) else "buffer"
-        shape = [rows.get(id(t), n) if i == 0 else n for i, n in enumerate(t.shape)]
         layout = f"strides {list(t.stride())}, on {t.device.type}"
-        named[f"parameter {name}"] = f"{kind}, {t.dtype} {shape}, {layout}"
+        named[f"parameter {name}"] = f"{kind}, {t.dtype} {list(whole_shape(t))}, {layout}"
     for name, g in generators(model):
         modes = f"factored={g.factored}, sharded={g.shard is not None}, l2={g.l2}"
         named[f"generator {name}"] = f"{type(g).__name__} of {[tuple(shape) for shape in g.shapes]}, {modes}"

@@ -23,6 +23,7 @@ from hyperfast.nn.generator import (
     generate_together,
     generators,
     ignored_by_ddp,
+    linear_generators,
 )
 from hyperfast.ops._library import autocast_dtype, has_tangent, is_transformed, no_autocast
 from hyperfast.ops.next_weights import is_current, record
@@ -48,7 +49,7 @@ def shard_(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Modul
     ValueError for a model that is sharded already, a rank that is not in the group, and what factored mode
     refuses.
     """
-    linear = _linear_generators(model)
+    linear = linear_generators(model)
     if any(g.shard is not None for g in linear):
         raise ValueError(
             "the model is sharded already: hyperfast.distributed.unshard_(model) is the way back"
@@ -74,7 +75,7 @@ def unshard_(model: nn.Module) -> nn.Module:
     returns `model`, still in factored mode. All ranks must call it. States of an optimizer stay sharded: save
     and load them (`hyperfast.distributed.save`)."""
     whole = set()
-    for g in _linear_generators(model):
+    for g in linear_generators(model):
         if g.shard is None:
             continue
         for p in g.sharded_parameters():
@@ -219,7 +220,3 @@ def _padded(own: Tensor, shard: RowShard) -> Tensor:
 def _replace(p: nn.Parameter, data: Tensor) -> None:
     p.grad = None
     p.data = data
-
-
-def _linear_generators(model: nn.Module) -> list[LinearGenerator]:
-    return [g for _, g in generators(model) if isinstance(g, LinearGenerator)]

@@ -426,6 +426,11 @@ def generators(module: nn.Module) -> Iterator[tuple[str, Generator]]:
     return ((name, m) for name, m in module.named_modules() if isinstance(m, Generator))
 
 
+def linear_generators(module: nn.Module) -> list[LinearGenerator]:
+    """Every linear generator in `module`, heads of shared cores included, each once."""
+    return [g for _, g in generators(module) if isinstance(g, LinearGenerator)]
+
+
 def factored_(module: nn.Module, enabled: bool = True) -> nn.Module:
     """Switches every generator in `module` to factored gradients (or back), in place; returns `module`.
 
