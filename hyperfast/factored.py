@@ -25,7 +25,6 @@ class Factors(NamedTuple):
 
     `bias` carries dw; `bias_is_trained` is False where it stands in for a generator without bias.
     `z_is_parameter`: z is a parameter of the step, so that next weights can be made from its new value.
-    `shard`: the rows of a whole generator that weight and bias are, None for all of them.
     """
 
     weight: Tensor
@@ -33,7 +32,6 @@ class Factors(NamedTuple):
     z: Tensor
     z_is_parameter: bool
     bias_is_trained: bool
-    shard: RowShard | None = None
 
 
 _generators: WeakIdKeyDictionary = WeakIdKeyDictionary()  # factored weight -> WeakSet of its generators

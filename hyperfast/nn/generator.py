@@ -236,8 +236,7 @@ class LinearGenerator(Generator):
     def factors(self) -> list[Factors]:
         if not self.factored:
             return []
-        trained = self.bias is not None
-        return [Factors(self.weight, self.gradient_bias, self.z, True, trained, self.shard)]
+        return [Factors(self.weight, self.gradient_bias, self.z, True, self.bias is not None)]
 
     def next_weights(self) -> list[Tensor]:
         if self.next_weight is None:

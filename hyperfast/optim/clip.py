@@ -91,15 +91,13 @@ def grad_norm(parameters: list[Tensor], factors: list[Factors], norm_type: float
         _refuse_unsent(p.grad)
     plain = [p for p in parameters if p.grad is not None and id(p) not in carriers and not is_stand_in(p)]
     L, dws, zs = len(factors), [f.bias.grad for f in factors], [f.z for f in factors]
-    norms = _norms(
-        [*(p.grad for p in plain), *dws, *zs], norm_type
-    )  # one norm for each tensor, as torch's get_total_norm
+    gradients = [p.grad for p in plain]
+    norms = _norms([*gradients, *dws, *zs], norm_type)  # one for each tensor, as torch's get_total_norm
     norms, dws, zs = norms[: len(plain)], norms[len(plain) : len(plain) + L], norms[len(plain) + L :]
-    shards = [shard_of(p) for p in plain]
     norms += [dw for dw, f in zip(dws, factors, strict=True) if f.bias_is_trained]
-    shards += [f.shard for f in factors if f.bias_is_trained]
     norms += torch._foreach_mul(dws, zs) if factors else []
-    shards += [f.shard for f in factors]
+    biases, weights = (f.bias for f in factors if f.bias_is_trained), (f.weight for f in factors)
+    shards = [shard_of(p) for p in (*plain, *biases, *weights)]
     if any(shard is not None for shard in shards):
         norms = _of_all_rows(norms, shards, norm_type)
     if not norms:
